@@ -1,0 +1,49 @@
+# Everything happens in .venv, but for gpu-check and bench-gpu: those use the system's python3 with the packages it
+# has, and find `headstart.*` through the links in .typing.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+BIN := $(VENV)/bin
+GPU_PYTHON := PYTHONPATH=.typing:. python3
+
+.PHONY: help install demo test test-slow lint bench gpu-check bench-gpu clean
+
+help:  ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+install: $(INSTALLED)  ## the pinned set, in .venv (about 6.4 GB: the registry's CUDA builds)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)  ## 300 labelled digits, eight sources, one served model
+	$(BIN)/headstart demo
+
+test: $(INSTALLED)  ## all tests but the slow ones and those that need a GPU
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+test-slow: $(INSTALLED)  ## the slow tests
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(INSTALLED)  ## ruff, and mypy --strict on the four rooms
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)  ## the CPU figures, appended to benchmarks/results/
+	$(BIN)/python -m benchmarks.euclidean
+	$(BIN)/python -m benchmarks.energy
+	$(BIN)/python -m benchmarks.textbook
+
+gpu-check:  ## on a machine with a GPU: parity of the kernels and the gpu tests
+	$(GPU_PYTHON) -m pytest tests/kernels -m "not slow" -q
+
+bench-gpu:  ## on a machine with a GPU: the GPU figures, appended to benchmarks/results/
+	$(GPU_PYTHON) -m benchmarks.gpu
+
+clean:  ## remove .venv, caches and builds; runs/ and the feature cache stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
