@@ -1,0 +1,246 @@
+import math
+import time
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+
+from headstart.trainer.evaluation import (
+    bootstrap_interval,
+    choose_mode,
+    expected_calibration_error,
+    fit_temperature,
+    paired_interval,
+    raw_pixels_control,
+    verdict,
+)
+
+
+def outcomes(right, wrong):
+    return np.array([True] * right + [False] * wrong)
+
+
+def pairs(both=0, only_a=0, only_b=0, neither=0):
+    """Outcomes of a and of b on the same images."""
+    a = [True] * (both + only_a) + [False] * (only_b + neither)
+    b = [True] * both + [False] * only_a + [True] * only_b + [False] * neither
+    return np.array(a), np.array(b)
+
+
+def nll(logits, labels, temperature):
+    scaled = logits / temperature
+    log_sum = np.log(np.exp(scaled - scaled.max(1, keepdims=True)).sum(1)) + scaled.max(1)
+    return float((log_sum - scaled[np.arange(len(labels)), labels]).mean())
+
+
+def drawn_labels(logits, rng):
+    """Labels drawn from softmax(logits), by the Gumbel trick."""
+    return (logits + rng.gumbel(size=logits.shape)).argmax(1)
+
+
+@pytest.mark.parametrize(("n", "accuracy"), [(300, 0.8), (1000, 0.93)])
+def test_interval_covers_the_true_accuracy_in_95_of_100_samples(n, accuracy):
+    rng = np.random.default_rng(n)
+    covered = 0
+    for trial in range(1000):
+        low, high = bootstrap_interval(rng.random(n) < accuracy, seed=trial, num_resamples=2000)
+        covered += low <= accuracy <= high
+    # 1,000 trials: one standard error is 0.7 points. A percentile interval of a proportion lies a little low.
+    assert 0.925 <= covered / 1000 <= 0.97
+
+
+def test_paired_interval_covers_the_true_difference():
+    rng = np.random.default_rng(5)
+    covered = 0
+    for trial in range(1000):
+        kind = rng.choice(4, size=400, p=[0.75, 0.10, 0.06, 0.09])
+        low, high = paired_interval(kind <= 1, (kind == 0) | (kind == 2), seed=trial, num_resamples=2000)
+        covered += low <= 0.04 <= high
+    assert 0.925 <= covered / 1000 <= 0.97
+
+
+def test_interval_is_that_of_resampled_indices():
+    correct = outcomes(130, 20)
+    peer = scipy.stats.bootstrap(
+        (correct,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    # Accuracies come in steps of 1/150; the ends of two independent bootstraps may be a step apart.
+    assert bootstrap_interval(correct, seed=0) == pytest.approx((peer.low, peer.high), abs=1.01 / 150)
+
+
+def test_interval_of_ten_thousand_takes_milliseconds():
+    correct = outcomes(9000, 1000)
+    start = time.perf_counter()
+    low, high = bootstrap_interval(correct, seed=0)
+    assert time.perf_counter() - start < 0.5
+    assert (low, high) == pytest.approx((0.9 - 0.00588, 0.9 + 0.00588), abs=5e-4)
+
+
+def test_intervals_are_seeded_and_widen_with_the_level():
+    correct = outcomes(700, 300)
+    assert bootstrap_interval(correct, seed=3) == bootstrap_interval(correct, seed=3)
+    narrow = bootstrap_interval(correct, seed=3, level=0.5)
+    wide = bootstrap_interval(correct, seed=3, level=0.99)
+    assert wide[0] < narrow[0] < 0.7 < narrow[1] < wide[1]
+
+
+def test_all_right_gives_an_interval_of_no_width():
+    assert bootstrap_interval(outcomes(50, 0), seed=0) == (1, 1)
+    assert paired_interval(outcomes(50, 0), outcomes(50, 0), seed=0) == (0, 0)
+
+
+def test_paired_interval_is_narrower_than_the_unpaired_where_outcomes_agree():
+    a, b = pairs(both=800, only_a=40, only_b=10, neither=150)
+    low, high = paired_interval(a, b, seed=0)
+    low_a, high_a = bootstrap_interval(a, seed=0)
+    low_b, high_b = bootstrap_interval(b, seed=1)
+    assert low > 0
+    assert high - low < 0.5 * ((high_a - low_b) - (low_a - high_b))
+    swapped = paired_interval(b, a, seed=0)
+    assert swapped == pytest.approx((-high, -low), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        ((0.001, 0.2), "transfer"),
+        ((0.0, 0.2), "unclear"),
+        ((-0.1, 0.1), "unclear"),
+        ((-0.2, 0.0), "unclear"),
+        ((0.0, 0.0), "unclear"),
+        ((-0.2, -0.001), "no transfer"),
+    ],
+)
+def test_verdict_at_its_boundaries(interval, expected):
+    assert verdict(interval) == expected
+
+
+@pytest.mark.parametrize(
+    ("both", "only_feature", "only_finetune", "neither", "mode"),
+    [
+        (90, 0, 0, 10, "feature"),
+        (80, 5, 5, 10, "feature"),
+        (280, 0, 1, 19, "feature"),
+        (280, 0, 2, 18, "finetune"),
+        (270, 6, 10, 14, "feature"),
+        (270, 6, 11, 13, "finetune"),
+        (200, 40, 2, 58, "feature"),
+        (0, 0, 30, 0, "finetune"),
+        (0, 30, 0, 0, "feature"),
+        (30, 0, 0, 0, "feature"),
+        (0, 0, 1, 0, "feature"),
+    ],
+)
+def test_choice_takes_finetune_beyond_one_error(both, only_feature, only_finetune, neither, mode):
+    feature, finetune = pairs(both, only_feature, only_finetune, neither)
+    choice = choose_mode(feature, finetune)
+    assert choice.mode == mode
+    assert choice.difference == pytest.approx(finetune.mean() - feature.mean())
+    paired = finetune.astype(float) - feature.astype(float)
+    if len(feature) > 1:
+        assert choice.standard_error == pytest.approx(paired.std(ddof=1) / math.sqrt(len(paired)), abs=1e-12)
+    assert f"on {len(feature)} validation images" in choice.reason
+    assert ("cheaper" in choice.reason) == (mode == "feature")
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=60))
+def test_choice_follows_the_printed_numbers(images):
+    feature, finetune = np.array(images).T
+    choice = choose_mode(feature, finetune)
+    if abs(choice.difference - choice.standard_error) > 1e-9:
+        assert (choice.mode == "finetune") == (choice.difference > choice.standard_error)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_temperature_is_recovered(temperature):
+    rng = np.random.default_rng(0)
+    logits = 2 * rng.normal(size=(20_000, 10))
+    labels = drawn_labels(logits, rng)
+    # The standard error of log T here is about 0.01.
+    assert fit_temperature(logits * temperature, labels) == pytest.approx(temperature, rel=0.04)
+
+
+def test_temperature_lowers_the_likelihoods_loss_and_the_calibration_error():
+    rng = np.random.default_rng(1)
+    logits = 2 * rng.normal(size=(2000, 5))
+    labels = drawn_labels(logits, rng)
+    overconfident = 4 * logits
+    temperature = fit_temperature(overconfident, labels)
+    grid = np.exp(np.linspace(math.log(0.05), math.log(20), 400))
+    best = min(nll(overconfident, labels, t) for t in grid)
+    assert nll(overconfident, labels, temperature) <= best + 1e-3
+
+    def error(x):
+        odds = np.exp(x - x.max(1, keepdims=True))
+        return expected_calibration_error(odds / odds.sum(1, keepdims=True), labels)
+
+    assert error(overconfident / temperature) < 0.25 * error(overconfident)
+
+
+def test_temperature_of_perfect_separation_claims_no_certainty():
+    labels = np.arange(200) % 4
+    logits = 6.0 * np.eye(4)[labels]
+    temperature = fit_temperature(logits, labels)
+    odds = np.exp(logits[0] / temperature)
+    # One pseudo-sample in 202 is spread over the four classes: 1 - 3/4/202 is the confidence that fits.
+    assert odds.max() / odds.sum() == pytest.approx(1 - 0.75 / 202, abs=1e-4)
+    assert fit_temperature(1e6 * logits, labels) == pytest.approx(20, rel=1e-3)
+
+
+def test_temperature_of_equal_logits_is_one_and_of_wrong_ones_the_highest():
+    assert fit_temperature(np.zeros((10, 3)), np.arange(10) % 3) == 1
+    assert fit_temperature(5 * np.eye(3), np.array([1, 2, 0])) == pytest.approx(20, rel=1e-3)
+    assert 0.05 <= fit_temperature(np.array([[3.0, 1.0]]), np.array([0])) <= 20
+
+
+@pytest.mark.parametrize(
+    ("top", "right", "expected"),
+    [([0.8] * 10, 8, 0), ([0.8] * 10, 3, 0.5), ([1.0] * 4, 4, 0), ([1.0] * 4, 0, 1), ([0.5] * 8, 4, 0)],
+    ids=["calibrated", "overconfident", "sure-and-right", "sure-and-wrong", "coin"],
+)
+def test_calibration_error_of_known_cases(top, right, expected):
+    probabilities = np.array([[p, 1 - p] for p in top])
+    labels = np.array([0] * right + [1] * (len(top) - right))
+    assert expected_calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-12)
+
+
+def test_calibration_error_weighs_bins_by_their_images():
+    # Six at .9, three of them right, and four at .4, all right: in one bin too sure and too unsure cancel.
+    probabilities = np.array([[0.9, 0.1, 0.0]] * 6 + [[0.4, 0.3, 0.3]] * 4)
+    labels = np.array([0] * 3 + [1] * 3 + [0] * 4)
+    assert expected_calibration_error(probabilities, labels) == pytest.approx(0.6 * 0.4 + 0.4 * 0.6)
+    assert expected_calibration_error(probabilities, labels, bins=2) == pytest.approx(0.48)
+    assert expected_calibration_error(probabilities, labels, bins=1) == pytest.approx(0)
+
+
+def test_raw_pixels_control_on_digits_of_any_scale():
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(y))
+    train, validation, test = order[:300], order[300:600], order[600:]
+    predicted = raw_pixels_control(x[train], y[train], x[validation], y[validation], x[test])
+    assert (predicted == y[test]).mean() > 0.92
+    brighter = raw_pixels_control(
+        *(part for i in (train, validation) for part in (x[i] * 16 + 3, y[i])), x[test] * 16 + 3
+    )
+    assert (brighter == predicted).mean() > 0.99
+
+
+def test_raw_pixels_control_of_one_class_or_constant_pixels():
+    x = np.random.default_rng(0).random((10, 4))
+    assert raw_pixels_control(x, np.full(10, 3), x, np.full(10, 3), x[:2]).tolist() == [3, 3]
+    labels = np.array([1] * 7 + [0] * 3)
+    assert raw_pixels_control(np.ones((10, 4)), labels, x, labels, np.ones((2, 4))).tolist() == [1, 1]
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"float64 \(3,\); accepted: bool"):
+        bootstrap_interval(np.ones(3), seed=0)
+    with pytest.raises(ValueError, match="2 and 3 images do not pair"):
+        paired_interval(outcomes(1, 1), outcomes(2, 1), seed=0)
+    with pytest.raises(ValueError, match="level is 95; accepted: above 0 and below 1"):
+        bootstrap_interval(outcomes(1, 1), seed=0, level=95)
+    with pytest.raises(ValueError, match=r"logits \(2, 2\) and labels \(3,\) do not fit"):
+        fit_temperature(np.zeros((2, 2)), np.zeros(3))
