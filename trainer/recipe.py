@@ -22,7 +22,10 @@ def _require(condition: bool, field_name: str, value: object, accepted: str) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """How labelled images are divided; a count, a fraction of all images, or `rest`."""
+    """How labelled images are divided; a count, a fraction of all images, or `rest`.
+
+    Parts that the data brings win. What it lacks is carved from its training images, which keep all that is left.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -46,7 +49,12 @@ class Split:
         rests = [name for name, size in sizes.items() if size == "rest"]
         _require(len(rests) <= 1, "data.split", rests, "`rest` for one part at most")
         fractions = sum(size for size in sizes.values() if isinstance(size, float))
-        _require(fractions <= 1 + 1e-9, "data.split", fractions, "fractions that add up to 1 at most")
+        _require(
+            fractions <= 1 + 1e-9,
+            "data.split",
+            fractions,
+            "fractions that add up to 1 at most; set all three parts",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +71,9 @@ class Data:
     """Used where the data brings no split of its own."""
     unreadable: Literal["refuse", "skip"] = "refuse"
     """What to do with files that are not readable images: refuse the run, or list and skip them."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path.strip()), "data.path", self.path, "a folder, a .csv, a .npz or a name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,24 +124,32 @@ class Search:
 
     __pydantic_config__ = _STRICT
 
-    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
-    """Rates of AdamW on standardised features, or of SGD as `train.optimizer` has it."""
-    weight_decays: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
+    learning_rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
+    """Rates of AdamW on scaled features, or of SGD as `train.optimizer` has it."""
+    weight_decays: tuple[float, ...] = (1e-2, 0.3, 1.0, 3.0)
     """Decoupled weight decays."""
     seeds: tuple[int, ...] = (0,)
     """Initialisations."""
     epochs: int = 100
     """Passes over the cached training features."""
-    batch_size: int = 256
+    batch_size: int = 64
     """Features a step."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rates", "weight_decays", "seeds"):
             _require(len(getattr(self, name)) >= 1, f"search.{name}", getattr(self, name), "at least one value")
-        _require(all(0 < rate < 100 for rate in self.learning_rates), "search.learning_rates",
-                 self.learning_rates, "rates above 0 and below 100")
-        _require(all(decay >= 0 for decay in self.weight_decays), "search.weight_decays",
-                 self.weight_decays, "0 or more")
+        _require(
+            all(0 < rate < 100 for rate in self.learning_rates),
+            "search.learning_rates",
+            self.learning_rates,
+            "rates above 0 and below 100",
+        )
+        _require(
+            all(decay >= 0 for decay in self.weight_decays),
+            "search.weight_decays",
+            self.weight_decays,
+            "0 or more",
+        )
         _require(self.epochs >= 1, "search.epochs", self.epochs, "at least 1")
         _require(self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
 

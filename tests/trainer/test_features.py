@@ -1,0 +1,194 @@
+"""The feature cache: one pass an image, equal to live features, whole after any death, never of something else."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from headstart.trainer import features
+from headstart.trainer.backbones.backbone import Backbone
+from headstart.trainer.backbones.tensors import tensors_fingerprint
+from headstart.trainer.errors import DataError, RunError
+from headstart.trainer.features import SHARD_SIZE, extract_features, feature_key
+from headstart.trainer.inputs.batches import pixel_batches, to_pixels
+from headstart.trainer.inputs.dataset import ImageArrays, LabelledImages
+from headstart.trainer.inputs.preprocessing import Preprocessing
+
+GREY = Preprocessing(resize=8, crop=8, channels=1, mean=(0.5,), std=(0.25,))
+
+
+class Counting(nn.Module):
+    """A small convolution that counts the images it sees."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2), nn.ReLU(), nn.Flatten())
+        self.seen = 0
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        self.seen += len(pixels)
+        found: Tensor = self.net(pixels)
+        return found
+
+
+def backbone(seed: int = 0, preprocessing: Preprocessing = GREY) -> Backbone:
+    module = Counting(seed)
+    return Backbone(
+        name="counting",
+        architecture="test:counting",
+        module=module,
+        preprocessing=preprocessing,
+        num_features=54,
+        fingerprint=tensors_fingerprint(module.state_dict(), "test:counting"),
+    )
+
+
+def images(num: int, *, mixed: bool = False, seed: int = 0) -> LabelledImages:
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(5, 20, (num, 2)) if mixed else np.full((num, 2), 9)
+    storage = ImageArrays(tuple(rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in sizes))
+    labels = np.arange(num) % 3
+    return LabelledImages(("a", "b", "c"), labels, storage.digests(), storage, storage.grey())
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one-size", "mixed-sizes"])
+@pytest.mark.parametrize("num", [1, 31, SHARD_SIZE, SHARD_SIZE + 1, 2 * SHARD_SIZE + 7])
+def test_cached_features_are_live_features_and_each_image_is_seen_once(tmp_path: Path, num: int, mixed: bool):
+    data, net = images(num, mixed=mixed), backbone()
+    cached = extract_features(net, data, tmp_path, tag="first")
+    assert net.module.seen == num
+    live = net.features(to_pixels([data.image(i) for i in range(num)], net.preprocess))
+    # The same arithmetic in batches of other sizes: a few units in the last place of values of order 1.
+    torch.testing.assert_close(cached.tensor(), live, atol=2e-6, rtol=2e-6)
+    seen = net.module.seen
+    again = extract_features(net, data, tmp_path, tag="second")
+    assert net.module.seen == seen
+    assert torch.equal(again.tensor(), cached.tensor())
+    assert (again.num_computed("first"), again.num_computed("second")) == (num, 0)
+
+
+def test_the_key_is_all_that_decides_a_feature():
+    data, net = images(20), backbone()
+    keys = {
+        feature_key(net, data),
+        feature_key(backbone(seed=1), data),
+        feature_key(backbone(preprocessing=replace(GREY, resize=9)), data),
+        feature_key(backbone(preprocessing=replace(GREY, mean=(0.4,))), data),
+        feature_key(net, data.subset(range(19))),
+        feature_key(net, data.subset([1, 0, *range(2, 20)])),
+        feature_key(net, images(20, seed=1)),
+    }
+    assert len(keys) == 7
+    relabelled = LabelledImages(("x", "y"), data.labels % 2, data.digests, data.storage, data.grey)
+    assert feature_key(net, relabelled) == feature_key(backbone(), data)
+
+
+def test_a_manifest_of_other_features_is_refused(tmp_path: Path):
+    net, data = backbone(), images(5)
+    cached = extract_features(net, data, tmp_path)
+    manifest = cached.directory / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"num_samples": 5', '"num_samples": 6'))
+    with pytest.raises(RunError, match="describes other features"):
+        extract_features(net, data, tmp_path)
+
+
+def test_a_shard_of_another_shape_is_refused(tmp_path: Path):
+    net, data = backbone(), images(5)
+    cached = extract_features(net, data, tmp_path)
+    other = extract_features(net, images(4), tmp_path)
+    (other.directory / "00000.safetensors").replace(cached.directory / "00000.safetensors")
+    with pytest.raises(RunError, match=r"are \[4, 54\], their manifest says \[5, 54\]"):
+        cached.tensor()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_refused_by_image(tmp_path: Path, bad: float):
+    net, data = backbone(), images(40)
+    plain = net.module.forward
+
+    def spoil(pixels: Tensor) -> Tensor:
+        found = plain(pixels)
+        if net.module.seen > 32:
+            found[3] = bad
+        return found
+
+    net.module.forward = spoil
+    with pytest.raises(DataError, match=r"counting .* the first is number 35"):
+        extract_features(net, data, tmp_path)
+    assert not list(tmp_path.glob("features/*/*.safetensors"))
+
+
+def test_a_full_disk_keeps_the_whole_shards_and_leaves_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    net, data = backbone(), images(SHARD_SIZE + 10)
+    real_fsync, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 3:  # the manifest, the first shard, and the second
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"No space left on device.*HEADSTART_CACHE"):
+        extract_features(net, data, tmp_path)
+    folder = next((tmp_path / "features").iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == ["00000.safetensors", "manifest.json"]
+    monkeypatch.setattr(os, "fsync", real_fsync)
+    net.module.seen = 0
+    resumed = extract_features(net, data, tmp_path)
+    assert net.module.seen == 10
+    assert torch.equal(resumed.tensor(), extract_features(backbone(), data, tmp_path / "other").tensor())
+
+
+KILLED = """
+import sys, time, importlib.util
+spec = importlib.util.spec_from_file_location("t", sys.argv[1]); t = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(t)
+from pathlib import Path
+def slow(done, total):
+    print(done, flush=True); time.sleep(0.05)
+t.extract_features(t.backbone(), t.images(3 * t.SHARD_SIZE), Path(sys.argv[2]), progress=slow)
+"""
+
+
+def test_a_killed_extraction_goes_on_at_the_first_missing_shard(tmp_path: Path):
+    command = [sys.executable, "-c", KILLED, __file__, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) > SHARD_SIZE + 32:
+                process.send_signal(signal.SIGKILL)
+                break
+    time.sleep(0.1)
+    net = backbone()
+    resumed = extract_features(net, images(3 * SHARD_SIZE), tmp_path)
+    assert net.module.seen == 2 * SHARD_SIZE
+    undisturbed = extract_features(backbone(), images(3 * SHARD_SIZE), tmp_path / "other")
+    assert torch.equal(resumed.tensor(), undisturbed.tensor())
+
+
+def test_progress_ends_at_the_total(tmp_path: Path):
+    told: list[tuple[int, int]] = []
+    extract_features(backbone(), images(70), tmp_path, progress=lambda done, total: told.append((done, total)))
+    assert told == [(32, 70), (64, 70), (70, 70)]
+
+
+def test_batches_come_in_order_and_threads_end_with_the_generator():
+    data, net = images(50, mixed=True), backbone()
+    order = np.random.default_rng(0).permutation(50)
+    batches = np.split(order, range(7, 50, 7))
+    found = torch.cat(list(pixel_batches(data, batches, net.preprocess)))
+    expected = to_pixels([data.image(i) for i in order], net.preprocess)
+    assert torch.equal(found, expected)
+    assert features.DTYPE == "float32"
