@@ -1,0 +1,235 @@
+"""Which sources a recipe gets: the catalog, finished runs, and everything it can name."""
+
+from dataclasses import replace
+from importlib.resources import files
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from headstart.trainer.backbones import weights
+from headstart.trainer.backbones.architectures import build_architecture, find_architecture
+from headstart.trainer.errors import SourceError
+from headstart.trainer.selection.sources import (
+    Sketch,
+    catalog,
+    find_source,
+    register,
+    registered,
+    registered_name,
+    resolve,
+    write_source,
+)
+
+MINE, OTHERS = "ab" * 32, "cd" * 32
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Writes a run's source/ folder and returns the run's."""
+
+    def make(name: str, data: str = OTHERS, seed: int = 0):
+        torch.manual_seed(seed)
+        module, _ = build_architecture("headstart:mtcnn-onet")
+        card = replace(catalog()["mtcnn-onet"], name=name, data_fingerprint=data)
+        sketch = Sketch(features=torch.randn(4, 2), labels=torch.arange(4), mean=torch.zeros(2), probe=MINE)
+        write_source(
+            tmp_path / f"run-{name}-{seed}" / "source", card, module.state_dict(), {"bias": torch.zeros(2)}, sketch
+        )
+        return tmp_path / f"run-{name}-{seed}"
+
+    return make
+
+
+def test_catalog_is_sound():
+    cards = catalog()
+    assert {"mobilenet-v2-imagenet", "english-g2", "resnet50-imagenet", "vit-b-16-imagenet"} <= set(cards)
+    for name, card in cards.items():
+        assert (files("headstart.trainer.catalog") / f"{name}.yaml").is_file()
+        assert card.data_fingerprint == ""
+        if not card.architecture.startswith("onnx:"):
+            find_architecture(card.architecture).check(card.preprocessing)
+    assert {card.licence for card in cards.values()} == {"MIT", "Apache-2.0", "BSD-3-Clause", "not stated"}
+
+
+def test_torchvision_cards_resize_as_torchvision_does():
+    for card in catalog().values():
+        if card.weights.startswith("torchvision:"):
+            transforms = torchvision.models.get_weight(card.weights.removeprefix("torchvision:")).transforms()
+            found = (
+                card.preprocessing.resize,
+                card.preprocessing.crop,
+                card.preprocessing.mean,
+                card.preprocessing.std,
+            )
+            assert found == (
+                *transforms.resize_size,
+                *transforms.crop_size,
+                tuple(transforms.mean),
+                tuple(transforms.std),
+            )
+    assert (catalog()["resnet50-imagenet"].preprocessing.resize, catalog()["resnet50-imagenet"].preprocessing.crop) == (
+        256,
+        224,
+    )
+
+
+def test_registry(finished, tmp_path):
+    cache = tmp_path / "cache"
+    assert registered(cache) == {}
+    entry = register(finished("mine") / "source", cache)
+    assert entry == cache / "sources" / "mine"
+    assert {path.name for path in entry.iterdir()} == {"card.yaml", "weights.safetensors", "sketch.safetensors"}
+    first = registered(cache)["mine"]
+    register(finished("mine", seed=1) / "source", cache)
+    assert registered(cache)["mine"].sha256 != first.sha256
+    assert sorted(registered(cache)) == ["mine"]
+    assert (
+        len([p for p in (cache / "sources").rglob("card.yaml") if not p.parent.is_symlink()]) == 1
+    )  # the old one is gone
+    (candidate,) = resolve(("mine",), cache)
+    assert candidate.load(cache).num_features == 1152
+    sketch = candidate.sketch()
+    assert sketch is not None
+    assert sketch.probe == MINE
+
+
+def test_registering_again_when_killed_before(finished, tmp_path):
+    cache, run = tmp_path / "cache", finished("mine")
+    left = cache / "sources" / ".mine"
+    (left / "part").mkdir(parents=True)
+    (left / "part" / "card.yaml").write_text("half")
+    (left / "0").mkdir()
+    (left / "link").symlink_to("0")
+    assert registered(cache) == {}
+    register(run / "source", cache)
+    assert registered(cache)["mine"].data_fingerprint == OTHERS
+    assert len(list(left.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["english-g2", "a/b", "..", ".hidden"])
+def test_names_that_cannot_be_registered(name, finished, tmp_path):
+    run = finished("x")
+    card = (run / "source" / "card.yaml").read_text().replace("name: x", f"name: {name!r}")
+    (run / "source" / "card.yaml").write_text(card)
+    with pytest.raises(SourceError, match="cannot be registered"):
+        register(run / "source", tmp_path / "cache")
+
+
+def test_registered_name_gives_way_to_other_tasks(finished, tmp_path):
+    cache = tmp_path / "cache"
+    assert registered_name("mine", MINE, cache) == "mine"
+    register(finished("mine", data=OTHERS) / "source", cache)
+    assert registered_name("mine", OTHERS, cache) == "mine"
+    assert registered_name("mine", MINE, cache) == "mine-abababab"
+    assert registered_name("english-g2", MINE, cache) == "english-g2-abababab"
+
+
+def test_all_leaves_out_what_was_made_from_the_same_data(finished, tmp_path):
+    cache = tmp_path / "cache"
+    register(finished("mine", data=MINE) / "source", cache)
+    register(finished("others", data=OTHERS) / "source", cache)
+    names = [candidate.card.name for candidate in resolve("all", cache, exclude_data=MINE)]
+    assert names == [*catalog(), "others"]
+    assert [c.card.name for c in resolve("all", cache)] == [*catalog(), "mine", "others"]
+    with pytest.raises(SourceError, match="source mine was made from this run's own data; take it out"):
+        resolve(("mine",), cache, exclude_data=MINE)
+
+
+def test_earlier_runs_by_path(finished, tmp_path):
+    run = finished("mine")
+    for spec in (f"source:{run}", f"source:{run}/source"):
+        (candidate,) = resolve((spec,), tmp_path)
+        assert candidate.card.name == "mine"
+        assert candidate.load(tmp_path).fingerprint
+    with pytest.raises(SourceError, match=r"has no card.yaml"):
+        resolve((f"source:{tmp_path}",), tmp_path)
+
+
+def test_candidates_fingerprint_follows_weights_and_sketch(finished, tmp_path):
+    def found(run) -> str:
+        return resolve((f"source:{run}",), tmp_path)[0].fingerprint
+
+    run = finished("mine")
+    assert found(run) == found(finished("mine"))  # written again, the same content
+    assert found(run) != found(finished("mine", seed=1))
+    before = found(run)
+    (run / "source" / "sketch.safetensors").unlink()
+    assert found(run) != before
+
+
+def test_user_files(tmp_path):
+    module, _ = build_architecture("torchvision:squeezenet1_1")
+    save_file(module.state_dict(), tmp_path / "my weights.safetensors")
+    spec = f"file:{tmp_path}/my weights.safetensors#squeezenet1_1"
+    (candidate,) = resolve((spec, spec), tmp_path)
+    card = candidate.card
+    assert card.name == f"my-weights-{card.sha256[:8]}"
+    assert (card.preprocessing.resize, card.preprocessing.crop, card.licence) == (256, 224, "not stated")
+    assert candidate.load(tmp_path).num_features == 512
+    assert find_source(card.name, (spec,), tmp_path) == card
+    with pytest.raises(SourceError, match="does not name its architecture; accepted: file:PATH#ARCH"):
+        resolve((f"file:{tmp_path}/my weights.safetensors",), tmp_path)
+    with pytest.raises(SourceError, match="no weights file"):
+        resolve((f"file:{tmp_path}/none.pth#resnet18",), tmp_path)
+
+
+def test_packaged_architecture_brings_its_own_constants(tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"")
+    (candidate,) = resolve((f"file:{tmp_path}/w.pth#headstart:english-g2",), tmp_path)
+    assert candidate.card.preprocessing == catalog()["english-g2"].preprocessing
+
+
+def test_torchvision_by_name(tmp_path):
+    (candidate,) = resolve(("torchvision:resnet50",), tmp_path)
+    assert candidate.card.weights == "torchvision:ResNet50_Weights.IMAGENET1K_V2"
+    assert (candidate.card.preprocessing.resize, candidate.card.sha256) == (232, "11ad3fa6")
+    assert candidate.card.name == "torchvision-resnet50"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("english-g3", "no source 'english-g3'; did you mean english-g2"),
+        ("????", r"accepted: .*mtcnn-onet.*also accepted: torchvision:ARCH, file:PATH#ARCH"),
+        ("torchvision:resnt50", "did you mean torchvision:resnet50"),
+        ("onnx:/nowhere.onnx", "no weights file /nowhere.onnx"),
+        ("../catalog", "no source '../catalog'"),
+    ],
+)
+def test_unknown_sources(spec, message, tmp_path):
+    with pytest.raises(SourceError, match=message):
+        resolve((spec,), tmp_path)
+
+
+def test_a_host_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):
+    asked = []
+
+    def no_answer(url, timeout):
+        asked.append(url)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(weights.urllib.request, "urlopen", no_answer)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    reasons = []
+    for candidate in resolve("all", tmp_path):
+        if candidate.card.weights.startswith("torchvision:"):
+            with pytest.raises(SourceError, match=f"source {candidate.card.name} cannot be used: https://") as caught:
+                candidate.load(tmp_path)
+            reasons.append(str(caught.value))
+    assert len(reasons) >= 7
+    assert len(asked) == 1
+    assert all("does not answer" in reason and f"put the file at {tmp_path}" in reason for reason in reasons)
+
+
+def test_weights_on_disk_are_used_without_a_network(tmp_path, monkeypatch):
+    """Made here and put where the message says; the card's digits are changed to the file's."""
+    monkeypatch.setattr(weights.urllib.request, "urlopen", None)
+    (candidate,) = resolve(("torchvision:squeezenet1_1",), tmp_path)
+    module = torchvision.models.squeezenet1_1()
+    (tmp_path / "weights").mkdir()
+    path = tmp_path / "weights" / f"squeezenet1_1-{candidate.card.sha256}.pth"
+    torch.save(module.state_dict(), path)
+    card = replace(candidate.card, sha256=weights.file_sha256(path)[:8])
+    assert replace(candidate, card=card, unreachable={"download.pytorch.org"}).load(tmp_path).num_features == 512

@@ -1,0 +1,261 @@
+"""Which source tasks there are: the catalog, the registry of finished runs, and what a recipe names.
+
+    for candidate in resolve("all", cache, exclude_data=images.fingerprint):
+        backbone = candidate.load(cache)  # SourceError: not available here, and what would make it so
+
+The registry is the folder `<cache>/sources/`; NAME there is a copy of a run's `source/` folder.
+"""
+
+import difflib
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import torchvision
+
+from headstart.trainer.backbones.architectures import find_architecture
+from headstart.trainer.backbones.backbone import Backbone, load_backbone
+from headstart.trainer.backbones.card import LICENCE_NOT_STATED, SourceCard, card_from_yaml, card_to_yaml
+from headstart.trainer.backbones.tensors import tensors_fingerprint
+from headstart.trainer.backbones.weights import file_sha256, locked
+from headstart.trainer.errors import RunError, SourceError
+from headstart.trainer.inputs.preprocessing import Preprocessing
+from headstart.trainer.selection.source_folder import (
+    CARD,
+    SKETCH_PRECISION,
+    Sketch,
+    read_card,
+    read_sketch,
+    write_source,
+)
+
+__all__ = [
+    "SKETCH_PRECISION",
+    "Candidate",
+    "Sketch",
+    "SourceCard",
+    "catalog",
+    "find_source",
+    "register",
+    "registered",
+    "registered_name",
+    "resolve",
+    "write_source",
+]
+
+_SPECS = "torchvision:ARCH, file:PATH#ARCH, onnx:PATH, source:PATH"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidate:
+    """A source task that a run may start from."""
+
+    card: SourceCard
+    base: Path | None = None
+    """The folder of the card, with its weights and sketch; None for cards without one."""
+    unreachable: set[str] = field(default_factory=set, repr=False)
+    """Hosts that did not answer; shared by the candidates of one `resolve`, so that none is waited for
+    twice."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the card, which has the weights' digest in it, and the sketch."""
+        card, sketch = card_to_yaml(self.card), self.sketch()
+        if sketch is None:
+            return tensors_fingerprint({}, card)
+        # Not the file's bytes: safetensors writes its metadata in an order of the moment.
+        tensors = {"features": sketch.features, "labels": sketch.labels, "mean": sketch.mean}
+        return tensors_fingerprint(tensors, card, sketch.probe, sketch.precision, sketch.centre)
+
+    def load(self, cache: Path, *, progress: Callable[[int, int], None] | None = None) -> Backbone:
+        """Return the backbone; raises `SourceError` with the reason and what would make it available."""
+        try:
+            return load_backbone(self.card, cache, base=self.base, unreachable=self.unreachable, progress=progress)
+        except SourceError as error:
+            raise SourceError(f"source {self.card.name} cannot be used: {error}") from error
+
+    def sketch(self) -> Sketch | None:
+        """Return the task's sketch, under whichever probe it was made; None where it has none."""
+        return read_sketch(self.base) if self.base is not None else None
+
+
+def catalog() -> dict[str, SourceCard]:
+    """Return the cards that come with Headstart, by name."""
+    found = sorted(files("headstart.trainer.catalog").iterdir(), key=lambda entry: entry.name)
+    cards = [card_from_yaml(entry.read_text(), entry.name) for entry in found if entry.name.endswith(".yaml")]
+    return {card.name: card for card in cards}
+
+
+def registered(cache: Path) -> dict[str, SourceCard]:
+    """Return the cards of the finished runs in `cache`, by name."""
+    folders = sorted((cache / "sources").glob(f"[!.]*/{CARD}"))
+    return {path.parent.name: read_card(path.parent) for path in folders}
+
+
+def registered_name(name: str, data_fingerprint: str, cache: Path) -> str:
+    """Return the name under which a run is registered: its own, or with a suffix where another task has that
+    one.
+
+    A run of the same name on the same data replaces the earlier one.
+    """
+    taken = catalog().get(name)
+    if taken is None and (cache / "sources" / name / CARD).is_file():
+        taken = read_card(cache / "sources" / name)
+    if taken is None or (data_fingerprint != "" and taken.data_fingerprint == data_fingerprint):
+        return name
+    return f"{name}-{data_fingerprint[:8]}"
+
+
+def register(source: Path, cache: Path) -> Path:
+    """Copy a run's `source/` folder into the registry under its card's name, and return the copy.
+
+    An earlier one of that name is replaced in one step: a reader, or a kill, finds the old or the new one
+    whole.
+    """
+    card = read_card(source)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", card.name) or card.name in catalog():
+        raise SourceError(
+            f"a source cannot be registered as {card.name!r}; accepted: letters, digits, '.', '_', '-', and "
+            "not the name of a source in the catalog"
+        )
+    entry = cache / "sources" / card.name
+    versions = entry.parent / f".{card.name}"
+    try:
+        with locked(entry):
+            shutil.rmtree(versions / "part", ignore_errors=True)
+            shutil.copytree(source, versions / "part")
+            taken = {path.name for path in versions.iterdir()}
+            version = next(str(number) for number in range(len(taken) + 1) if str(number) not in taken)
+            (versions / "part").replace(versions / version)
+            link = versions / "link"
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path(versions.name) / version)
+            link.replace(entry)
+            for old in versions.iterdir():
+                if old.name != version:
+                    shutil.rmtree(old)
+    except OSError as error:
+        raise RunError(
+            f"cannot register {card.name} in {entry.parent}: {error}; free space there and run again"
+        ) from error
+    return entry
+
+
+def resolve(sources: Literal["all"] | tuple[str, ...], cache: Path, *, exclude_data: str = "") -> list[Candidate]:
+    """Return the candidates of a recipe's `sources`, none of them loaded.
+
+    `all` is the catalog and the registry without sources made from the data with fingerprint `exclude_data`,
+    which would meet their own images again; naming such a source is a `SourceError`, as are unknown names and
+    paths.
+    """
+    unreachable: set[str] = set()
+    if sources == "all":
+        found: list[tuple[SourceCard, Path | None]] = [(card, None) for card in catalog().values()]
+        found += [(card, cache / "sources" / name) for name, card in registered(cache).items()]
+        found = [(card, base) for card, base in found if not _same_data(card, exclude_data)]
+    else:
+        found = [_named(spec, cache) for spec in dict.fromkeys(sources)]
+        for spec, (card, _) in zip(dict.fromkeys(sources), found, strict=True):
+            if _same_data(card, exclude_data):
+                raise SourceError(f"source {spec} was made from this run's own data; take it out of `sources`")
+    return [Candidate(card=card, base=base, unreachable=unreachable) for card, base in found]
+
+
+def find_source(name: str, sources: Literal["all"] | tuple[str, ...], cache: Path) -> SourceCard:
+    """Return the card called `name` among a recipe's `sources`; raises `SourceError` where it is not."""
+    for candidate in resolve(sources, cache):
+        if candidate.card.name == name:
+            return candidate.card
+    raise SourceError(f"there is no source {name!r} among the recipe's; `headstart sources list` shows them all")
+
+
+def _same_data(card: SourceCard, fingerprint: str) -> bool:
+    return fingerprint != "" and card.data_fingerprint == fingerprint
+
+
+def _named(spec: str, cache: Path) -> tuple[SourceCard, Path | None]:
+    """Return the card that one entry of `sources` means, and its folder."""
+    kind, _, rest = spec.partition(":")
+    if kind == "torchvision" and rest:
+        return _torchvision_card(spec), None
+    if kind in ("file", "onnx") and rest:
+        return (_file_card(spec) if kind == "file" else _onnx_card(spec)), None
+    if kind == "source" and rest:
+        folder = Path(rest).expanduser().resolve()
+        folder = folder / "source" if (folder / "source" / CARD).is_file() else folder
+        return read_card(folder), folder
+    cards = catalog()
+    if spec in cards:
+        return cards[spec], None
+    folder = cache / "sources" / spec
+    if (folder / CARD).is_file() and os.sep not in spec:
+        return read_card(folder), folder
+    names = [*cards, *registered(cache)]
+    near = difflib.get_close_matches(spec, names, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else f"accepted: {', '.join(names)}"
+    raise SourceError(f"there is no source {spec!r}; {hint} (also accepted: {_SPECS})")
+
+
+def _torchvision_card(spec: str) -> SourceCard:
+    architecture = find_architecture(spec)
+    weights = torchvision.models.get_model_weights(spec.removeprefix("torchvision:")).DEFAULT
+    transforms = weights.transforms()
+    published = re.search(r"-([0-9a-f]{8,})\.\w+$", weights.url)
+    if published is None:
+        raise SourceError(f"{weights.url} publishes no digest; download it yourself and name file:PATH#{spec}")
+    return SourceCard(
+        name=_file_safe(spec),
+        task="ImageNet, 1,000 classes of photographs",
+        architecture=architecture.name,
+        weights=f"torchvision:{weights}",
+        sha256=published[1],
+        licence=weights.meta.get("license", "BSD-3-Clause"),
+        preprocessing=Preprocessing(
+            resize=transforms.resize_size[0],
+            crop=transforms.crop_size[0],
+            mean=transforms.mean,
+            std=transforms.std,
+        ),
+    )
+
+
+def _file_card(spec: str) -> SourceCard:
+    path, _, name = spec.removeprefix("file:").rpartition("#")
+    if not path:
+        raise SourceError(f"{spec} does not name its architecture; accepted: file:PATH#ARCH, such as {spec}#resnet50")
+    architecture = find_architecture(name if ":" in name else f"torchvision:{name}")
+    preprocessing = architecture.preprocessing
+    for card in catalog().values():  # a packaged architecture has the constants of its own card
+        if card.architecture == architecture.name and card.architecture.startswith("headstart:"):
+            preprocessing = card.preprocessing
+    return _user_card(spec, Path(path), architecture.name, preprocessing)
+
+
+def _onnx_card(spec: str) -> SourceCard:
+    path, _, tensor = spec.removeprefix("onnx:").partition("#")
+    preprocessing = find_architecture("torchvision:resnet50").preprocessing
+    return _user_card(spec, Path(path), f"onnx:{tensor}", preprocessing)
+
+
+def _user_card(spec: str, path: Path, architecture: str, preprocessing: Preprocessing) -> SourceCard:
+    path = path.expanduser().resolve()
+    sha256 = file_sha256(path)
+    return SourceCard(
+        name=_file_safe(f"{path.stem}-{sha256[:8]}"),
+        task=f"your own weights, {path.name}",
+        architecture=architecture,
+        weights=f"file:{path}",
+        sha256=sha256,
+        licence=LICENCE_NOT_STATED,
+        preprocessing=preprocessing,
+    )
+
+
+def _file_safe(spec: str) -> str:
+    """Return a name for files and tables."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", spec).strip("-")
