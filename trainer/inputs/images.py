@@ -2,7 +2,8 @@
 
 What is not plain RGB is handled on purpose and said here, since it decides what a model sees: transparency is
 laid over white, 16-bit grey keeps its upper 8 bits, the camera's orientation is applied, animations give
-their first frame.
+their first frame. The server decodes by the same rules, in a room that shares no code with this one: tests hold
+that both give the same pixels and refuse the same files.
 """
 
 from functools import lru_cache
@@ -44,7 +45,7 @@ def read_image(source: str | Path | bytes, *, name: str = "") -> Pixels:
         pixels = read_image(content, name="cat.jpg")     # the name is what an error says
 
     Raises DataError, naming the file, for one that is missing, is no image, is cut short, has a mode without
-    a fixed range (float and LAB) or is larger than Pillow's limit against decompression bombs.
+    a fixed range (float and LAB) or is beyond Pillow's limit on pixels, `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     name = name or ("an image in memory" if isinstance(source, bytes) else str(source))
     try:
@@ -53,7 +54,7 @@ def read_image(source: str | Path | bytes, *, name: str = "") -> Pixels:
         raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
     try:
         return _decode(content)
-    except MemoryError:
+    except MemoryError:  # says nothing of the file
         raise
     except UnidentifiedImageError as error:
         raise DataError(f"{name} is not an image that Pillow {PIL.__version__} can read") from error
@@ -68,9 +69,11 @@ def is_grey(image: Pixels) -> bool:
 
 def _decode(content: bytes) -> Pixels:
     with Image.open(BytesIO(content), formats=image_formats()) as image:
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return np.array(_to_rgb(image), dtype=np.uint8)
+        # Pillow only warns up to twice its limit, and warnings made errors are not safe in threads.
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} is above {Image.MAX_IMAGE_PIXELS} pixels")
+        # Not in_place: of an ICNS icon with a palette, Pillow 13.0 converts a copy alone.
+        return np.array(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

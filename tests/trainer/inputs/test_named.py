@@ -31,12 +31,12 @@ def test_digits(load):
 def test_photographs(load):
     images = load("sklearn:photographs")
     assert images.classes == ("china", "flower")
-    assert np.bincount(images.labels).tolist() == [160, 160]  # 10 rows of 16 patches fit into 427 x 640
+    assert np.bincount(images.labels).tolist() == [84, 84]  # 7 rows of 12 patches fit into 427 x 640
     assert not images.is_grey
-    assert len(set(images.digests)) == 320
+    assert len(set(images.digests)) == 168
     flower = load_sample_image("flower.jpg")
-    assert np.array_equal(images.image(160), flower[:40, :40])
-    assert np.array_equal(images.image(160 + 16 + 3), flower[40:80, 120:160])
+    assert np.array_equal(images.image(84), flower[:96, :96])
+    assert np.array_equal(images.image(84 + 12 + 3), flower[48:144, 144:240])
 
 
 def test_mnist(load):
