@@ -1,0 +1,253 @@
+"""Fine-tuning under Ray Train: data-parallel workers, summed metrics, checkpoints, resume.
+
+A fit trains one model at one or more learning rates, one after the other in the same group of workers, and keeps
+the rate that validates best. It survives two kinds of death: a worker's, from which Ray Train restarts the group at
+the last checkpoint, and the driver's, after which the same call goes on from the last checkpoint that was registered.
+"""
+
+import copy
+import json
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headstart.cluster.connect import Connection
+from headstart.trainer.errors import RunError
+from headstart.trainer.loop import Loop, Rank, Task
+from headstart.trainer.recipe import Train
+from headstart.trainer.transfer import Classifier
+
+Row = dict[str, float]
+STATE = "state.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """The weights a fit ends with, and how it came to them."""
+
+    weights: dict[str, Tensor]
+    """The best rate's `Classifier.state_dict()` after its last epoch."""
+    learning_rate: float
+    """The rate that validation chose."""
+    validation_accuracy: float
+    rows: list[Row]
+    """An epoch a row, with the rate it belongs to."""
+
+
+@dataclass(kw_only=True)
+class _Progress:
+    """What the workers have done so far; saved with each epoch."""
+
+    position: int = 0
+    loop: dict[str, Any] | None = None
+    weights: dict[str, Tensor] | None = None
+    best: tuple[float, float, float] | None = None  # (validation accuracy, -validation loss, learning rate)
+    rows: list[Row] = field(default_factory=list)
+
+
+def fit(
+    model: Classifier,
+    task: Task,
+    settings: Train,
+    *,
+    learning_rates: Sequence[float],
+    seed: int,
+    connection: Connection,
+    storage: Path,
+    on_epoch: Callable[[Row, int], None] | None = None,
+) -> Fitted:
+    """Train `model` on `task` at each of `learning_rates` and return the best.
+
+    `storage` holds the checkpoints; on a cluster it must be a folder that every worker sees. It is emptied by the
+    caller once the result is stored. `on_epoch(row, total)` is called after each epoch. Raises `RunError` when the
+    workers fail more often than Ray Train is allowed to restart them.
+    """
+    ray = connection.ray(num_workers=settings.workers)
+    import ray.train.torch as ray_train_torch  # only once the connection has set Ray's environment
+
+    resume = latest_state(storage)
+    attempt = storage / f"attempt-{len(list(storage.glob('attempt-*')))}"
+    attempt.mkdir(parents=True)
+    config = {
+        "payload": ray.put((model, task, resume)),
+        "settings": settings,
+        "rates": list(learning_rates),
+        "seed": seed,
+        "rows_file": str(attempt / "rows.jsonl"),
+    }
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= settings.workers
+    trainer = ray_train_torch.TorchTrainer(
+        _worker,
+        train_loop_config=config,
+        scaling_config=ray.train.ScalingConfig(num_workers=settings.workers, use_gpu=use_gpu),
+        run_config=ray.train.RunConfig(
+            name="train",
+            storage_path=str(attempt),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            failure_config=ray.train.FailureConfig(max_failures=2),
+        ),
+    )
+    _run(trainer, attempt / "rows.jsonl", on_epoch, settings.epochs * len(learning_rates), resume)
+    state = latest_state(storage)
+    if state is None or state["best"] is None or state["position"] < len(learning_rates):
+        raise RunError(f"Ray Train ended without a finished checkpoint in {attempt}; run the same command again")
+    accuracy, _, rate = state["best"]
+    return Fitted(weights=state["weights"], learning_rate=rate, validation_accuracy=accuracy, rows=state["rows"])
+
+
+def latest_state(storage: Path) -> dict[str, Any] | None:
+    """Return the newest state that Ray Train registered under `storage`, whichever attempt made it.
+
+    Only registered checkpoints are whole. The attempts are folders of their own because the workers of a killed
+    driver live on for some seconds, and would write among those of the next.
+    """
+    attempts = sorted(storage.glob("attempt-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for attempt in attempts:
+        snapshot = attempt / "train" / "checkpoint_manager_snapshot.json"
+        if not snapshot.exists():
+            continue
+        latest = json.loads(snapshot.read_text()).get("latest_checkpoint_result")
+        if latest is None:
+            continue
+        path = snapshot.parent / latest["checkpoint_dir_name"] / STATE
+        if path.exists():
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return state
+    return None
+
+
+def _run(
+    trainer: Any,
+    rows_file: Path,
+    on_epoch: Callable[[Row, int], None] | None,
+    total: int,
+    resume: dict[str, Any] | None,
+) -> None:
+    """Run the trainer in a thread and report its epochs from this one.
+
+    In a thread Ray Train leaves SIGINT alone; its own handler would end the process with exit code 0.
+    """
+    failures: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    seen = 0
+    if on_epoch is not None and resume is not None:
+        for row in resume["rows"]:
+            on_epoch(row, total)
+    while True:
+        alive = thread.is_alive()
+        lines = rows_file.read_text().splitlines(keepends=True) if rows_file.exists() else []
+        for line in lines[seen:]:
+            if not line.endswith("\n"):
+                break
+            seen += 1
+            if on_epoch is not None:
+                on_epoch(json.loads(line), total)
+        if not alive:
+            break
+        time.sleep(0.1)
+    if failures:
+        raise RunError(
+            f"fine-tuning failed: {_root_cause(failures[0])}. The finished epochs are kept: mend the cause and run "
+            "the same command again"
+        ) from failures[0]
+
+
+def _root_cause(error: BaseException) -> str:
+    workers = getattr(error, "worker_failures", None)
+    if workers:
+        error = next(iter(workers.values()))
+    return (str(error).strip() or repr(error)).splitlines()[-1]
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Train on one rank; runs in a Ray worker process."""
+    import ray
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    size, rank_number = context.get_world_size(), context.get_world_rank()
+    device = ray.train.torch.get_device()
+    rank = Rank(rank=rank_number, size=size, device=str(device))
+    settings: Train = config["settings"]
+    if device.type == "cpu":
+        # The same number of threads wherever the rank runs, so that sums are added in the same order.
+        torch.set_num_threads(1)
+    model, task, resume = ray.get(config["payload"])
+    progress = _Progress(**(_reported_state() or resume or {}))
+    for position in range(progress.position, len(config["rates"])):
+        rate = config["rates"][position]
+        replica = ray.train.torch.prepare_model(copy.deepcopy(model))
+        loop = Loop(replica, task, settings, learning_rate=rate, seed=config["seed"], rank=rank, reduce=_all_reduce)
+        if progress.loop is not None:
+            loop.load_state(progress.loop)
+        for epoch in loop.epochs():
+            row: Row = {"peak_learning_rate": rate, **asdict(epoch)}
+            progress.rows = [*progress.rows, row]
+            progress.loop = loop.state()
+            if epoch.epoch == settings.epochs:
+                outcome = (epoch.validation_accuracy, -epoch.validation_loss, rate)
+                if progress.best is None or outcome[:2] > progress.best[:2]:
+                    progress.best = outcome
+                    progress.weights = _cpu(loop.inner.state_dict())
+                progress = replace(progress, position=position + 1, loop=None)
+            _report(progress, row, rank_number, Path(config["rows_file"]))
+
+
+def _all_reduce(totals: Tensor) -> Tensor:
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        import ray.train.torch
+
+        device = ray.train.torch.get_device()
+        shared = totals.to(device, copy=True)
+        torch.distributed.all_reduce(shared)
+        return shared.cpu()
+    return totals
+
+
+def _cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+
+def _reported_state() -> dict[str, Any] | None:
+    """Return the state from which Ray Train restarts this group, if it does."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as directory:
+        state: dict[str, Any] = torch.load(Path(directory) / STATE, map_location="cpu", weights_only=True)
+        return state
+
+
+def _report(progress: _Progress, row: Row, rank: int, rows_file: Path) -> None:
+    import ray.train
+
+    if rank != 0:
+        ray.train.report(dict(row))
+        return
+    directory = Path(tempfile.mkdtemp())
+    try:
+        torch.save(vars(progress), directory / STATE)
+        ray.train.report(dict(row), checkpoint=ray.train.Checkpoint.from_directory(str(directory)))
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    with rows_file.open("a") as file:
+        file.write(json.dumps(row) + "\n")

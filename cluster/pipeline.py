@@ -1,0 +1,162 @@
+"""One recipe through every stage, from labelled images to a served model that is a source for the next.
+
+    with Connection() as connection:
+        summary = run(load_recipe("demo"), Path("runs/demo"), connection=connection)
+
+Each stage is a function of the recipe and of the stages before it, and is skipped when these have not changed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from headstart.cluster.connect import Connection
+from headstart.cluster.recipe_file import recipe_yaml
+from headstart.cluster.stages.choose import (
+    choose,
+    chosen_model,
+    rank,
+    train_control,
+    tune_source,
+    write_training_csv,
+)
+from headstart.cluster.stages.context import Context, Reporter, cache_root
+from headstart.cluster.stages.finish import evaluate, export, register_source
+from headstart.cluster.stages.run_directory import Result, RunDirectory, Stage, fingerprint, write_json
+from headstart.trainer.files import write_atomically
+from headstart.trainer.inputs.readers import load_images
+from headstart.trainer.inputs.split import split_images
+from headstart.trainer.recipe import Recipe
+from headstart.trainer.selection.ranking import Target
+
+Until = Literal["rank", "fit", "evaluate", "export", "register"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run came to; what its stages did not reach is None."""
+
+    path: Path
+    """The run directory."""
+    summary: dict[str, Any]
+    """The document of summary.json."""
+    ranking: Result
+    """The document of ranking.json."""
+    choice: Result | None = None
+    """The mode and source chosen, and why."""
+    evaluation: Result | None = None
+    """The document of evaluation.json."""
+    manifest: Result | None = None
+    """The document of package/manifest.json."""
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    connection: Connection,
+    cache: Path | None = None,
+    reporter: Reporter | None = None,
+    fresh: bool = False,
+    until: Until = "register",
+) -> Outcome:
+    """Take `recipe` through the stages up to and with `until`.
+
+    The summary of a run that ends early has null for what is not known yet; summary.json is written at the end
+    alone. Raises the errors of the rooms, each with the next step; what is finished stays and is not done again.
+    """
+    cache, reporter = cache or cache_root(), reporter or Reporter()
+    with RunDirectory(out, {"name": recipe.name, "data": recipe.data.path}, fresh=fresh) as directory:
+        write_atomically(directory.path / "recipe.yaml", recipe_yaml(recipe).encode())
+        context = _prepare(recipe, directory, cache, connection, reporter)
+        outcome = _stages(context, until)
+        if until == "register":
+            write_json(directory.path / "summary.json", outcome.summary)
+        directory.finish()
+        return outcome
+
+
+def _prepare(
+    recipe: Recipe, directory: RunDirectory, cache: Path, connection: Connection, reporter: Reporter
+) -> Context:
+    """Read the data; always done, because the other stages' inputs are named by its content."""
+    with reporter.bar("data") as progress:
+        images = load_images(recipe.data, cache, progress)
+    parts = split_images(images, recipe.data.split, recipe.seed)
+    inputs: dict[str, object] = {
+        "images": images.fingerprint,
+        "parts": {name: fingerprint(part.tolist()) for name, part in parts.items()},
+    }
+    result: Result = {
+        "num_images": len(images),
+        "classes": list(images.classes),
+        "skipped": list(images.skipped),
+        "parts": {name: len(part) for name, part in parts.items()},
+    }
+    stage = directory.stage("data", inputs, lambda: [], lambda: (result, []))
+    return Context(
+        recipe=recipe,
+        target=Target(images=images, parts=parts),
+        data_key=stage.key,
+        run=directory,
+        cache=cache,
+        connection=connection,
+        reporter=reporter,
+    )
+
+
+def _stages(context: Context, until: Until) -> Outcome:
+    ranked = rank(context)
+    if until == "rank":
+        return _outcome(context, ranked)
+    tuned = tune_source(context, ranked)
+    write_training_csv(context.run.path / "training.csv", {"fit": tuned})
+    chosen = choose(context, ranked, tuned)
+    if until == "fit":
+        return _outcome(context, ranked, chosen)
+    control = train_control(context, ranked)
+    write_training_csv(context.run.path / "training.csv", {"fit": tuned, "control": control})
+    model = chosen_model(context, chosen, tuned)
+    evaluated = evaluate(context, model, chosen, control, tuned)
+    if until == "evaluate":
+        return _outcome(context, ranked, chosen, evaluated)
+    exported = export(context, model, chosen, evaluated)
+    if until == "register":
+        register_source(context, model, chosen)
+    return _outcome(context, ranked, chosen, evaluated, exported)
+
+
+def _outcome(
+    context: Context,
+    ranked: Stage,
+    chosen: Stage | None = None,
+    evaluated: Stage | None = None,
+    exported: Stage | None = None,
+) -> Outcome:
+    fields = ("source", "distance", "score", "audition_accuracy", "seconds", "available", "reason", "licence")
+    evaluation = evaluated.result if evaluated else {}
+    summary = {
+        "schema": 1,
+        "name": context.recipe.name,
+        "target": context.recipe.data.path,
+        "source": chosen.result["source"] if chosen else None,
+        "mode": chosen.result["mode"] if chosen else None,
+        "ranking": [{field: entry[field] for field in fields} for entry in ranked.result["ranking"]],
+        "test": evaluation.get("test"),
+        "controls": evaluation.get("controls"),
+        "verdict": evaluation.get("verdict"),
+        "verdict_interval": evaluation.get("verdict_interval"),
+        "package": "package" if exported else None,
+        "stages": {
+            name: {"seconds": stage.seconds, "skipped": stage.skipped} for name, stage in context.run.stages.items()
+        },
+        "num_backbone_images": context.run.num_backbone_images(),
+    }
+    return Outcome(
+        path=context.run.path,
+        summary=summary,
+        ranking=ranked.result,
+        choice=chosen.result if chosen else None,
+        evaluation=evaluated.result if evaluated else None,
+        manifest=exported.result["manifest"] if exported else None,
+    )

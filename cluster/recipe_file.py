@@ -1,0 +1,142 @@
+"""Recipes as YAML files: found by path or shipped name, overridden by `--set`, checked field by field."""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from headstart.trainer.errors import RecipeError
+from headstart.trainer.recipe import Data, Export, Recipe, Search, Split, Train
+
+_SHIPPED = "headstart.cluster.recipes"
+_NAMED_DATA = re.compile(r"[a-z0-9]+:\w")
+_SECTIONS: dict[tuple[str, ...], type] = {
+    (): Recipe,
+    ("data",): Data,
+    ("data", "split"): Split,
+    ("train",): Train,
+    ("search",): Search,
+    ("export",): Export,
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a word; a rate written so is a number here, as it is in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipes that come with Headstart."""
+    names = (entry.name for entry in files(_SHIPPED).iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a path or a shipped name and apply `KEY.KEY=VALUE` overrides, each a YAML value.
+
+    Relative paths in it are made absolute. Raises `RecipeError` naming each field that cannot be and what it accepts.
+    """
+    document = _read(reference)
+    for override in overrides:
+        _override(document, override)
+    try:
+        text = json.dumps(document)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"recipe {reference}: {error}; accepted: text, numbers, lists and mappings") from error
+    try:
+        recipe = TypeAdapter(Recipe).validate_json(text)
+    except ValidationError as error:
+        problems = dict.fromkeys(_explain(detail) for detail in error.errors())
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise RecipeError(f"recipe {reference} cannot be used:\n{listed}") from None
+    return _absolute(recipe)
+
+
+def recipe_document(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as the plain mapping that its YAML file holds."""
+    document: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return document
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """Return the recipe, every default filled in, as YAML that `load_recipe` reads back."""
+    return yaml.safe_dump(recipe_document(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _read(reference: str) -> dict[str, Any]:
+    path = Path(reference)
+    shipped = files(_SHIPPED).joinpath(f"{reference}.yaml")
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read recipe {reference}: {error}") from error
+    elif "/" not in reference and shipped.is_file():
+        text = shipped.read_text(encoding="utf-8")
+    else:
+        close = difflib.get_close_matches(reference, shipped_recipes(), n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise RecipeError(
+            f"no recipe {reference!r}: {hint}Accepted: the path of a .yaml file, or one of "
+            f"{', '.join(shipped_recipes())}"
+        )
+    try:
+        document = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {reference} is not YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise RecipeError(f"recipe {reference} is a {type(document).__name__}; accepted: a mapping, see `folder.yaml`")
+    return document
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"--set {override!r}; accepted: KEY=VALUE, such as --set train.epochs=3")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {key}: {text!r} is not a YAML value: {error}") from error
+    for part in parts[:-1]:
+        inner = document.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {key}: {part} is {inner!r} and has no fields")
+        document = inner
+    document[parts[-1]] = value
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """Turn one of pydantic's errors into 'field: what is wrong; what is accepted'."""
+    location = [str(part) for part in detail["loc"]]
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    if detail["type"] == "unexpected_keyword_argument":
+        accepted = [field.name for field in dataclasses.fields(_SECTIONS.get(tuple(location[:-1]), Recipe))]
+        close = difflib.get_close_matches(location[-1], accepted, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{'.'.join(location)}: no such field. {hint}Accepted: {', '.join(accepted)}"
+    if detail["type"] in ("missing", "missing_argument"):
+        return f"{'.'.join(location)}: this field is required"
+    # A union's error names its member behind the field ("sources.tuple[str, ...]"); the field is what the user wrote.
+    names = [part for part in location if re.fullmatch(r"\w+", part) and part not in ("int", "float")]
+    return f"{'.'.join(names)}: {detail['msg']}; found {detail['input']!r}"
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    if _NAMED_DATA.match(recipe.data.path):
+        return recipe
+    path = str(Path(recipe.data.path).expanduser().absolute())
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=path))

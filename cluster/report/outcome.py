@@ -1,0 +1,113 @@
+"""A run in words and tables, for a terminal."""
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from headstart.cluster.pipeline import Outcome
+
+
+def print_outcome(outcome: Outcome, console: Console) -> None:
+    """Print what the run came to, as far as it went."""
+    print_ranking(outcome, console)
+    if outcome.choice is not None:
+        console.print(
+            f"\n[bold]Chosen: mode {outcome.choice['mode']} from {outcome.choice['source']}[/bold]: "
+            f"{escape(outcome.choice['reason'])}"
+        )
+    if outcome.evaluation is not None:
+        _print_evaluation(outcome, console)
+    if outcome.manifest is not None:
+        _print_package(outcome, console)
+
+
+def print_ranking(outcome: Outcome, console: Console) -> None:
+    """Print the sources, the best first."""
+    table = Table(title=f"Sources for {outcome.summary['name']}, best audition first", title_justify="left")
+    table.add_column("source", no_wrap=True)
+    for column in ("k-NN", "ridge", "score", "audition", "energy", "Euclidean", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("licence")
+    missing = []
+    for entry in outcome.ranking["ranking"]:
+        if not entry["available"]:
+            missing.append(entry)
+            continue
+        distances = entry["distances"] or {"energy": None, "euclidean": None}
+        table.add_row(
+            entry["source"],
+            *(_share(entry[name]) for name in ("knn", "ridge", "score", "audition_accuracy")),
+            _number(distances["energy"]),
+            _number(distances["euclidean"]),
+            f"{entry['seconds']:.1f}",
+            entry["licence"],
+        )
+    console.print(table)
+    console.print(
+        "k-NN, ridge: leaving one training image out. audition: the best of a bank of heads, on validation. "
+        f"energy, Euclidean: distance of the tasks' features under {outcome.ranking['probe']}, smaller is closer.",
+        style="dim",
+    )
+    for entry in missing:
+        console.print(f"unavailable: [bold]{entry['source']}[/bold]: {escape(entry['reason'])}")
+
+
+def _print_evaluation(outcome: Outcome, console: Console) -> None:
+    assert outcome.evaluation is not None
+    evaluation, choice = outcome.evaluation, outcome.choice or {}
+    table = Table(title=f"\nOn {evaluation['test']['num_samples']} test images", title_justify="left")
+    table.add_column("model")
+    table.add_column("accuracy", justify="right")
+    table.add_column("95% interval")
+    names = {
+        "scratch": "control: the same architecture from scratch",
+        "raw_pixels": "control: raw 16x16 pixels",
+    }
+    rows = [(f"{choice.get('source')}, {choice.get('mode')}", evaluation["test"])]
+    rows += [(names[name], control) for name, control in evaluation["controls"].items() if control]
+    for name, figures in rows:
+        table.add_row(name, _share(figures["accuracy"]), _interval(figures["interval"]))
+    console.print(table)
+    if evaluation["verdict"] is not None:
+        against = names[evaluation["verdict_control"]].removeprefix("control: ")
+        console.print(
+            f"[bold]Verdict: {evaluation['verdict']}[/bold]. Difference to the stronger control ({against}), image by "
+            f"image: {_interval(evaluation['verdict_interval'], signed=True)} at 95%."
+        )
+    console.print(
+        f"Temperature {evaluation['temperature']:.3f}, calibration error {evaluation['calibration_error']:.4f}; "
+        f"{evaluation['num_test_images_also_in_training']} test images are also among those learned from."
+    )
+
+
+def _print_package(outcome: Outcome, console: Console) -> None:
+    assert outcome.manifest is not None
+    parity, latency = outcome.manifest["parity"], outcome.manifest["latency"]
+    console.print(f"\n[bold]Package: {outcome.path / 'package'}[/bold] (licence: {outcome.manifest['licence']})")
+    worst = max(parity["rows"], key=lambda row: row["relative_difference"])
+    batches = ", ".join(str(row["batch"]) for row in parity["rows"])
+    agreement = min(row["top1_agreement"] for row in parity["rows"])
+    console.print(
+        f"Parity with PyTorch at batches {batches}: logits within {worst['relative_difference']:.2g} of the largest, "
+        f"top-1 agreement {agreement:.4f}."
+    )
+    if latency:
+        shape = "x".join(map(str, latency["shape"]))
+        console.print(
+            f"Prediction p50 {latency['predict_p50_ms']:.3f} ms, bare session.run {latency['session_run_p50_ms']:.3f} "
+            f"ms (ratio {latency['ratio']:.3f}), one {shape} image, {latency['provider']}."
+        )
+    console.print(f"Source: {outcome.path / 'source'}. Summary: {outcome.path / 'summary.json'}")
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _interval(interval: list[float], *, signed: bool = False) -> str:
+    form = "{:+.4f}" if signed else "{:.4f}"
+    return "[" + ", ".join(form.format(value) for value in interval) + "]"

@@ -1,0 +1,249 @@
+"""The stages that conclude: evaluation with its controls, the package, and the way back into the list of sources."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from headstart.cluster.report.plots import plot_confusion, plot_learning
+from headstart.cluster.stages.choose import Model, fitted_model, load_probe, validation_logits
+from headstart.cluster.stages.context import Context
+from headstart.cluster.stages.run_directory import Result, Stage, fingerprint, write_json
+from headstart.serving.export import OnnxStage, export_package
+from headstart.trainer.errors import SourceError
+from headstart.trainer.evaluation import (
+    bootstrap_interval,
+    expected_calibration_error,
+    fit_temperature,
+    paired_interval,
+    raw_pixels_control,
+    verdict,
+)
+from headstart.trainer.features import CachedFeatures, extract_features
+from headstart.trainer.inputs.batches import pixel_batches, to_pixels
+from headstart.trainer.inputs.dataset import LabelledImages
+from headstart.trainer.inputs.preprocessing import Preprocess, Preprocessing
+from headstart.trainer.inputs.split import duplicates_between
+from headstart.trainer.selection.ranking import make_sketch, sketched
+from headstart.trainer.selection.sources import (
+    SourceCard,
+    find_source,
+    register,
+    registered_name,
+    write_source,
+)
+
+RAW_SIDE = 16
+NUM_PARITY_SAMPLES = 16
+LATENCY_RUNS = 200
+
+
+def evaluate(context: Context, model: Model, chosen: Stage, control: Stage | None, tuned: Stage | None) -> Stage:
+    """Measure the chosen model and its controls on the test images; writes evaluation.json and two pictures."""
+    inputs = {
+        "model": chosen.key,
+        "control": control.key if control else None,
+        "tuned": tuned.key if tuned else None,
+        "seed": context.recipe.seed,
+    }
+    path = context.run.path
+    files = [path / "evaluation.json", path / "confusion.png"]
+    if tuned or control:
+        files.append(path / "learning.png")
+
+    def make() -> tuple[Result, list[CachedFeatures]]:
+        used: list[CachedFeatures] = []
+        validation, test = context.target.part("validation"), context.target.part("test")
+        with context.reporter.bar("evaluate") as progress:
+            logits = _logits(context, model, test, used, progress)
+        temperature = fit_temperature(validation_logits(context, model, used).numpy(), validation.labels)
+        correct = _correct(logits, test)
+        controls: dict[str, np.ndarray] = {}
+        if control is not None:
+            scratch = fitted_model(context, "control", control)
+            with context.reporter.bar("evaluate scratch") as progress:
+                controls["scratch"] = _correct(_logits(context, scratch, test, used, progress), test)
+        controls["raw_pixels"] = _raw_pixels(context)
+        result = _conclude(context, chosen.result, logits, temperature, correct, controls)
+        write_json(path / "evaluation.json", result)
+        plot_confusion(path / "confusion.png", test.labels, logits.argmax(1).numpy(), test.classes, context.recipe.name)
+        fits = {name: stage.result for name, stage in (("fit", tuned), ("control", control)) if stage}
+        if fits:
+            plot_learning(path / "learning.png", fits, context.recipe.name)
+        return result, used
+
+    return context.run.stage("evaluate", inputs, lambda: files, make)
+
+
+def _logits(
+    context: Context,
+    model: Model,
+    images: LabelledImages,
+    used: list[CachedFeatures],
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    cached = extract_features(model.backbone, images, context.cache, tag=context.tag, progress=progress)
+    used.append(cached)
+    return model.logits(cached.tensor())
+
+
+def _correct(logits: Tensor, images: LabelledImages) -> np.ndarray:
+    correct: np.ndarray = (logits.argmax(1) == torch.from_numpy(images.labels)).numpy()
+    return correct
+
+
+def _raw_pixels(context: Context) -> np.ndarray:
+    """Return which test images a logistic regression on 16x16 pixels has right; grey pixels where all images are."""
+    channels: Literal[1, 3] = 1 if bool(context.target.images.grey.all()) else 3
+    preprocess = Preprocess(
+        Preprocessing(resize=RAW_SIDE, crop=RAW_SIDE, channels=channels, mean=(0.0,) * channels, std=(1.0,) * channels)
+    )
+
+    def pixels(name: str) -> tuple[np.ndarray, np.ndarray]:
+        images = context.target.part(name)
+        batches = np.split(np.arange(len(images)), range(256, len(images), 256))
+        return torch.cat(list(pixel_batches(images, batches, preprocess))).flatten(1).numpy(), images.labels
+
+    test, labels = pixels("test")
+    correct: np.ndarray = raw_pixels_control(*pixels("train"), *pixels("validation"), test) == labels
+    return correct
+
+
+def _conclude(
+    context: Context,
+    choice: Result,
+    logits: Tensor,
+    temperature: float,
+    correct: np.ndarray,
+    controls: dict[str, np.ndarray],
+) -> Result:
+    """Compare with the stronger control, so that `transfer` means better than both."""
+    seed, test = context.recipe.seed, context.target.part("test")
+    difference, against = None, None
+    if "scratch" in controls:
+        against = max(controls, key=lambda name: controls[name].mean())
+        difference = paired_interval(correct, controls[against], seed=seed)
+    probabilities = torch.softmax(logits / temperature, dim=1)
+    known, tests = (
+        np.concatenate([context.target.parts[p] for p in ("train", "validation")]),
+        context.target.parts["test"],
+    )
+    return {
+        "schema": 1,
+        "choice": choice,
+        "test": _accuracy(correct, seed) | {"num_samples": len(test)},
+        "controls": {
+            name: _accuracy(controls[name], seed) if name in controls else None for name in ("scratch", "raw_pixels")
+        },
+        "verdict": verdict(difference) if difference else None,
+        "verdict_interval": list(difference) if difference else None,
+        "verdict_control": against,
+        "temperature": temperature,
+        "calibration_error": expected_calibration_error(probabilities.numpy(), test.labels),
+        "class_accuracy": {
+            name: float(correct[test.labels == label].mean()) for label, name in enumerate(test.classes)
+        },
+        "num_test_images_also_in_training": duplicates_between(context.target.images, known, tests),
+    }
+
+
+def _accuracy(correct: np.ndarray, seed: int) -> dict[str, Any]:
+    return {"accuracy": float(correct.mean()), "interval": list(bootstrap_interval(correct, seed=seed))}
+
+
+def export(context: Context, model: Model, chosen: Stage, evaluated: Stage) -> Stage:
+    """Write the package: one ONNX graph from uint8 images to probabilities, proven against PyTorch."""
+    package = context.run.path / "package"
+    recipe = context.recipe
+    inputs = {
+        "model": chosen.key,
+        "temperature": evaluated.result["temperature"],
+        "export": asdict(recipe.export),
+        "name": recipe.name,
+    }
+    card = find_source(model.source, recipe.sources, context.cache)
+
+    def reference(images: np.ndarray) -> np.ndarray:
+        pixels = to_pixels(list(images), model.backbone.preprocess)
+        logits: np.ndarray = model.logits(model.backbone.features(pixels)).numpy()
+        return logits
+
+    def make() -> tuple[Result, list[CachedFeatures]]:
+        validation = context.target.part("validation")
+        samples = [validation.image(i) for i in range(min(len(validation), NUM_PARITY_SAMPLES))]
+        backbone = model.backbone
+        middle: nn.Module | OnnxStage
+        if backbone.onnx is None:
+            assert backbone.module is not None  # a backbone has a module or a graph
+            middle = backbone.module
+        else:
+            graph = backbone.onnx
+            middle = OnnxStage(path=graph.path, input=graph.input_name, output=graph.output_name)
+        with context.reporter.bar("export"):
+            manifest = export_package(
+                package,
+                name=recipe.name,
+                stages=[backbone.preprocess, middle, model.head],
+                labels=context.target.images.classes,
+                temperature=evaluated.result["temperature"],
+                reference=reference,
+                samples=samples,
+                preprocessing=asdict(backbone.preprocessing),
+                licence=card.licence,
+                opset=recipe.export.opset,
+                tolerance=recipe.export.tolerance,
+                latency_runs=LATENCY_RUNS,
+                provenance={
+                    "recipe": fingerprint(inputs),
+                    "data": context.target.images.fingerprint,
+                    "source": model.source,
+                    "mode": model.mode,
+                    "backbone": backbone.fingerprint,
+                },
+            )
+        return {"manifest": asdict(manifest)}, []
+
+    return context.run.stage("export", inputs, lambda: [p for p in package.iterdir() if p.is_file()], make)
+
+
+def register_source(context: Context, model: Model, chosen: Stage) -> Stage:
+    """Write the run's `source/` folder and put a copy into the cache's list of sources."""
+    folder = context.run.path / "source"
+    card = _card(context, model)
+    inputs = {"model": chosen.key, "data": context.data_key, "name": card.name}
+
+    def make() -> tuple[Result, list[CachedFeatures]]:
+        try:
+            probe = load_probe(context)
+        except SourceError as error:
+            raise SourceError(f"the run is finished, but cannot become a source without the probe: {error}") from error
+        with context.reporter.bar("sketch") as progress:
+            images = sketched(context.target, context.recipe.seed)
+            sketch, cached = make_sketch(probe, images, context.cache, tag=context.tag, progress=progress)
+        state = model.backbone.module.state_dict() if model.backbone.module is not None else None
+        write_source(folder, card, state, model.head.state_dict(), sketch)
+        return {"name": card.name}, [cached]
+
+    stage = context.run.stage("register", inputs, lambda: sorted(folder.iterdir()), make)
+    register(folder, context.cache)
+    return stage
+
+
+def _card(context: Context, model: Model) -> SourceCard:
+    source = find_source(model.source, context.recipe.sources, context.cache)
+    images = context.target.images
+    return SourceCard(
+        name=registered_name(context.recipe.name, images.fingerprint, context.cache),
+        task=f"{len(images.classes)} classes: {', '.join(images.classes[:10])}",
+        architecture=source.architecture,
+        weights=source.weights,
+        sha256=source.sha256,
+        licence=source.licence,
+        preprocessing=source.preprocessing,
+        classes=images.classes,
+        data_fingerprint=images.fingerprint,
+        notes=f"made by Headstart from {model.source} in mode {model.mode}",
+    )

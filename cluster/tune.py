@@ -1,0 +1,157 @@
+"""Search with Ray Tune: every trial is one bank of heads, trained at once on one source's cached features.
+
+A trial of one head would spend its time starting a process; a bank trains the whole of `search` in the same time.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from headstart.cluster.connect import Connection
+from headstart.cluster.recipe_file import recipe_document
+from headstart.cluster.stages.context import Reporter, cache_root
+from headstart.cluster.stages.run_directory import RunDirectory, write_json
+from headstart.trainer.errors import RunError, SourceError
+from headstart.trainer.features import extract_features
+from headstart.trainer.heads import audition, head_settings
+from headstart.trainer.inputs.readers import load_images
+from headstart.trainer.inputs.split import split_images
+from headstart.trainer.recipe import Recipe
+from headstart.trainer.selection.ranking import Target
+from headstart.trainer.selection.sources import resolve
+
+Trials = dict[str, Any]
+
+_FIGURES = ("accuracy", "loss", "learning_rate", "weight_decay", "seed", "num_heads")
+
+
+def tune_heads(recipe: Recipe, out: Path, *, connection: Connection, cache: Path | None = None) -> Trials:
+    """Run one trial a source and return them, the best first; the document is written to `out`/tune.json.
+
+    Features are computed here, once, before the trials start. Raises `SourceError` when no source is available and
+    `RunError` when a trial fails.
+    """
+    cache = cache or cache_root()
+    # The folder is held as a run holds it, so that a run of the same recipe can follow in it, and no other's is used.
+    with RunDirectory(out, {"name": recipe.name, "data": recipe.data.path}) as directory:
+        images = load_images(recipe.data, cache)
+        target = Target(images=images, parts=split_images(images, recipe.data.split, recipe.seed))
+        storage = directory.private / "tune"
+        shutil.rmtree(storage, ignore_errors=True)
+        trials = _run_trials(recipe, target, _features(recipe, target, cache), storage, connection)
+        shutil.rmtree(storage, ignore_errors=True)
+        document = {
+            "schema": 1,
+            "name": recipe.name,
+            "search": recipe_document(recipe)["search"],
+            "trials": sorted(trials, key=lambda trial: (-trial["accuracy"], trial["loss"], trial["source"])),
+        }
+        write_json(directory.path / "tune.json", document)
+        return document
+
+
+def _features(recipe: Recipe, target: Target, cache: Path) -> dict[str, torch.Tensor]:
+    """Return every available source's features of the known images, [N, D] each."""
+    reporter, known = Reporter(), target.known()
+    features: dict[str, torch.Tensor] = {}
+    for candidate in resolve(recipe.sources, cache, exclude_data=target.images.fingerprint):
+        try:
+            backbone = candidate.load(cache)
+        except SourceError:
+            if recipe.sources != "all":
+                raise
+            continue
+        with reporter.bar(f"features {candidate.card.name}") as progress:
+            features[candidate.card.name] = extract_features(backbone, known, cache, progress=progress).tensor()
+    if not features:
+        raise SourceError("no source is available; `headstart rank` says what would make each of them so")
+    return features
+
+
+def _run_trials(
+    recipe: Recipe, target: Target, features: dict[str, torch.Tensor], storage: Path, connection: Connection
+) -> list[dict[str, Any]]:
+    """Run a trial for each of `features` and return the figures of their banks."""
+    # Tune's trials leak their resources when it runs without Ray's dashboard.
+    ray = connection.ray(num_workers=1, dashboard=True)
+    from ray import tune
+
+    labels = torch.from_numpy(target.known().labels)
+    stored = {name: ray.put((tensor.clone(), labels)) for name, tensor in features.items()}
+    trial = tune.with_parameters(
+        _trial,
+        stored=stored,
+        num_train=len(target.parts["train"]),
+        num_classes=target.num_classes,
+        recipe=recipe,
+    )
+    tuner = tune.Tuner(
+        trial,
+        param_space={"source": tune.grid_search(sorted(features))},
+        tune_config=tune.TuneConfig(metric="accuracy", mode="max"),
+        run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0),
+    )
+    # Tune's own handler of SIGINT would return half the trials as if they were all.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's error is raised below, in one line
+    # Even at verbose=0 Tune prints its configuration, and stdout is for the result.
+    with Reporter().bar("tune"), contextlib.redirect_stdout(io.StringIO()):
+        results = tuner.fit()
+    if results.errors:
+        reason = str(results.errors[0]).strip().splitlines()[-1].removeprefix("headstart.trainer.errors.")
+        raise RunError(
+            f"{len(results.errors)} of {len(results)} trials failed, the first with {reason}"
+        ) from results.errors[0]
+    trials: list[dict[str, Any]] = []
+    for position in range(len(results)):
+        figures = results[position].metrics or {}
+        trials.append({"source": figures["config"]["source"], **{name: figures[name] for name in _FIGURES}})
+    return trials
+
+
+def print_trials(document: Trials) -> None:
+    """Print the trials as a table, the best first."""
+    table = Table(title=f"Banks of heads for {document['name']}", title_justify="left")
+    for column in ("source", "heads", "best accuracy", "loss", "rate", "decay", "seed"):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    for trial in document["trials"]:
+        table.add_row(
+            trial["source"], str(trial["num_heads"]), f"{trial['accuracy']:.4f}", f"{trial['loss']:.4f}",
+            f"{trial['learning_rate']:g}", f"{trial['weight_decay']:g}", str(trial["seed"]),
+        )  # fmt: skip
+    Console().print(table)
+
+
+def _trial(
+    config: dict[str, str], *, stored: dict[str, Any], num_train: int, num_classes: int, recipe: Recipe
+) -> dict[str, float]:
+    import ray
+
+    features, labels = ray.get(stored[config["source"]])
+    found = audition(
+        features[:num_train],
+        labels[:num_train],
+        features[num_train:],
+        labels[num_train:],
+        num_classes=num_classes,
+        search=recipe.search,
+        optimizer=recipe.train.optimizer,
+        seed=recipe.seed,
+    )
+    setting = found.setting
+    return {
+        "accuracy": found.accuracy,
+        "loss": found.loss,
+        "learning_rate": setting.learning_rate,
+        "weight_decay": setting.weight_decay,
+        "seed": setting.seed,
+        "num_heads": len(head_settings(recipe.search)),
+    }

@@ -1,0 +1,138 @@
+"""Fine-tuning under Ray Train: two workers learn, survive a worker's death, and refuse who has no token."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from headstart.cluster.connect import Connection
+from headstart.cluster.fit import fit, latest_state
+from headstart.trainer.errors import RunError
+from headstart.trainer.inputs.dataset import ImageArrays, LabelledImages
+from headstart.trainer.inputs.preprocessing import Preprocess, Preprocessing
+from headstart.trainer.loop import Task
+from headstart.trainer.recipe import Train
+from headstart.trainer.transfer import Classifier
+
+SETTINGS = Train(epochs=3, batch_size=20, workers=2)
+RATES = (1e-5, 1e-2)
+
+
+def task() -> Task:
+    found = load_digits()
+    storage = ImageArrays((found.images[:160] * 15).astype(np.uint8))
+    everything = LabelledImages(
+        tuple("0123456789"), found.target[:160].astype(np.int64), storage.digests(), storage, storage.grey()
+    )
+    preprocess = Preprocess(Preprocessing(resize=8, crop=8, channels=1, mean=(0.5,), std=(0.5,)))
+    return Task(
+        train=everything.subset(range(100)),
+        validation=everything.subset(range(100, 160)),
+        preprocess=preprocess,
+    )
+
+
+class Network(nn.Module):
+    """A small net; with `kill` set, rank 1 kills itself once, in its third forward pass in training."""
+
+    def __init__(self, kill: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
+        self.kill, self.passes = kill, 0
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.passes += self.training
+        if self.kill and self.passes == 8 and torch.distributed.get_rank() == 1 and not Path(self.kill).exists():
+            Path(self.kill).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        found: torch.Tensor = self.net(pixels)
+        return found
+
+
+@pytest.fixture(scope="module")
+def connection() -> Iterator[Connection]:
+    with Connection() as connection:
+        yield connection
+
+
+def run(connection: Connection, storage: Path, kill: str = "", settings: Train = SETTINGS):
+    torch.manual_seed(1)
+    model = Classifier(Network(kill), nn.Linear(288, 10))
+    rows: list[dict[str, float]] = []
+    fitted = fit(
+        model, task(), settings, learning_rates=RATES, seed=3, connection=connection, storage=storage,
+        on_epoch=lambda row, total: rows.append(row | {"total": total}),
+    )  # fmt: skip
+    return fitted, rows
+
+
+def test_two_workers_learn_and_validation_chooses_the_rate(connection: Connection, tmp_path: Path):
+    fitted, rows = run(connection, tmp_path / "plain")
+    assert fitted.learning_rate == 1e-2
+    assert fitted.validation_accuracy > 0.5
+    assert [(row["peak_learning_rate"], row["epoch"]) for row in rows] == [
+        (rate, epoch) for rate in RATES for epoch in (1, 2, 3)
+    ]
+    assert {row["total"] for row in rows} == {6}
+    assert [row["validation_loss"] for row in fitted.rows] == [row["validation_loss"] for row in rows]
+    model = Classifier(Network(), nn.Linear(288, 10))
+    model.load_state_dict(fitted.weights)
+    data = task()
+    pixels = data.preprocess(torch.from_numpy(np.stack([data.validation.image(i) for i in range(60)])))
+    with torch.no_grad():
+        right = model.eval()(pixels).argmax(1) == torch.from_numpy(data.validation.labels)
+    assert float(right.double().mean()) == pytest.approx(fitted.validation_accuracy)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_changes_nothing_but_the_time(connection: Connection, tmp_path: Path):
+    plain, _ = run(connection, tmp_path / "plain")
+    killed, _ = run(connection, tmp_path / "killed", kill=str(tmp_path / "died"))
+    assert (tmp_path / "died").exists()
+    for name, tensor in plain.weights.items():
+        assert torch.equal(tensor, killed.weights[name]), name
+
+
+def test_a_failing_fit_says_why(connection: Connection, tmp_path: Path):
+    model = Classifier(Network(), nn.Linear(7, 10))  # takes 288 features
+    with pytest.raises(RunError, match="mat1 and mat2"):
+        fit(
+            model, task(), replace(SETTINGS, epochs=1), learning_rates=(1e-3,), seed=0, connection=connection,
+            storage=tmp_path / "failing",
+        )  # fmt: skip
+    assert latest_state(tmp_path / "failing") is None
+
+
+def test_a_client_without_the_token_is_refused(connection: Connection):
+    ray = connection.ray()
+    address = ray.get_runtime_context().gcs_address
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    code = f"import ray; ray.init(address={address!r}, logging_level='error'); print(ray.cluster_resources())"
+    for token, accepted in ((None, False), ("0" * 64, False), (os.environ["RAY_AUTH_TOKEN"], True)):
+        extra = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment | extra, capture_output=True, text=True, timeout=120,
+            check=False,
+        )  # fmt: skip
+        assert (done.returncode == 0) == accepted, f"token {token}: {done.stdout}{done.stderr[-500:]}"
+
+
+def test_an_address_where_nobody_answers_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    script = (
+        "from headstart.cluster.connect import Connection\n"
+        "from headstart.trainer.errors import RunError\n"
+        "try:\n    Connection('127.0.0.1:1').ray()\nexcept RunError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=False)
+    assert "cannot connect to Ray at 127.0.0.1:1" in done.stdout, done.stdout + done.stderr[-2000:]
+    assert "RAY_AUTH_TOKEN" in done.stdout

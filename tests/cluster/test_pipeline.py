@@ -1,0 +1,248 @@
+"""The whole way on a folder of real images: what it writes, what it skips, what it says after being killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+Run = Callable[..., Any]
+KILL_TIMEOUT = 240
+RECIPE = {
+    "name": "digits",
+    "data": {"path": "", "split": {"train": 200, "validation": 60, "test": "rest"}},
+    "sources": ["mtcnn-onet", "mobilenet-v2-imagenet"],
+    "train": {"epochs": 2, "batch_size": 20},
+    "search": {"epochs": 30},
+}
+
+
+class House:
+    """A folder with data, a recipe and a cache, in which the command line runs as a user runs it."""
+
+    def __init__(self, root: Path, weights: Path, write_digits: Run) -> None:
+        self.root, self.cache = root, root / "cache"
+        self.cache.mkdir(parents=True)
+        (self.cache / "weights").symlink_to(weights)
+        data = write_digits(root / "images", 34)
+        (root / "recipe.yaml").write_text(
+            yaml.safe_dump(RECIPE | {"data": RECIPE["data"] | {"path": str(data)}})  # type: ignore[operator]
+        )
+        self.run_directory = root / "runs/digits"
+
+    def start(self, *arguments: object) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "headstart.cluster.cli", *map(str, arguments)],
+            cwd=self.root, env=os.environ | {"HEADSTART_CACHE": str(self.cache)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def __call__(self, *arguments: object) -> Any:
+        process = self.start(*arguments, "--json")
+        out, err = process.communicate(timeout=KILL_TIMEOUT)
+        assert process.returncode == 0, err[-3000:]
+        return json.loads(out)
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory, shared_weights: Path, write_digits: Run) -> House:
+    return House(tmp_path_factory.mktemp("house"), shared_weights, write_digits)
+
+
+@pytest.fixture(scope="module")
+def summary(house: House) -> Any:
+    return house("run", "recipe.yaml")
+
+
+@pytest.mark.timeout(KILL_TIMEOUT + 60)
+def test_the_summary_says_everything(house: House, summary: Any):
+    assert json.loads((house.run_directory / "summary.json").read_text()) == summary
+    assert set(summary) == {
+        "schema", "name", "target", "source", "mode", "ranking", "test", "controls", "verdict", "verdict_interval",
+        "package", "stages", "num_backbone_images",
+    }  # fmt: skip
+    assert summary["schema"] == 1
+    assert summary["mode"] in ("feature", "finetune")
+    assert summary["test"]["num_samples"] == 80
+    low, high = summary["test"]["interval"]
+    assert low <= summary["test"]["accuracy"] <= high
+    assert summary["test"]["accuracy"] > 0.8
+    for control in ("scratch", "raw_pixels"):
+        assert 0 <= summary["controls"][control]["accuracy"] <= 1
+    assert summary["verdict"] in ("transfer", "no transfer", "unclear")
+    for entry in summary["ranking"]:
+        assert set(entry) == {
+            "source", "distance", "score", "audition_accuracy", "seconds", "available", "reason", "licence",
+        }  # fmt: skip
+        assert entry["available"]
+    auditions = [entry["audition_accuracy"] for entry in summary["ranking"]]
+    assert auditions == sorted(auditions, reverse=True)
+    assert list(summary["stages"]) == [
+        "data", "rank", "fit", "choose", "control", "evaluate", "export", "register"
+    ]  # fmt: skip
+    assert not any(stage["skipped"] for stage in summary["stages"].values())
+
+
+def test_only_the_chosen_one_sees_the_test_images(summary: Any):
+    # 260 known images under each of two sources; the probe is one of them; validation under the fine-tuned backbone;
+    # test under the chosen one, and validation and test under the control.
+    chosen = 80 + (60 if summary["mode"] == "finetune" else 0)
+    known_to_tuned = 60 if summary["mode"] == "feature" else 0
+    assert summary["num_backbone_images"] == 2 * 260 + chosen + known_to_tuned + 80 + (
+        60 if summary["mode"] == "feature" else 0
+    )
+
+
+def test_the_run_directory_holds_what_it_should(house: House, summary: Any):
+    names = {path.name for path in house.run_directory.iterdir() if not path.name.startswith(".")}
+    assert names == {
+        "recipe.yaml", "ranking.json", "training.csv", "evaluation.json", "package", "source", "confusion.png",
+        "learning.png", "summary.json",
+    }  # fmt: skip
+    assert {path.name for path in (house.run_directory / "package").iterdir()} >= {"model.onnx", "manifest.json"}
+    assert {path.name for path in (house.run_directory / "source").iterdir()} == {
+        "card.yaml", "weights.safetensors", "sketch.safetensors"
+    }  # fmt: skip
+    for picture in ("confusion.png", "learning.png"):
+        with Image.open(house.run_directory / picture) as image:
+            assert np.asarray(image.convert("L")).std() > 5
+    rows = (house.run_directory / "training.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 + 3 * 2
+
+
+def test_the_sketch_is_what_the_next_run_compares(house: House, summary: Any):
+    sketch = house.run_directory / "source/sketch.safetensors"
+    tensors = load_file(sketch)
+    assert list(tensors["features"].shape) == [260, 1280]
+    assert str(tensors["features"].dtype) == "torch.float32"
+    assert len(tensors["labels"]) == 260
+    np.testing.assert_allclose(tensors["mean"], tensors["features"].mean(0), rtol=1e-5)
+    with safe_open(sketch, framework="pt") as file:
+        assert set(file.metadata()) >= {"probe", "precision", "centre"}
+
+
+def test_a_second_run_passes_no_image_and_changes_nothing(house: House, summary: Any):
+    started = time.monotonic()
+    again = house("run", "recipe.yaml")
+    assert again["num_backbone_images"] == 0
+    assert all(stage["skipped"] for stage in again["stages"].values())
+    assert without_timings(again) == without_timings(summary)
+    assert time.monotonic() - started < 60
+
+
+def test_the_package_predicts_files(house: House, summary: Any):
+    files = sorted((house.root / "images").glob("*/*.png"))[::17]
+    found = house("predict", house.run_directory / "package", *files)
+    assert [Path(entry["file"]) for entry in found] == files
+    for entry in found:
+        assert set(entry) == {"file", "label", "probability", "probabilities"}
+        assert set(entry["probabilities"]) == set("0123456789")
+        assert entry["probability"] == max(entry["probabilities"].values())
+    right = np.mean([entry["label"] == Path(entry["file"]).parent.name for entry in found])
+    assert right > 0.8
+
+
+def test_the_finished_run_is_a_source_for_another_task(house: House, summary: Any, write_digits: Run):
+    other = write_digits(house.root / "other", 20, num_classes=4, start=100)
+    found = house(
+        "rank", "folder", "--set", f"data.path={other}", "--set", "sources=[mobilenet-v2-imagenet, digits]",
+        "--out", house.root / "runs/other",
+    )  # fmt: skip
+    entries = {entry["source"]: entry for entry in found["ranking"]}
+    assert entries["digits"]["audition_accuracy"] > 0.8
+    assert 0 < entries["digits"]["distances"]["energy"] < 20
+    assert entries["mobilenet-v2-imagenet"]["distances"] is None
+
+
+def test_a_run_never_ranks_what_was_made_from_its_own_data(house: House, summary: Any):
+    process = house.start("rank", "recipe.yaml", "--set", "sources=[digits]", "--out", house.root / "runs/leak")
+    _, err = process.communicate(timeout=KILL_TIMEOUT)
+    assert process.returncode == 2
+    assert "own data" in err
+
+
+def test_evaluate_and_export_take_a_run_directory(house: House, summary: Any):
+    assert house("evaluate", house.run_directory)["test"] == summary["test"]
+    shutil.rmtree(house.run_directory / "package")
+    manifest = house("export", house.run_directory)
+    assert manifest["labels"] == list("0123456789")
+    assert [row["batch"] for row in manifest["parity"]["rows"]] == [1, 2, 16]
+    assert (house.run_directory / "package/model.onnx").is_file()
+
+
+def without_timings(summary: Any) -> Any:
+    kept = {key: value for key, value in summary.items() if key not in ("stages", "num_backbone_images", "target")}
+    kept["ranking"] = [{k: v for k, v in entry.items() if k != "seconds"} for entry in summary["ranking"]]
+    return kept
+
+
+def disturbed_stage(house: House) -> str:
+    """The stage at work: the one after the last record."""
+    done = {path.stem for path in (house.run_directory / ".stages").glob("*.json")}
+    order = ["data", "rank", "fit", "choose", "control", "evaluate", "export", "register"]
+    return next((name for name in order if name not in done), "")
+
+
+def wait_until(house: House, process: subprocess.Popen[str], stage: str) -> None:
+    """Wait until the command is well inside `stage`."""
+    private, deadline = house.run_directory / ".stages", time.monotonic() + KILL_TIMEOUT
+    inside = {
+        "rank": lambda: any(house.cache.glob("features/*/00000.safetensors")),
+        "fit": lambda: any((private / "ray").glob("fit-*/attempt-*/rows.jsonl")),
+        "control": lambda: any((private / "ray").glob("control-*/attempt-*/rows.jsonl")),
+        "export": lambda: True,
+    }
+    while disturbed_stage(house) != stage or not inside[stage]():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline, f"never reached {stage}"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def fresh_house(tmp_path: Path, shared_weights: Path, write_digits: Run) -> House:
+    return House(tmp_path / "house", shared_weights, write_digits)
+
+
+def full(summary: Any) -> Any:
+    """Everything but the timings: also the count of images, and what counts as skipped."""
+    skipped = {name: stage["skipped"] for name, stage in summary["stages"].items()}
+    return without_timings(summary) | {"skipped": skipped, "images": summary["num_backbone_images"]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3 * KILL_TIMEOUT)
+@pytest.mark.parametrize("stage", ["rank", "fit", "control", "export"])
+def test_a_killed_run_ends_with_the_summary_of_an_undisturbed_one(fresh_house: House, summary: Any, stage: str):
+    process = fresh_house.start("run", "recipe.yaml", "--json")
+    wait_until(fresh_house, process, stage)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (fresh_house.run_directory / "summary.json").exists()
+    assert full(fresh_house("run", "recipe.yaml")) == full(summary)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3 * KILL_TIMEOUT)
+def test_ctrl_c_in_any_stage_is_130_and_the_same_command_goes_on(fresh_house: House, summary: Any):
+    for stage in ("rank", "fit", "export"):
+        process = fresh_house.start("run", "recipe.yaml", "--json")
+        wait_until(fresh_house, process, stage)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130, f"{stage}: {err[-3000:]}"
+        assert out == ""
+        assert "the same command goes on" in err
+        assert "Traceback" not in err
+    assert full(fresh_house("run", "recipe.yaml")) == full(summary)

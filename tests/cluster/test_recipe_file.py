@@ -1,0 +1,113 @@
+"""Recipes: read, overridden, and refused with the field and what it accepts."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from headstart.cluster.recipe_file import load_recipe, recipe_document, recipe_yaml
+from headstart.trainer.errors import RecipeError
+from headstart.trainer.recipe import Data, Recipe
+
+MINIMAL = {"name": "x", "data": {"path": "sklearn:digits"}}
+
+
+def write(folder: Path, document: object) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(document if isinstance(document, str) else yaml.safe_dump(document))
+    return str(path)
+
+
+def test_defaults_are_those_of_the_dataclasses(tmp_path: Path):
+    assert load_recipe(write(tmp_path, MINIMAL)) == Recipe(name="x", data=Data(path="sklearn:digits"))
+
+
+def test_a_recipe_written_down_reads_back_the_same(tmp_path: Path):
+    recipe = load_recipe("demo", ["train.learning_rate=1e-4", "seed=7"])
+    (tmp_path / "again.yaml").write_text(recipe_yaml(recipe))
+    assert load_recipe(str(tmp_path / "again.yaml")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("train.epochs=3", ("train", "epochs"), 3),
+        ("train.learning_rate=1e-3", ("train", "learning_rate"), 0.001),
+        ("train.learning_rate=1", ("train", "learning_rate"), 1.0),
+        ("sources=[a, b]", ("sources",), ["a", "b"]),
+        ("data.split.test=0.1", ("data", "split", "test"), 0.1),
+        ("data.split={train: 10, validation: 5}", ("data", "split", "train"), 10),
+        ("name=other", ("name",), "other"),
+    ],
+)
+def test_overrides(tmp_path: Path, override: str, field: tuple[str, ...], value: object):
+    found = recipe_document(load_recipe(write(tmp_path, MINIMAL), [override]))
+    for part in field:
+        found = found[part]
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ({"name": "x"}, "data: this field is required"),
+        (MINIMAL | {"bogus": 1}, "bogus: no such field"),
+        (MINIMAL | {"train": {"epoch": 3}}, "train.epoch: no such field. did you mean epochs?"),
+        (MINIMAL | {"train": {"epochs": "three"}}, "train.epochs: Input should be a valid integer"),
+        (MINIMAL | {"train": {"epochs": True}}, "train.epochs"),
+        (MINIMAL | {"train": {"epochs": 0}}, "train.epochs is 0; accepted: at least 1"),
+        (MINIMAL | {"train": {"batch_size": 33}}, "accepted: a multiple of train.workers (2)"),
+        (
+            MINIMAL | {"train": {"precision": "fp8"}},
+            "train.precision: Input should be 'auto', 'fp32' or 'bf16'",
+        ),
+        (MINIMAL | {"mode": "linear"}, "mode: Input should be"),
+        (MINIMAL | {"sources": []}, "sources is ()"),
+        (MINIMAL | {"sources": "mobilenet"}, "sources: Input should be 'all'"),
+        (MINIMAL | {"seed": -1}, "seed is -1; accepted: 0 to 2**32 - 1"),
+        (MINIMAL | {"name": "a/b"}, "name is 'a/b'; accepted: letters"),
+        (MINIMAL | {"export": {"opset": 17}}, "export.opset is 17; accepted: 18 to 23"),
+        (MINIMAL | {"search": {"learning_rates": []}}, "search.learning_rates is ()"),
+        ({"name": "x", "data": {"path": 3}}, "data.path: Input should be a valid string; found 3"),
+        ({"name": "x", "data": {"path": "a", "kind": "text"}}, "data.kind: Input should be 'images'"),
+        ({"name": "x", "data": {"path": "a", "split": {"train": 1.5}}}, "data.split.train is 1.5; accepted"),
+        (
+            {"name": "x", "data": {"path": "a", "split": {"train": "rest", "test": "rest"}}},
+            "`rest` for one part at most",
+        ),
+        (
+            {"name": "x", "data": {"path": "a", "split": {"train": 0.8, "validation": 0.4}}},
+            "add up to 1 at most",
+        ),
+        ("- 1\n", "accepted: a mapping"),
+        ("a: [", "is not YAML"),
+        ("name: 2026-11-21\ndata: {path: a}", "accepted: text, numbers"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_field(tmp_path: Path, document: object, said: str):
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(write(tmp_path, document))
+    assert said in str(refused.value)
+
+
+def test_every_problem_is_told_at_once(tmp_path: Path):
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(write(tmp_path, MINIMAL | {"bogus": 1, "mode": "none", "train": {"epochs": 0}}))
+    for field in ("bogus", "mode", "train.epochs"):
+        assert field in str(refused.value)
+
+
+def test_an_unknown_name_is_told_the_near_one():
+    with pytest.raises(RecipeError, match="did you mean demo"):
+        load_recipe("demmo")
+
+
+@pytest.mark.parametrize("override", ["epochs", "=3", "train..epochs=3", "name.x=3"])
+def test_a_malformed_override_is_refused(tmp_path: Path, override: str):
+    with pytest.raises(RecipeError, match="--set"):
+        load_recipe(write(tmp_path, MINIMAL), [override])
+
+
+def test_relative_data_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(write(tmp_path, {"name": "x", "data": {"path": "images"}})).data.path == str(tmp_path / "images")

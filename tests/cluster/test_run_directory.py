@@ -1,0 +1,111 @@
+"""Stages: skipped when nothing changed, done again when something did, whole after being killed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from headstart.cluster.stages.run_directory import RunDirectory
+from headstart.trainer.errors import RunError
+
+IDENTITY = {"name": "x", "data": "sklearn:digits"}
+
+
+class Work:
+    """A stage that writes one file and counts how often it ran."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file, self.runs = folder / "out.txt", 0
+
+    def __call__(self):
+        self.runs += 1
+        self.file.write_text(f"run {self.runs}")
+        return {"runs": self.runs}, []
+
+
+def do(folder: Path, work: Work, inputs: dict, *, finish: bool = True, fresh: bool = False):
+    with RunDirectory(folder, IDENTITY, fresh=fresh) as run:
+        stage = run.stage("work", inputs, lambda: [work.file], work)
+        if finish:
+            run.finish()
+        return stage
+
+
+def test_a_stage_is_skipped_while_its_inputs_and_files_are_the_same(tmp_path: Path):
+    folder = tmp_path / "run"
+    work = Work(folder)
+    first = do(folder, work, {"a": 1})
+    second = do(folder, work, {"a": 1})
+    assert (first.skipped, second.skipped, work.runs) == (False, True, 1)
+    assert second.result == {"runs": 1}
+    assert second.seconds == 0
+
+
+@pytest.mark.parametrize("damage", ["inputs", "missing", "altered", "fresh"])
+def test_a_stage_runs_again_when_something_changed(tmp_path: Path, damage: str):
+    folder = tmp_path / "run"
+    work = Work(folder)
+    do(folder, work, {"a": 1})
+    if damage == "missing":
+        work.file.unlink()
+    if damage == "altered":
+        work.file.write_text("something else")
+    again = do(folder, work, {"a": 2 if damage == "inputs" else 1}, fresh=damage == "fresh")
+    assert not again.skipped
+    assert work.runs == 2
+
+
+def test_what_an_unfinished_attempt_did_counts_as_done_by_the_command_that_ends_it(tmp_path: Path):
+    folder = tmp_path / "run"
+    work = Work(folder)
+    do(folder, work, {"a": 1}, finish=False)
+    resumed = do(folder, work, {"a": 1})
+    assert work.runs == 1
+    assert not resumed.skipped
+    assert do(folder, work, {"a": 1}).skipped
+
+
+def test_a_failing_stage_leaves_no_record(tmp_path: Path):
+    folder = tmp_path / "run"
+
+    def fail():
+        raise RuntimeError("no")
+
+    with RunDirectory(folder, IDENTITY) as run, pytest.raises(RuntimeError):
+        run.stage("work", {}, lambda: [], fail)
+    work = Work(folder)
+    assert not do(folder, work, {}).skipped
+    assert work.runs == 1
+
+
+def test_the_folder_of_another_recipe_is_refused_and_untouched(tmp_path: Path):
+    folder = tmp_path / "run"
+    work = Work(folder)
+    do(folder, work, {"a": 1})
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match=r"run of another recipe.*data.*--out"):
+        RunDirectory(folder, IDENTITY | {"data": "elsewhere"})
+    with pytest.raises(RunError, match="another recipe"):
+        RunDirectory(folder, IDENTITY | {"name": "y"}, fresh=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
+    (tmp_path / "thesis.txt").write_text("do not lose me")
+    with pytest.raises(RunError, match="is no run directory"):
+        RunDirectory(tmp_path, IDENTITY)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path):
+    with RunDirectory(tmp_path / "run", IDENTITY), pytest.raises(RunError, match="at work in"):
+        RunDirectory(tmp_path / "run", IDENTITY)
+
+
+def test_a_damaged_record_says_which_file(tmp_path: Path):
+    folder = tmp_path / "run"
+    do(folder, Work(folder), {})
+    record = folder / ".stages" / "work.json"
+    record.write_text(json.dumps({"key": 1})[:-3])
+    with pytest.raises(RunError, match=r"work\.json is damaged"):
+        do(folder, Work(folder), {})
