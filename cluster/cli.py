@@ -280,6 +280,15 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("interrupted: what is finished is kept; the same command goes on from there", err=True)
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if (error.name or "headstart").startswith("headstart"):
+            raise
+        typer.echo(
+            f"error: this command needs {error.name}, which is not installed here: a serving environment has `predict` "
+            "alone. For the rest, from a checkout: pip install -c constraints.txt -e .",
+            err=True,
+        )
+        code = 2
     except Exception as error:
         show = getattr(error, "show", None)
         code = getattr(error, "exit_code", 1)

@@ -169,10 +169,12 @@ def _run(
 
 
 def _root_cause(error: BaseException) -> str:
+    """Return the line that says what happened: a traceback's last, the first of Ray's own long explanations."""
     workers = getattr(error, "worker_failures", None)
     if workers:
         error = next(iter(workers.values()))
-    return (str(error).strip() or repr(error)).splitlines()[-1]
+    lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return lines[-1] if "Traceback (most recent call last)" in str(error) else lines[0]
 
 
 def _worker(config: dict[str, Any]) -> None:

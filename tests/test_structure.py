@@ -49,7 +49,9 @@ def test_imports_run_one_way(path: Path):
         if room in ("kernels", "trainer"):
             assert parts[0] != "pydantic", f"{path} imports {name}: the GPU machines have no pydantic"
         if room == "serving" and path.name != "export.py":
-            assert parts[0] not in ("torch", "onnx"), f"{path} imports {name}: only export.py may"
+            assert parts[0] != "torch", f"{path} imports {name}: only export.py may"
+        if room == "serving" and path.name not in ("export.py", "graph.py"):
+            assert parts[0] != "onnx", f"{path} imports {name}: only export.py and graph.py may"
 
 
 def test_the_command_line_imports_only_typer_and_the_standard_library():
@@ -76,8 +78,10 @@ def test_help_loads_neither_torch_nor_ray():
 
 
 def test_the_serving_side_loads_neither_torch_nor_ray():
-    code = "import headstart.serving.runtime, headstart.serving.package, headstart.serving.images"
-    assert not {"torch", "ray", "onnx", "pydantic", "yaml"} & loaded_after(code)
+    names = ("runtime", "package", "images", "parity")
+    loaded = loaded_after("import " + ", ".join(f"headstart.serving.{name}" for name in names))
+    assert not {"torch", "ray", "onnx", "pydantic", "yaml"} & loaded
+    assert not {"torch", "ray", "pydantic", "yaml"} & loaded_after("import headstart.serving.graph")
 
 
 def test_rooms_have_no_init_of_their_own():

@@ -76,20 +76,22 @@ def _finding(check: str, status: str, value: object, meaning: str) -> Finding:
 
 
 def _versions() -> list[Finding]:
-    findings = [_finding("python", "ok", platform.python_version(), "3.11 to 3.13 are supported")]
+    supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    version = platform.python_version()
+    findings = [_finding("python", "ok" if supported else "warn", version, "3.11 to 3.13 are supported")]
     required = {found.name: found.specifier for found in map(Requirement, _requirements())}
     for name, use in _PACKAGES.items():
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            mend = f"does {use}; install it: pip install -c constraints.txt -e ."
+            mend = f"for {use}; install it: pip install -c constraints.txt -e ."
             findings.append(_finding(name, "fail", "missing", mend))
             continue
         if name in required and not required[name].contains(version, prereleases=True):
-            meaning = f"does {use}; tested is {required[name]}: pip install -c constraints.txt -e ."
+            meaning = f"for {use}; tested is {required[name]}: pip install -c constraints.txt -e ."
             findings.append(_finding(name, "warn", version, meaning))
         else:
-            findings.append(_finding(name, "ok", version, f"does {use}"))
+            findings.append(_finding(name, "ok", version, f"for {use}"))
     names = {"onnxruntime", "onnxruntime-gpu"}
     if names <= {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}:
         meaning = "they own one import name: pip uninstall both, then install onnxruntime-gpu"

@@ -1,5 +1,6 @@
 """The source tasks that a run can start from, listed and shown."""
 
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -33,27 +34,38 @@ def fetch(name: str) -> Description:
     return {"name": card.name, "path": str(found.path), "megabytes": found.path.stat().st_size / 1e6}
 
 
-def print_sources(found: list[Description]) -> None:
+def print_sources(found: list[Description], console: Console | None = None) -> None:
     """Print the sources as a table."""
+    console = console or Console(
+        width=None if sys.stdout.isatty() else 130
+    )  # Rich takes a pipe or a file for 80 columns
     table = Table(title="Source tasks", title_justify="left")
-    for column in ("name", "task", "architecture", "pixels", "licence"):
+    table.add_column("name", no_wrap=True)  # to be typed again
+    wide = console.width >= 100  # `sources show` has the architecture too
+    for column in ("task", *(("architecture",) if wide else ()), "pixels", "licence"):
         table.add_column(column)
     for source in found:
         style = "green" if source["made_here"] else None
         side = str(source["preprocessing"]["crop"])
-        row = (source["name"], escape(source["task"]), source["architecture"], side, source["licence"])
-        table.add_row(*row, style=style)
-    Console().print(table)
+        architecture = (source["architecture"],) if wide else ()
+        table.add_row(source["name"], escape(source["task"]), *architecture, side, source["licence"], style=style)
+    console.print(table)
     if any(source["made_here"] for source in found):
-        Console().print("green: made here, by runs that are finished", style="dim")
+        console.print("green: made here, by runs that are finished", style="dim")
 
 
 def print_source(found: Description) -> None:
     """Print one card, a field a line."""
     console = Console()
     for field, value in found.items():
-        if value not in ("", (), []):
-            console.print(f"[bold]{field}[/bold]: {escape(str(value))}", highlight=False)
+        if value in ("", (), []):
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {inner}" for name, inner in value.items())
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        # Soft, so that what is copied from a narrow terminal is whole.
+        console.print(f"[bold]{field.replace('_', ' ')}[/bold]: {escape(str(value))}", highlight=False, soft_wrap=True)
 
 
 def _describe(candidate: Candidate) -> Description:

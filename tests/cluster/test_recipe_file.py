@@ -69,6 +69,7 @@ def test_overrides(tmp_path: Path, override: str, field: tuple[str, ...], value:
         (MINIMAL | {"export": {"opset": 17}}, "export.opset is 17; accepted: 18 to 23"),
         (MINIMAL | {"search": {"learning_rates": []}}, "search.learning_rates is ()"),
         ({"name": "x", "data": {"path": 3}}, "data.path: Input should be a valid string; found 3"),
+        ({"name": "x", "data": {"path": " "}}, "data.path is ' '; accepted: a folder"),
         ({"name": "x", "data": {"path": "a", "kind": "text"}}, "data.kind: Input should be 'images'"),
         ({"name": "x", "data": {"path": "a", "split": {"train": 1.5}}}, "data.split.train is 1.5; accepted"),
         (

@@ -173,7 +173,6 @@ class TestUnreadable:
             "/no/such/folder",
             "'/no/such/folder', which does not exist; accepted: a folder with one sub-folder",
         ),
-        ("", "data.path is ''"),
         ("cifar10", "does not exist; did you mean torchvision:CIFAR10? accepted"),
         ("digits", "did you mean sklearn:digits?"),
     ],

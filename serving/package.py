@@ -1,0 +1,327 @@
+"""A package: the folder of `model.onnx`, its external data and `manifest.json`, and what proves it.
+
+The manifest lists the SHA-256 of every file beside it, and `verify` computes them anew: ONNX Runtime loads
+external data whose recorded checksum is wrong. A package is written whole by `new_package` or not at all.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import types
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from headstart.serving.errors import PackageError
+
+SCHEMA = 1
+MODEL = "model.onnx"
+MANIFEST = "manifest.json"
+PARITY_BATCHES = (1, 2, 16)
+_MEND = "export the run again: headstart export RUN"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """An input or output of the graph."""
+
+    name: str
+    """Its name in the graph."""
+    dtype: str
+    """NumPy's name of its type."""
+    shape: tuple[int | str, ...]
+    """Sizes; a word stands for a size that is free."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityRow:
+    """PyTorch against ONNX Runtime on the same validation images at one batch size."""
+
+    batch: int
+    """Images in one call."""
+    num_images: int
+    """Images compared, in calls of `batch`."""
+    difference: float
+    """Largest absolute difference of a logit."""
+    relative_difference: float
+    """`difference` over the largest absolute logit of PyTorch."""
+    top1_agreement: float
+    """Share of the images whose largest logit is the same class."""
+    num_disagreements: int
+    """Images whose top class differs although the two best logits are further apart than the tolerance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """The proof that the graph computes what PyTorch computed."""
+
+    tolerance: float
+    """Bound on `relative_difference`."""
+    provider: str
+    """Execution provider of ONNX Runtime that was compared."""
+    rows: tuple[ParityRow, ...]
+    """One for each of the batch sizes 1, 2 and 16."""
+
+    def failure(self) -> str:
+        """What does not hold, or an empty string.
+
+        A row holds where its relative difference is within the tolerance and no top class differs beyond a
+        tie. The comparisons are written so that a NaN fails them.
+        """
+        if not 0 < self.tolerance < math.inf:
+            return f"its tolerance is {self.tolerance}"
+        missing = set(PARITY_BATCHES) - {row.batch for row in self.rows if row.num_images >= row.batch}
+        if missing:
+            return f"batch {min(missing)} was not compared"
+        for row in self.rows:
+            if not 0 <= row.relative_difference <= self.tolerance:
+                return (
+                    f"at batch {row.batch} the logits differ by {row.relative_difference:.3g} of the largest "
+                    f"logit, above the tolerance of {self.tolerance:g}"
+                )
+            if row.num_disagreements != 0:
+                return f"at batch {row.batch} {row.num_disagreements} of {row.num_images} images change class"
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """A prediction beside the bare call that it makes, interleaved on the exporting machine."""
+
+    batch: int
+    """Images in one call."""
+    shape: tuple[int, ...]
+    """Shape of the input, [N, H, W, 3]."""
+    runs: int
+    """Timed calls of each."""
+    provider: str
+    """Execution provider."""
+    threads: int
+    """Threads of the session; 0 is one per core."""
+    predict_p50_ms: float
+    """Median of `Predictor.predict` in milliseconds."""
+    session_run_p50_ms: float
+    """Median of `session.run` in milliseconds."""
+    ratio: float
+    """The first over the second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that a package says about itself."""
+
+    schema: int = SCHEMA
+    """Version of this layout."""
+    name: str
+    """The run's name."""
+    inputs: tuple[Tensor, ...]
+    """`images`, uint8 [batch, height, width, 3]."""
+    outputs: tuple[Tensor, ...]
+    """`logits` and `probabilities`, float32 [batch, C]."""
+    labels: tuple[str, ...]
+    """Class names in the order of the outputs' columns."""
+    preprocessing: dict[str, Any]
+    """What the graph does to the pixels; for reading only, since it is inside the graph."""
+    temperature: float
+    """probabilities = softmax(logits / temperature)."""
+    parity: Parity
+    """Comparison with PyTorch."""
+    latency: Latency | None = None
+    """Timing on the exporting machine, where it was taken."""
+    licence: str
+    """Licence of the weights as found, `not stated` where there is none."""
+    provenance: dict[str, Any]
+    """Fingerprints of the recipe, the data and the source, and `versions` of what made the graph."""
+    files: dict[str, str]
+    """SHA-256 of every other file of the package, by its path in the folder."""
+    created: str
+    """When, as ISO 8601 in UTC."""
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def load_manifest(directory: Path) -> Manifest:
+    """Read `manifest.json`; the files it lists are not looked at.
+
+    Raises:
+        PackageError: there is no package, its manifest is damaged, or it is of a newer schema.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise PackageError(
+            f"{directory} is no package: it has no {MANIFEST}; give a folder that headstart export RUN wrote"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise PackageError(f"{path} cannot be read ({error}); {_MEND}") from error
+    try:
+        document = json.loads(text, parse_constant=_no_constant)
+        schema = document.get("schema") if isinstance(document, dict) else None
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise PackageError(f"{path} has schema {schema}, this version reads {SCHEMA}; install a newer headstart")
+        manifest: Manifest = _read(Manifest, document, "manifest")
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise PackageError(f"{path} is damaged: {error}; {_MEND}") from error
+    return manifest
+
+
+def verify(directory: Path) -> Manifest:
+    """Check that a package is whole, unchanged and proven.
+
+        manifest = verify(Path("runs/demo/package"))
+
+    Raises:
+        PackageError: a digest differs, a file is missing or not listed, a path leads out of the folder, the
+            parity record does not hold, or `load_manifest` refuses.
+    """
+    directory = Path(directory)
+    manifest = load_manifest(directory)
+    if problem := next(_inconsistencies(manifest), ""):
+        raise PackageError(f"{directory / MANIFEST}: {problem}; {_MEND}")
+    present = set()
+    for path in directory.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise PackageError(f"{path} is a link or not a plain file; a package holds plain files: copy it there")
+        if path.is_file() and path != directory / MANIFEST:
+            present.add(path.relative_to(directory).as_posix())
+    if missing := sorted(set(manifest.files) - present):
+        raise PackageError(f"{directory} lacks {', '.join(missing)}; copy the whole folder again, or {_MEND}")
+    if extra := sorted(present - set(manifest.files)):
+        raise PackageError(f"{directory} holds {', '.join(extra)}, which its manifest does not list; take it out")
+    for name, expected in manifest.files.items():
+        found = digest(directory / name)
+        if found != expected:
+            raise PackageError(
+                f"{directory / name} was changed: SHA-256 {found}, the manifest has {expected}; "
+                f"copy the package again, or {_MEND}"
+            )
+    return manifest
+
+
+def _inconsistencies(manifest: Manifest) -> Iterator[str]:
+    """What a manifest says that cannot be."""
+    if manifest.schema < 1:
+        yield f"schema is {manifest.schema}, this version reads {SCHEMA}"
+    if not 0 < manifest.temperature < math.inf:
+        yield f"temperature is {manifest.temperature}, a number above 0 is accepted"
+    if not manifest.labels or len(set(manifest.labels)) != len(manifest.labels):
+        yield f"labels {list(manifest.labels)} are not distinct names"
+    if MODEL not in manifest.files:
+        yield f"files does not list {MODEL}"
+    for name in manifest.files:
+        plain = PurePosixPath(name)
+        if plain.is_absolute() or ".." in plain.parts or plain.as_posix() != name or "\\" in name:
+            yield f"the file {name!r} leads out of the package; a path inside the folder is accepted"
+    if failure := manifest.parity.failure():
+        yield f"the parity with PyTorch does not hold: {failure}"
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def new_package(directory: Path) -> Iterator[Path]:
+    """A folder to build a package in, which takes the place of `directory` when the block ends well.
+
+        with new_package(Path("runs/demo/package")) as folder:
+            ...  # write model.onnx and manifest.json into it
+
+    The folder is a hidden sibling. At the end it is verified and synced to the disk, then renamed. When the
+    block raises, it is removed and an earlier package stays; what a killed process left is put right by the
+    next call.
+
+    Raises:
+        PackageError: `directory` is a file or a folder of something else, or the new package does not verify.
+    """
+    directory = Path(directory).absolute()
+    building = directory.with_name(f".{directory.name}.partial")
+    earlier = directory.with_name(f".{directory.name}.earlier")
+    if earlier.exists() and not directory.exists():  # killed between the two renames below
+        earlier.rename(directory)
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir()) and not _is_package(directory)):
+        raise PackageError(f"{directory} exists and is not a package; name another folder or move it away")
+    for leftover in (building, earlier):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    building.mkdir(parents=True)
+    try:
+        yield building
+        verify(building)
+        _sync(building)
+        if directory.exists():
+            directory.rename(earlier)
+        building.rename(directory)
+        _sync_path(directory.parent)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        if earlier.exists() and not directory.exists():
+            earlier.rename(directory)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _is_package(directory: Path) -> bool:
+    return (directory / MANIFEST).is_file()
+
+
+def _sync(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _sync_path(path)
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """Turn parsed JSON into `kind`, a dataclass or a field's type, or raise ValueError naming the place."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is not an object")
+        known = {field.name: field for field in dataclasses.fields(kind)}
+        if unknown := sorted(set(value) - set(known)):
+            raise ValueError(f"{where}.{unknown[0]} is not known to schema {SCHEMA}")
+        if missing := [name for name in known if name not in value]:
+            raise ValueError(f"{where}.{missing[0]} is missing")
+        hints = typing.get_type_hints(kind)
+        return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in known})
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_read(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is types.UnionType:
+        chosen = [option for option in arguments if dataclasses.is_dataclass(option) and isinstance(value, dict)]
+        return _read(chosen[0], value, where) if chosen else _scalar(arguments, value, where)
+    if origin in (tuple, dict):
+        raise ValueError(f"{where} is {value!r}; accepted: {'a list' if origin is tuple else 'an object'}")
+    return value if kind is Any else _scalar((kind,), value, where)
+
+
+def _scalar(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        names = " or ".join("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
+        raise ValueError(f"{where} is {value!r}; accepted: {names}")  # noqa: TRY004 (it is a file's content)
+    return value

@@ -1,0 +1,248 @@
+"""Predictions from a package by ONNX Runtime, with hardly anything around `session.run`."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from headstart.serving.errors import PackageError
+from headstart.serving.images import read_image
+from headstart.serving.package import MODEL, Latency, Tensor, verify
+
+INPUT = "images"
+OUTPUTS = ["logits", "probabilities"]
+CPU = "CPUExecutionProvider"
+
+WINDOW = 64  # files decoded before they are predicted: bounds the memory of `predict_files`
+MAX_BATCH = 16  # images in one call of `predict_files`; the largest batch whose parity is proven
+
+_DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a package says about one file; `dataclasses.asdict` is its JSON."""
+
+    file: str
+    """The path as it was given."""
+    label: str
+    """The most probable class."""
+    probability: float
+    """Its probability, 0 to 1."""
+    probabilities: dict[str, float]
+    """Probability of every class, in the order of the package's labels."""
+
+
+def open_session(model: Path | bytes, provider: str = CPU, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session that runs on `provider` or not at all.
+
+    ONNX Runtime itself drops a provider that does not load, prints, and goes on with the CPU. Idle threads do
+    not spin: on a shared host they take the time of others.
+
+    Args:
+        model: the graph's file, its external data beside it, or its bytes.
+        provider: name of an execution provider; the CPU takes only what this one lacks.
+        threads: threads within an operator; None is one per core.
+
+    Raises:
+        PackageError: the provider is unknown or does not load, or ONNX Runtime refuses the graph.
+    """
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise PackageError(f"the provider {provider!r} is not in this ONNX Runtime; accepted: {', '.join(available)}")
+    if threads is not None and threads < 1:
+        raise PackageError(f"threads is {threads}; accepted: at least 1, or none for one per core")
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model),
+            options,
+            providers=[provider],
+            enable_fallback=0,  # the fallback prints to stdout
+        )
+    # ONNX Runtime's exceptions have no common base below Exception.
+    except Exception as error:
+        name = "the graph" if isinstance(model, bytes) else str(model)
+        raise PackageError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {name} on {provider}: "
+            f"{' '.join(str(error).split())}; install what the provider needs and the ONNX Runtime that the "
+            f"package was made with, or ask for {CPU}"
+        ) from error
+    if session.get_providers()[0] != provider:
+        raise PackageError(
+            f"the provider {provider!r} does not load on this machine (ONNX Runtime's log says why); "
+            f"install what it needs, or ask for {', '.join(session.get_providers())}"
+        )
+    return session
+
+
+def describe(nodes: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The inputs or outputs of a session as a manifest writes them."""
+    return tuple(
+        Tensor(name=node.name, dtype=_DTYPES.get(node.type, node.type), shape=tuple(node.shape)) for node in nodes
+    )
+
+
+class Predictor:
+    """A verified package in an ONNX Runtime session.
+
+        predictor = Predictor(Path("runs/demo/package"))
+        logits, probabilities = predictor.predict(images)  # uint8 [N, H, W, 3]
+
+    Calls from several threads are safe. Do not fork once it exists.
+
+    Args:
+        directory: the package.
+        provider: execution provider that must run it.
+        threads: threads within an operator; None is one per core.
+
+    Raises:
+        PackageError: the package does not verify, its graph is not what its manifest says, or the provider
+            does not load.
+    """
+
+    def __init__(self, directory: Path, provider: str = CPU, threads: int | None = None) -> None:
+        self.directory = Path(directory)
+        self.manifest = verify(self.directory)
+        self.labels = self.manifest.labels
+        self.provider = provider
+        self.threads = threads
+        self.session = open_session(self.directory / MODEL, provider, threads)
+        found = describe(self.session.get_inputs()), describe(self.session.get_outputs())
+        expected = _signature(len(self.labels))
+        for what, tensors in (
+            ("graph has", found),
+            ("manifest says", (self.manifest.inputs, self.manifest.outputs)),
+        ):
+            if tensors != expected:
+                raise PackageError(
+                    f"{self.directory}: the {what} {_words(tensors)}; accepted: {_words(expected)}, a column "
+                    f"for each of its {len(self.labels)} labels; export the run again: headstart export RUN"
+                )
+        self._run = self.session.run
+
+    def predict(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Classify images of one size.
+
+        Args:
+            images: uint8 [N, H, W, 3], RGB as `read_image` gives it; N, H and W at least 1.
+
+        Returns:
+            logits float32 [N, C] and probabilities float32 [N, C] = softmax(logits / temperature).
+
+        Raises:
+            PackageError: another type or shape, or ONNX Runtime cannot run them.
+        """
+        try:
+            logits, probabilities = self._run(OUTPUTS, {INPUT: images})
+        # ONNX Runtime compares type and shape itself; a good call does not pay for it twice.
+        except Exception as error:
+            raise PackageError(_refusal(images, error)) from error
+        return logits, probabilities
+
+    def predict_files(self, paths: Sequence[Path | str]) -> list[Prediction]:
+        """Classify image files, in their order; files of one size share a call.
+
+        Raises:
+            PackageError: a file cannot be read as an image.
+        """
+        predictions: list[Prediction] = []
+        for start in range(0, len(paths), WINDOW):
+            predictions.extend(self._predict_window(paths[start : start + WINDOW]))
+        return predictions
+
+    def warm_up(self) -> None:
+        """Run once on a grey image, so that the first request does not pay for allocation and planning."""
+        sizes = zip(self.manifest.inputs[0].shape, (1, 224, 224, 3), strict=True)
+        self.predict(np.full([size if isinstance(size, int) else free for size, free in sizes], 127, np.uint8))
+
+    def _predict_window(self, paths: Sequence[Path | str]) -> list[Prediction]:
+        images = [read_image(Path(path)) for path in paths]
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(images):
+            by_size.setdefault(image.shape, []).append(index)
+        rows: dict[int, NDArray[np.float32]] = {}
+        for indices in by_size.values():
+            for start in range(0, len(indices), MAX_BATCH):
+                batch = indices[start : start + MAX_BATCH]
+                _, probabilities = self.predict(np.stack([images[index] for index in batch]))
+                rows.update(zip(batch, probabilities, strict=True))
+        return [self._prediction(path, rows[index]) for index, path in enumerate(paths)]
+
+    def _prediction(self, path: Path | str, row: NDArray[np.float32]) -> Prediction:
+        best = int(row.argmax())
+        probabilities = dict(zip(self.labels, row.tolist(), strict=True))
+        return Prediction(
+            file=str(path), label=self.labels[best], probability=float(row[best]), probabilities=probabilities
+        )
+
+
+def measure_latency(predictor: Predictor, image: NDArray[np.uint8], runs: int = 200) -> Latency:
+    """Time `predict` beside a bare `session.run` on one image, in turns, so that both see the same noise.
+
+    Args:
+        predictor: the package.
+        image: uint8 [H, W, 3], or a batch uint8 [N, H, W, 3].
+        runs: timed calls of each, after a tenth as many untimed ones.
+
+    Returns:
+        the medians in milliseconds and their ratio.
+    """
+    if runs < 1:
+        raise ValueError(f"runs is {runs}; accepted: at least 1")
+    images = np.ascontiguousarray(image if image.ndim == 4 else image[None])
+    feed, session = {INPUT: images}, predictor.session
+
+    def predict() -> None:
+        predictor.predict(images)
+
+    def bare() -> None:
+        session.run(OUTPUTS, feed)
+
+    seconds: dict[Any, list[float]] = {predict: [], bare: []}
+    for turn in range(-(runs // 10 + 1), runs):
+        for call in (predict, bare) if turn % 2 else (bare, predict):  # neither always profits from the other's cache
+            started = time.perf_counter()
+            call()
+            if turn >= 0:
+                seconds[call].append(time.perf_counter() - started)
+    ours, theirs = (float(np.median(seconds[call])) * 1000 for call in (predict, bare))
+    return Latency(
+        batch=images.shape[0],
+        shape=images.shape,
+        runs=runs,
+        provider=predictor.provider,
+        threads=predictor.threads or 0,
+        predict_p50_ms=ours,
+        session_run_p50_ms=theirs,
+        ratio=ours / theirs,
+    )
+
+
+def _refusal(images: Any, error: Exception) -> str:
+    """Say what was wrong with a batch that ONNX Runtime did not run."""
+    shape, dtype = getattr(images, "shape", None), getattr(images, "dtype", None)
+    if shape is None or dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+        found = f"{dtype} {list(shape)}" if shape is not None else type(images).__name__
+        return f"images are {found}; accepted: a uint8 array [N, H, W, 3] with N, H and W at least 1"
+    return f"ONNX Runtime could not run images of shape {list(shape)}: {error}"
+
+
+def _signature(num_labels: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The one form of inputs and outputs that a package has."""
+    images = Tensor(name=INPUT, dtype="uint8", shape=("batch", "height", "width", 3))
+    return (images,), tuple(Tensor(name=name, dtype="float32", shape=("batch", num_labels)) for name in OUTPUTS)
+
+
+def _words(tensors: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]) -> str:
+    sides = [", ".join(f"{one.name} {one.dtype} {list(one.shape)}" for one in side) for side in tensors]
+    return " -> ".join(sides)

@@ -1,0 +1,218 @@
+"""A package is whole, unchanged and proven, or it is refused; and it is written whole or not at all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headstart.serving.errors import PackageError
+from headstart.serving.package import MANIFEST, MODEL, Manifest, digest, load_manifest, new_package, verify
+
+
+def edit(package: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    document = json.loads((package / MANIFEST).read_text())
+    change(document)
+    (package / MANIFEST).write_text(json.dumps(document))
+
+
+def test_a_sound_package_is_read_as_it_was_written(pristine: Path):
+    manifest = verify(pristine)
+    assert isinstance(manifest, Manifest)
+    assert manifest == load_manifest(pristine)
+    assert manifest.to_json() == (pristine / MANIFEST).read_text()
+    assert manifest.files == {MODEL: digest(pristine / MODEL)}
+
+
+@pytest.mark.parametrize("position", [0, 0.5, 0.999], ids=["first", "middle", "last"])
+def test_one_changed_bit_is_refused(package: Path, position: float):
+    content = bytearray((package / MODEL).read_bytes())
+    content[int(position * len(content))] ^= 1
+    (package / MODEL).write_bytes(content)
+    with pytest.raises(PackageError, match=r"model\.onnx was changed.*headstart export"):
+        verify(package)
+
+
+def set_row(row: int, **values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda document: document["parity"]["rows"][row].update(values)
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "newer schema": (lambda d: d.update(schema=2), "schema 2.*newer headstart"),
+    "no schema": (lambda d: d.pop("schema"), "manifest.schema is missing"),
+    "schema 0": (lambda d: d.update(schema=0), "schema is 0"),
+    "unknown key": (lambda d: d.update(extra=1), "manifest.extra is not known"),
+    "missing key": (lambda d: d.pop("labels"), "manifest.labels is missing"),
+    "wrong type": (lambda d: d.update(temperature="warm"), "manifest.temperature is 'warm'; accepted: float"),
+    "nested type": (lambda d: d["inputs"][0].update(shape=[None]), r"inputs\[0\].shape\[0\] is None"),
+    "not an object": (lambda d: d.update(latency=[]), "manifest.latency"),
+    "temperature": (lambda d: d.update(temperature=0), "temperature is 0"),
+    "labels": (lambda d: d["labels"].append(d["labels"][0]), "not distinct"),
+    "no model": (lambda d: d["files"].clear(), "does not list model.onnx"),
+    "lost file": (lambda d: d["files"].update({"model.onnx.data": "0" * 64}), "lacks model.onnx.data"),
+    "parent": (lambda d: d["files"].update({"../model.onnx": "0" * 64}), "leads out"),
+    "absolute": (lambda d: d["files"].update({"/etc/hostname": "0" * 64}), "leads out"),
+    "backslash": (lambda d: d["files"].update({"..\\model.onnx": "0" * 64}), "leads out"),
+    "dots": (lambda d: d["files"].update({"a/../model.onnx": "0" * 64}), "leads out"),
+    "difference": (set_row(1, relative_difference=2e-3), "does not hold: at batch 2"),
+    "class": (set_row(2, num_disagreements=1), "batch 16 1 of 16 images"),
+    "no batch 16": (lambda d: d["parity"]["rows"].pop(), "batch 16 was not compared"),
+    "too few images": (set_row(2, num_images=3), "batch 16 was not compared"),
+    "no tolerance": (lambda d: d["parity"].update(tolerance=0), "tolerance is 0"),
+    "nan": (set_row(0, relative_difference=float("nan")), "NaN"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_manifest_that_cannot_be_is_refused(package: Path, name: str):
+    change, reason = WRONG[name]
+    edit(package, change)
+    with pytest.raises(PackageError, match=reason):
+        verify(package)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000], ids=repr)
+def test_a_manifest_that_is_no_json_object_is_refused(package: Path, content: bytes):
+    (package / MANIFEST).write_bytes(content)
+    with pytest.raises(PackageError, match=MANIFEST):
+        verify(package)
+
+
+def test_missing_extra_and_linked_files_are_refused(package: Path, tmp_path: Path):
+    (package / "notes.txt").write_text("mine")
+    with pytest.raises(PackageError, match=r"holds notes\.txt"):
+        verify(package)
+    (package / "notes.txt").unlink()
+    (package / MODEL).rename(tmp_path / MODEL)
+    with pytest.raises(PackageError, match=r"lacks model\.onnx"):
+        verify(package)
+    (package / MODEL).symlink_to(tmp_path / MODEL)
+    with pytest.raises(PackageError, match="is a link"):
+        verify(package)
+
+
+def test_what_is_no_package_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "absent", tmp_path / "file"):
+        with pytest.raises(PackageError, match=r"no package.*headstart export"):
+            verify(path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, item in inner for place in places(item, (*path, key)))]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_manifest_is_read_or_refused(pristine: Path, tmp_path_factory: pytest.TempPathFactory, data: Any):
+    document = json.loads((pristine / MANIFEST).read_text())
+    place = data.draw(st.sampled_from(places(document)[1:]))
+    inner = document
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = data.draw(JSON)
+    folder = tmp_path_factory.getbasetemp() / "mutated"
+    folder.mkdir(exist_ok=True)
+    (folder / MANIFEST).write_text(json.dumps(document))
+    (folder / MODEL).write_bytes((pristine / MODEL).read_bytes())
+    try:
+        manifest = verify(folder)
+    except PackageError:
+        return
+    assert load_manifest(folder) == manifest
+
+
+def fill(folder: Path, package: Path) -> None:
+    for name in (MODEL, MANIFEST):
+        (folder / name).write_bytes((package / name).read_bytes())
+
+
+def test_a_new_package_takes_the_place_of_the_earlier_one(package: Path, pristine: Path):
+    edit(package, lambda document: document.update(name="earlier"))
+    with new_package(package) as folder:
+        fill(folder, pristine)
+        assert verify(package).name == "earlier"
+    assert verify(package).name == "small"
+    assert sorted(path.name for path in package.parent.iterdir()) == ["package"]
+
+
+def test_a_package_that_does_not_verify_leaves_the_earlier_one(package: Path):
+    before = (package / MANIFEST).read_bytes()
+
+    def write() -> None:
+        with new_package(package) as folder:
+            fill(folder, package)
+            (folder / MODEL).write_bytes(b"half")
+
+    with pytest.raises(PackageError, match="was changed"):
+        write()
+    assert (package / MANIFEST).read_bytes() == before
+    verify(package)
+    assert sorted(path.name for path in package.parent.iterdir()) == ["package"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from headstart.serving import package
+directory, where = Path(sys.argv[1]), sys.argv[2]
+kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+content = {name: (directory / name).read_bytes() for name in ("model.onnx", "manifest.json")}
+def rename(path, target, real=Path.rename):
+    result = real(path, target)
+    if where == "between the renames":
+        kill()
+    return result
+Path.rename = rename
+with package.new_package(directory) as folder:
+    (folder / "model.onnx").write_bytes(content["model.onnx"])
+    if where == "half written":
+        kill()
+    (folder / "manifest.json").write_bytes(content["manifest.json"])
+    if where == "written":
+        kill()
+"""
+
+
+@pytest.mark.parametrize("where", ["half written", "written", "between the renames"])
+def test_a_killed_writer_never_leaves_half_a_package(package: Path, pristine: Path, where: str):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(package), where], check=False)
+    assert done.returncode == -signal.SIGKILL
+    if package.exists():
+        verify(package)
+    else:
+        assert where == "between the renames"
+    with new_package(package) as folder:
+        verify(package)  # the earlier one is back before anything is written
+        fill(folder, pristine)
+    verify(package)
+    assert sorted(path.name for path in package.parent.iterdir()) == ["package"]
+
+
+def test_other_peoples_folders_are_not_replaced(tmp_path: Path, pristine: Path):
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    with new_package(thesis) as folder:  # an empty folder may be
+        fill(folder, pristine)
+    for path in (tmp_path / "notes", tmp_path / "notes" / "file"):
+        (tmp_path / "notes").mkdir(exist_ok=True)
+        (tmp_path / "notes" / "file").write_text("mine")
+        with pytest.raises(PackageError, match="not a package"), new_package(path):
+            pytest.fail("a folder was given")
+    assert (tmp_path / "notes" / "file").read_text() == "mine"
+    assert os.listdir(tmp_path / "notes") == ["file"]  # noqa: PTH208 (hidden leftovers count)
