@@ -1,0 +1,87 @@
+"""Euclidean distances between a target and many ragged tasks, and the nearest of them."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from headstart.kernels.ragged import BLOCK_ROWS, RaggedTasks, block_means, check_target, common_centre
+from headstart.kernels.tile import DEFAULT_MEMORY, PRECISIONS, cross_sums, resolve_precision
+
+_CHUNK = 2**20
+"""Numbers of the features that the `mean` form takes at a time: more would leave the CPU's cache."""
+
+
+def euclidean_distances(
+    target: Tensor,
+    tasks: RaggedTasks,
+    *,
+    form: Literal["mean", "pairs"] = "mean",
+    precision: str | None = None,
+    memory: int | None = None,
+) -> Tensor:
+    """Euclidean distance of a target x [N, D] to each of T ragged tasks y [n_t, D], as [T]; smaller is closer.
+
+        mean:  ||mean(y) - mean(x)||_2 = sqrt(sum_i (ys_i - xt_i)^2), the distance of the tasks' mean features
+        pairs: mean_ij ||x_i - y_j||_2
+
+        euclidean_distances(target, tasks)                  # one pass over the features; T up to a million
+        euclidean_distances(target, tasks, form="pairs")    # N * sum n_t * D multiplications
+
+    `naive.euclidean_distances` is the definition. `precision` is "fp32" or "fp64" (default: as the features, and fp32
+    for 16-bit ones), and is the dtype of the result. `memory` bounds, in bytes, what is held beside the inputs and what
+    is as long as T or the sum of n_t (default 256 MiB); it changes the time and no bit of the result. For `mean`,
+    d(X, X) is exactly 0. Not differentiable.
+
+    Error: for `mean` at most 512 u times the mean distance of the rows from their centre, u = 6e-8 for fp32 and 1.1e-16
+    for fp64; for `pairs` some sqrt(D) u of the result.
+    ValueError: a target of another D, dtype or device, or without rows, or not finite; a form or precision that is not
+    accepted; a bound that is too small; with `pairs`, rows so far apart that squares overflow.
+    """
+    check_target(target, tasks)
+    precision = resolve_precision(precision, target.dtype)
+    dtype = PRECISIONS[precision]
+    if form == "mean":
+        return _mean_distances(target, tasks, dtype, DEFAULT_MEMORY if memory is None else memory)
+    if form == "pairs":
+        sums = cross_sums(target, tasks, precision=precision, memory=memory)
+        return (sums / (len(target) * tasks.sizes.to(target.device))).to(dtype)
+    raise ValueError(f"form is {form!r}; accepted: mean, pairs")
+
+
+def topk(distances: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k smallest of distances [T], ascending, and their indices: (values [k], indices [k] int64).
+
+    Equal distances come in the order of their indices, on every device. ValueError: k outside 1 to T, or a NaN.
+    """
+    if distances.ndim != 1 or not 1 <= k <= len(distances):
+        raise ValueError(f"k is {k} for distances {list(distances.shape)}; accepted: distances [T] and k from 1 to T")
+    if bool(distances.isnan().any()):
+        raise ValueError(f"distance {int(distances.isnan().nonzero()[0])} is NaN; accepted: numbers")
+    # All that the k-th distance ties with, then a stable sort of those few.
+    candidates = (distances <= distances.kthvalue(k).values).nonzero().flatten()
+    values, order = distances[candidates].sort(stable=True)
+    return values[:k], candidates[order[:k]]
+
+
+@torch.no_grad()
+def _mean_distances(target: Tensor, tasks: RaggedTasks, dtype: torch.dtype, memory: int) -> Tensor:
+    """||mean(y) - mean(x)||_2 for every task, from sums of rows less one common centre."""
+    # A row less its centre, once more where it is converted, and, of tasks of one row, sums and means in float64.
+    row_bytes = tasks.num_features * (4 * torch.promote_types(target.dtype, dtype).itemsize + 16) + 64
+    if memory < BLOCK_ROWS * row_bytes:
+        raise ValueError(f"memory is {memory} bytes; accepted: at least {BLOCK_ROWS * row_bytes}")
+    chunk_rows = max(BLOCK_ROWS, min(memory // row_bytes, _CHUNK // tasks.num_features))
+    centre = common_centre(target)
+    offsets = tasks.offsets
+    target_mean = block_means(target, torch.tensor([0, len(target)]), centre, dtype, chunk_rows)[0]
+    distances, low = [], 0
+    while low < tasks.num_tasks:
+        # As many tasks as fit, and at least one.
+        high = int(torch.searchsorted(offsets, offsets[low] + chunk_rows, right=True)) - 1
+        high = max(low + 1, high)
+        rows = tasks.features[int(offsets[low]) : int(offsets[high])]
+        means = block_means(rows, offsets[low : high + 1] - offsets[low], centre, dtype, chunk_rows)
+        distances.append(torch.linalg.vector_norm(means.sub_(target_mean), dim=1))
+        low = high
+    return torch.cat(distances).to(dtype)

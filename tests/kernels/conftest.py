@@ -1,0 +1,27 @@
+"""Devices, and uninitialised memory made visible. This folder imports only torch, triton, numpy, pytest, hypothesis."""
+
+import pytest
+import torch
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what torch.empty and its kin return, so that a value that was never written shows."""
+    for name in ("empty", "empty_like"):
+        plain = getattr(torch, name)
+
+        def filled(*arguments: object, _plain=plain, **options: object) -> torch.Tensor:
+            tensor = _plain(*arguments, **options)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(-(2**30))
+
+        monkeypatch.setattr(torch, name, filled)

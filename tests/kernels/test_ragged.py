@@ -1,0 +1,71 @@
+"""Ragged tasks: what they hold, and what they refuse at construction; and what this room and its tests may import."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from headstart.kernels.ragged import RaggedTasks
+
+X = torch.arange(12.0).reshape(6, 2)
+
+
+def offsets(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def test_tasks_and_means(device: str):
+    tasks = RaggedTasks(X.to(device), offsets(0, 1, 4, 6).to(device))
+    assert (tasks.num_tasks, tasks.num_features, tasks.sizes.tolist()) == (3, 2, [1, 3, 2])
+    assert torch.equal(tasks.task(1).cpu(), X[1:4])
+    assert torch.equal(tasks.means().cpu().float(), torch.stack([X[:1].mean(0), X[1:4].mean(0), X[4:].mean(0)]))
+
+
+def test_means_survive_a_large_common_offset(device: str):
+    rows = torch.randn(1000, 3, dtype=torch.float64)
+    tasks = RaggedTasks((rows + 4096).float().to(device), offsets(0, 300, 1000).to(device))
+    exact = torch.stack([tasks.features[:300].double().mean(0), tasks.features[300:].double().mean(0)])
+    # Half a unit in the last place of 4096 is 2.4e-4; a running float32 sum would be off by hundreds of them.
+    assert float((tasks.means().double() - exact).abs().max()) <= 2.5e-4
+
+
+@pytest.mark.parametrize(
+    ("features", "where", "labels", "said"),
+    [
+        (X, offsets(0, 3, 3, 6), None, "task 1"),
+        (X, offsets(0, 4, 2, 6), None, "task 1"),
+        (X, offsets(1, 6), None, "start at 1"),
+        (X, offsets(0, 5), None, "end at 5"),
+        (X, torch.tensor([0.0, 6.0]), None, "int64"),
+        (X[0], offsets(0, 1), None, "features"),
+        (X.long(), offsets(0, 6), None, "features"),
+        (X, offsets(0, 6), torch.zeros(5, dtype=torch.int64), "labels"),
+        (X, offsets(0, 6), torch.tensor([0, 1, -1, 0, 0, 0]), "row 2"),
+    ],
+)
+def test_what_cannot_be_is_refused(features, where, labels, said: str):
+    with pytest.raises(ValueError, match=said):
+        RaggedTasks(features, where, labels)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_are_named_by_task_and_row(bad: float):
+    rows = X.clone()
+    rows[4, 1] = bad
+    with pytest.raises(ValueError, match=r"task 1.*row 1"):
+        RaggedTasks(rows, offsets(0, 3, 6))
+
+
+def test_this_room_and_its_tests_import_little():
+    root = Path(__file__).parent.parent.parent
+    allowed = {"torch", "triton", "numpy", "headstart", *sys.stdlib_module_names}
+    for path in [*(root / "kernels").glob("*.py"), *(root / "tests/kernels").glob("*.py")]:
+        extra = {"pytest", "hypothesis"} if "tests" in path.parts else set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] in allowed | extra, f"{path} imports {name}"
+                assert not name.startswith("headstart.") or name.startswith("headstart.kernels"), path
