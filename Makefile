@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 GPU_PYTHON := PYTHONPATH=.typing:. python3
 
-.PHONY: help install demo test test-slow lint bench gpu-check bench-gpu clean
+.PHONY: gpu-python help install demo test test-slow lint bench gpu-check bench-gpu clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -38,10 +38,13 @@ bench: $(INSTALLED)  ## the CPU figures, appended to benchmarks/results/
 	$(BIN)/python -m benchmarks.energy
 	$(BIN)/python -m benchmarks.textbook
 
-gpu-check:  ## on a machine with a GPU: parity of the kernels and the gpu tests
+gpu-python:
+	@python3 -c "import torch, triton, pytest" || { echo "this needs the system's python3 with torch, triton and pytest, as GPU images have them" >&2; exit 2; }
+
+gpu-check: gpu-python  ## on a machine with a GPU: parity of the kernels and the gpu tests
 	$(GPU_PYTHON) -m pytest tests/kernels -m "not slow" -q
 
-bench-gpu:  ## on a machine with a GPU: the GPU figures, appended to benchmarks/results/
+bench-gpu: gpu-python  ## on a machine with a GPU: the GPU figures, appended to benchmarks/results/
 	$(GPU_PYTHON) -m benchmarks.gpu
 
 clean:  ## remove .venv, caches and builds; runs/ and the feature cache stay
