@@ -31,6 +31,8 @@ Set = Annotated[
 Out = Annotated[Path | None, typer.Option(help="The run directory itself; default runs/NAME.")]
 Address = Annotated[str | None, typer.Option(help="A Ray cluster's address; its token in RAY_AUTH_TOKEN.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Do every stage again.")]
+_INTERRUPTED = 130  # 128 + SIGINT
+
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 
 
@@ -245,6 +247,8 @@ def _run(
 
     loaded = load_recipe(recipe, overrides or ())
     with Connection(address) as connection:
+        if address is not None:
+            connection.ray()  # a cluster that does not answer is told before any work is done
         return run_pipeline(loaded, out or Path("runs") / loaded.name, connection=connection, fresh=fresh, until=until)
 
 
@@ -278,8 +282,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
-        typer.echo("interrupted: what is finished is kept; the same command goes on from there", err=True)
-        sys.exit(130)
+        code = _INTERRUPTED
     except ModuleNotFoundError as error:
         if (error.name or "headstart").startswith("headstart"):
             raise
@@ -298,6 +301,8 @@ def main() -> None:
             traceback.print_exc()
         else:
             typer.echo(f"error: {error}", err=True)
+    if code == _INTERRUPTED:  # Typer returns it for a Ctrl-C that it has met itself
+        typer.echo("interrupted: what is finished is kept; the same command goes on from there", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 

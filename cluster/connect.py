@@ -76,7 +76,8 @@ class Connection:
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
         if self.address is None:
             slots = max(os.cpu_count() or 1, num_workers)
-            ray.init(num_cpus=slots, include_dashboard=dashboard, dashboard_host="127.0.0.1", **common)
+            # "local", or it would join a Ray that runs on this machine already.
+            ray.init("local", num_cpus=slots, include_dashboard=dashboard, dashboard_host="127.0.0.1", **common)
         else:
             try:
                 _knock(self.address)

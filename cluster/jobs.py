@@ -52,7 +52,8 @@ def submit(recipe: Recipe, address: str, out: Path) -> dict[str, Any]:
             f"lost sight of job {job} at {address}: {_first_line(error)}. It may still run there, and leaves what it "
             f"makes in {out.absolute()}; see `ray job status {job} --address {address}`"
         ) from error
-    return {"job": job, "status": found.status.value, "message": found.message, "out": str(out.absolute())}
+    message = found.message.partition(", last available logs")[0]  # the log itself has gone to stderr
+    return {"job": job, "status": found.status.value, "message": message, "out": str(out.absolute())}
 
 
 def _send(recipe: Recipe, address: str, out: Path) -> tuple[Any, str]:

@@ -136,7 +136,18 @@ def _explain(detail: ErrorDetails) -> str:
 
 
 def _absolute(recipe: Recipe) -> Recipe:
-    if _NAMED_DATA.match(recipe.data.path):
-        return recipe
-    path = str(Path(recipe.data.path).expanduser().absolute())
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=path))
+    """Make the paths absolute, so that the recipe means the same from another folder and on another machine."""
+    sources = recipe.sources
+    if sources != "all":
+        sources = tuple(_absolute_source(source) for source in sources)
+    data = recipe.data
+    if not _NAMED_DATA.match(data.path):
+        data = dataclasses.replace(data, path=str(Path(data.path).expanduser().absolute()))
+    return dataclasses.replace(recipe, data=data, sources=sources)
+
+
+def _absolute_source(source: str) -> str:
+    kind, colon, path = source.partition(":")
+    if kind not in ("file", "onnx", "source") or not path:
+        return source
+    return f"{kind}{colon}{Path(path).expanduser().absolute()}"

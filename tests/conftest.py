@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
-from sklearn.datasets import load_digits
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +34,10 @@ def cache(tmp_path: Path, shared_weights: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture(scope="session")
 def write_digits() -> Callable[..., Path]:
     """Writes scikit-learn's digits as PNGs, 8x8 enlarged to 24x24, in a folder per class."""
+    # Imported here, because tests/kernels runs on machines that have neither.
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
 
     def write(folder: Path, per_class: int, *, num_classes: int = 10, start: int = 0) -> Path:

@@ -96,13 +96,9 @@ def test_the_summary_says_everything(house: House, summary: Any):
 
 
 def test_only_the_chosen_one_sees_the_test_images(summary: Any):
-    # 260 known images under each of two sources; the probe is one of them; validation under the fine-tuned backbone;
-    # test under the chosen one, and validation and test under the control.
-    chosen = 80 + (60 if summary["mode"] == "finetune" else 0)
-    known_to_tuned = 60 if summary["mode"] == "feature" else 0
-    assert summary["num_backbone_images"] == 2 * 260 + chosen + known_to_tuned + 80 + (
-        60 if summary["mode"] == "feature" else 0
-    )
+    # 260 known images under each of two sources, of which one is the probe; 60 for validation under the fine-tuned
+    # backbone; the 80 for test under the chosen one, and under the control.
+    assert summary["num_backbone_images"] == 2 * 260 + 60 + 80 + 80
 
 
 def test_the_run_directory_holds_what_it_should(house: House, summary: Any):

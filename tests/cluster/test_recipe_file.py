@@ -109,6 +109,15 @@ def test_a_malformed_override_is_refused(tmp_path: Path, override: str):
         load_recipe(write(tmp_path, MINIMAL), [override])
 
 
-def test_relative_data_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    assert load_recipe(write(tmp_path, {"name": "x", "data": {"path": "images"}})).data.path == str(tmp_path / "images")
+    sources = ["file:w.pth#resnet18", "onnx:net.onnx", "source:runs/a", "torchvision:resnet18", "mtcnn-onet"]
+    recipe = load_recipe(write(tmp_path, {"name": "x", "data": {"path": "images"}, "sources": sources}))
+    assert recipe.data.path == str(tmp_path / "images")
+    assert recipe.sources == (
+        f"file:{tmp_path}/w.pth#resnet18",
+        f"onnx:{tmp_path}/net.onnx",
+        f"source:{tmp_path}/runs/a",
+        "torchvision:resnet18",
+        "mtcnn-onet",
+    )

@@ -1,0 +1,103 @@
+"""`headstart tune`: a trial is one source's whole bank, and finds what that bank finds without Ray."""
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from headstart.cluster.recipe_file import load_recipe
+from headstart.trainer.features import extract_features
+from headstart.trainer.heads import audition
+from headstart.trainer.inputs.readers import load_images
+from headstart.trainer.inputs.split import split_images
+from headstart.trainer.recipe import Recipe
+from headstart.trainer.selection.ranking import Target
+from headstart.trainer.selection.sources import resolve
+
+from .processes import MARK, gone, kill
+
+SOURCES = ["mtcnn-onet", "mobilenet-v2-imagenet"]
+SEARCH = {
+    "learning_rates": [0.003, 0.03],
+    "weight_decays": [0.01, 0.1, 1.0],
+    "seeds": [0, 1],
+    "epochs": 20,
+    "batch_size": 64,
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, write_digits: Callable[..., Path]) -> Path:
+    document = {
+        "name": "searched",
+        "data": {"path": str(write_digits(tmp_path / "digits", 15)), "split": {"train": 80, "validation": 50}},
+        "sources": SOURCES,
+        "search": SEARCH,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def auditioned(recipe: Recipe, source: str, cache: Path) -> dict[str, Any]:
+    """What the same bank finds in this process."""
+    images = load_images(recipe.data, cache)
+    target = Target(images=images, parts=split_images(images, recipe.data.split, recipe.seed))
+    (candidate,) = resolve((source,), cache)
+    features = extract_features(candidate.load(cache), target.known(), cache).tensor()
+    labels = torch.from_numpy(target.known().labels)
+    found = audition(
+        features[:80], labels[:80], features[80:], labels[80:], num_classes=10, search=recipe.search,
+        optimizer=recipe.train.optimizer, seed=recipe.seed,
+    )  # fmt: skip
+    return {
+        "source": source,
+        "accuracy": found.accuracy,
+        "loss": pytest.approx(found.loss, rel=1e-4),  # the trial has one thread, and sums in another order
+        "learning_rate": found.setting.learning_rate,
+        "weight_decay": found.setting.weight_decay,
+        "seed": found.setting.seed,
+        "num_heads": len(found.settings),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_trial_is_the_whole_bank_of_one_source(recipe: Path, tmp_path: Path, cache: Path):
+    mark, out = uuid.uuid4().hex, tmp_path / "run"
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "headstart.cluster.cli", "tune", str(recipe), "--out", str(out), "--json"],
+            capture_output=True, text=True, timeout=800, env=os.environ | {MARK: mark}, cwd=tmp_path, check=False,
+        )  # fmt: skip
+        assert gone(mark), "Ray's processes live on after the command"
+    finally:
+        kill(mark)
+    assert ended.returncode == 0, ended.stderr
+    document = json.loads(ended.stdout)
+    assert document["schema"] == 1
+    assert document["search"] == SEARCH
+    assert json.loads((out / "tune.json").read_text()) == document
+
+    expected = [auditioned(load_recipe(str(recipe)), source, cache) for source in SOURCES]
+    assert [trial["num_heads"] for trial in document["trials"]] == [2 * 3 * 2] * 2
+    assert document["trials"] == sorted(expected, key=lambda trial: -trial["accuracy"])
+    assert document["trials"][0]["accuracy"] > document["trials"][1]["accuracy"]
+    assert not (out / ".stages" / "tune").exists()
+
+
+def test_the_folder_of_another_recipe_is_refused(headstart: Callable[..., Any], recipe: Path, tmp_path: Path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("not a run")
+    ended = headstart("tune", recipe, "--out", tmp_path / "taken")
+    assert ended.code == 2
+    assert ended.stdout == ""
+    assert "is no run directory; give --out" in ended.stderr
