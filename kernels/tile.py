@@ -49,7 +49,7 @@ class _Sizes(NamedTuple):
 
 
 # CPU: tiles of 2 MiB beside 4 MiB of rows; larger and smaller ones are slower. CUDA: few launches, 128 MiB of tiles.
-_CPU = _Sizes(block=1024, tiles=2**19, operand=2**20, again=2**16)
+_CPU = _Sizes(block=1024, tiles=2**19, operand=2**20, again=2**18)
 _CUDA = _Sizes(block=2048, tiles=2**25, operand=2**24, again=2**20)
 
 
@@ -166,7 +166,7 @@ class _Engine:
     def pairs(self) -> int:
         """Pairs that are computed again together."""
         # On CUDA the order of a sum follows from the shape that is reduced: so that is fixed, whatever the memory.
-        return max(16, (self.again if self.device.type == "cpu" else 2**16) // self.pitch)
+        return max(16, (min(self.again, 2**16) if self.device.type == "cpu" else 2**16) // self.pitch)
 
     def cross(self, target: Tensor, features: Tensor, blocks: Blocks, same: bool = False) -> Tensor:
         """Sums over the target and each task of `blocks`, [T] float64 on the CPU; `same`: features are the target."""

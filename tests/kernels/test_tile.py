@@ -1,0 +1,165 @@
+"""The tile sweep itself: how exact it is, which bits follow from what, and how much it holds."""
+
+import re
+
+import pytest
+import torch
+from torch.profiler import profile
+
+from headstart.kernels import naive
+from headstart.kernels.energy import energy_distances, energy_self_terms
+from headstart.kernels.euclidean import euclidean_distances
+from headstart.kernels.ragged import RaggedTasks
+from headstart.kernels.tile import _fold, cross_sums, self_sums
+
+U = {"fp32": 2.0**-24, "fp64": 2.0**-53}
+
+
+def rows(n: int, d: int, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def allowed(x: torch.Tensor, y: torch.Tensor, precision: str) -> float:
+    """Largest error of mean |x - y|, from the arithmetic.
+
+    A centred row is rounded by u, a product of D terms by 6 sqrt(D) u of the norms (Higham and Mary, SIAM J. Sci.
+    Comput. 41 (2019) A2815, theorem 2.4: six standard deviations), so d^2 is off by at most
+    (6 sqrt(D) + 8) u (|x|^2 + |y|^2), with norms from a point amid x; d by that over 2 d, or over what a pair is
+    computed again below; a sum by 16 u.
+    """
+    x, y = x.double(), y.double()
+    centre = x.mean(0)
+    # The centre is the mean of a sample of the rows: it may lie a third of their spread from their mean.
+    norms = 1.25 * ((x - centre).square().sum(1)[:, None] + (y - centre).square().sum(1)) + 1e-300
+    d = torch.maximum(naive.pairwise(x, y), (norms * (2.0**-10 if precision == "fp32" else 2.0**-20)).sqrt())
+    error = (6 * x.shape[1] ** 0.5 + 8) * U[precision] * norms / (2 * d) + 16 * U[precision] * d
+    return float(error.mean())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize(("d", "offset"), [(3, 0.0), (3, 1e5), (64, 1e3), (512, 0.0)])
+def test_the_error_is_that_of_the_centred_arithmetic(d: int, offset: float, precision: str, device: str):
+    # Where it is cheap, more rows than a block has on the CPU (1,024) or on CUDA (2,048).
+    sizes = (1, 2, 63, 123) if d > 64 else (1, 2, 63, 123, 1030 if device == "cpu" else 2100)
+    x = rows(257, d, 1, device) + offset
+    tasks = [rows(n, d, n, device) * 1.5 + offset for n in sizes]
+    ragged = RaggedTasks.from_list(tasks)
+    exact = RaggedTasks(ragged.features.double(), ragged.offsets)
+    errors = [allowed(x, y, precision) for y in tasks]
+    own = [allowed(y, y, precision) for y in tasks]
+    pairs = euclidean_distances(x, ragged, form="pairs", precision=precision).double()
+    energy = energy_distances(x, ragged, precision=precision).double()
+    pairs_off = (pairs - naive.euclidean_distances(x.double(), exact, form="pairs")).abs().tolist()
+    energy_off = (energy - naive.energy_distances(x.double(), exact)).abs().tolist()
+    for t, n in enumerate(sizes):
+        last = U[precision] * float(pairs[t])
+        assert pairs_off[t] <= errors[t] + last, n
+        assert energy_off[t] <= 2 * errors[t] + own[t] + allowed(x, x, precision) + last, n
+
+
+@pytest.mark.parametrize("gap", [1e-5, 1e-2, 1.0, 30.0], ids="gap{:g}".format)
+def test_near_pairs_far_from_the_rest_keep_their_distance(gap: float, device: str):
+    # pytorch issue 42479: torch.cdist gives 0 where the distance is 109, because the rows lie far out together.
+    far = torch.zeros(2, 64, device=device)
+    far[:, 0] = 2.0**20
+    far[1, 1] = gap
+    x, tasks = torch.cat([rows(100, 64, 1, device), far[:1]]), RaggedTasks.from_list([far[1:]])
+    exact = naive.euclidean_distances(x.double(), RaggedTasks(far[1:].double(), tasks.offsets), form="pairs")
+    found = cross_sums(far[:1], tasks, precision="fp32", memory=None)
+    assert float(found[0]) == pytest.approx(gap, rel=4 * U["fp32"])
+    assert float(euclidean_distances(x, tasks, form="pairs")[0]) == pytest.approx(float(exact[0]), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 16, 17, 200, 1024, 2100], ids="N{}".format)
+def test_cross_and_self_terms_of_the_same_rows_agree_in_every_bit(n: int, dtype: torch.dtype, device: str):
+    if n > 1024 and dtype != torch.float32:
+        pytest.skip("more than one block is tried in float32")
+    d = (5, 64, 100)[n % 3]
+    x = rows(n, d, n, device, dtype)
+    # Among others, at several places, and behind an odd number of rows.
+    tasks = RaggedTasks.from_list([x, rows(3, d, 1, device, dtype), x, rows(n, d, 2, device, dtype), x])
+    precision = "fp64" if dtype == torch.float64 else "fp32"
+    cross = cross_sums(x, tasks, precision=precision, memory=None)
+    own = self_sums(tasks.features, tasks.offsets, precision=precision, memory=None)
+    alone = self_sums(x, torch.tensor([0, n]), precision=precision, memory=None)
+    assert len({float(value) for value in (*cross[[0, 2, 4]], *own[[0, 2, 4]], alone[0])}) == 1
+
+
+def test_a_distance_follows_from_its_own_task_alone(device: str):
+    x, tasks = rows(123, 100, 0, device), [rows(n, 100, n, device) for n in (1, 300, 17, 16, 1030, 40, 31)]
+    together = energy_distances(x, RaggedTasks.from_list(tasks))
+    assert [float(v) for v in together] == [float(energy_distances(x, RaggedTasks.from_list([y]))[0]) for y in tasks]
+
+
+@pytest.mark.parametrize("kind", ["plain", "near and equal rows", "half precision"])
+def test_memory_is_held_to(kind: str):
+    d = 40
+    x, tasks = rows(1030, d, 1), [rows(n, d, n) for n in (1100, 1, *[300] * 8)]
+    if kind == "near and equal rows":
+        tasks.append(x[:1].expand(300, d).contiguous())
+        tasks.append(x[:1].expand(100, d) + 1e-4 * rows(100, d, 3))
+    if kind == "half precision":
+        x, tasks = x.half(), [y.half() for y in tasks]
+    ragged = RaggedTasks.from_list(tasks)
+    plain = energy_distances(x, ragged)
+    whole = len(x) * len(ragged.features) * 4
+    with pytest.raises(ValueError, match="at least") as refused:
+        energy_distances(x, ragged, memory=1)
+    least = int(re.search(r"at least (\d+)", str(refused.value))[1])
+    assert least < whole / 2
+    for memory in (least, 2 * least):
+        assert torch.equal(energy_distances(x, ragged, memory=memory), plain)
+        assert held(lambda memory=memory: energy_distances(x, ragged, memory=memory)) <= memory
+
+
+def held(call) -> int:
+    """Most bytes that a call holds on the CPU."""
+    with profile(profile_memory=True) as profiled:
+        call()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    assert most > 0
+    return most
+
+
+def test_products_stay_in_float32_whatever_the_process_has_set(device: str):
+    x, tasks = rows(257, 512, 1, device), RaggedTasks.from_list([rows(300, 512, 2, device)])
+    before, plain = torch.get_float32_matmul_precision(), energy_distances(x, tasks)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(energy_distances(x, tasks), plain)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(energy_distances(x, tasks), plain)
+
+
+def test_squares_that_overflow_are_refused(device: str):
+    x, tasks = rows(20, 8, 1, device), rows(20, 8, 2, device) * 1e19
+    with pytest.raises(ValueError, match="precision='fp64'"):
+        energy_distances(x, RaggedTasks.from_list([tasks]))
+    assert float(energy_distances(x, RaggedTasks.from_list([tasks]), precision="fp64")[0]) > 1e19
+
+
+def test_self_terms_of_other_tasks_are_refused(device: str):
+    x, tasks = rows(5, 4, 1, device), RaggedTasks.from_list([rows(3, 4, 2, device), rows(4, 4, 3, device)])
+    kept = energy_self_terms(RaggedTasks.from_list([rows(4, 4, 2, device), rows(3, 4, 3, device)]))
+    with pytest.raises(ValueError, match="accepted: those of these 2 tasks at fp32"):
+        energy_distances(x, tasks, self_terms=kept)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 16, 48, 100, 512])
+def test_the_tree_sum_is_a_sum_that_zeros_do_not_change(width: int, device: str):
+    values = rows(7, width, 1, device)
+    longer = torch.cat([values, torch.zeros(7, 29, device=device)], 1)
+    exact = values.double().sum(1)
+    found = _fold(values.clone())
+    assert torch.equal(found, _fold(longer))
+    # A tree of width W rounds at most log2 W + 1 times.
+    most = (width.bit_length() + 1) * U["fp32"] * values.double().abs().sum(1)
+    assert bool(((found.double() - exact).abs() <= most).all())
