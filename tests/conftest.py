@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before any test imports torch
+
 
 @pytest.fixture(scope="session")
 def shared_weights() -> Path:

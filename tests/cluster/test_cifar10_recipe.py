@@ -127,7 +127,7 @@ def test_from_cifars_files_to_a_model_that_predicts(
     assert (summary["mode"], summary["target"]) == ("feature", "torchvision:CIFAR10")
     assert summary["source"].startswith("resnet50-")
     assert summary["test"]["num_samples"] == NUM_TEST
-    assert summary["test"]["accuracy"] >= 0.5  # chance is 0.1; random features tell most of these apart
+    assert summary["test"]["accuracy"] >= 0.7  # chance is 0.1; 0.9 measured: random features tell most of these apart
     assert summary["controls"]["scratch"] is not None
     # Through the source: train and validation to rank, test to evaluate. Then the control on test, and the probe's
     # sketch of train and validation.
