@@ -1,5 +1,7 @@
 """A run in words and tables, for a terminal."""
 
+from pathlib import Path
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -83,7 +85,8 @@ def _print_evaluation(outcome: Outcome, console: Console) -> None:
 def _print_package(outcome: Outcome, console: Console) -> None:
     assert outcome.manifest is not None
     parity, latency = outcome.manifest["parity"], outcome.manifest["latency"]
-    console.print(f"\n[bold]Package: {outcome.path / 'package'}[/bold] (licence: {outcome.manifest['licence']})")
+    path = outcome.path.relative_to(Path.cwd()) if outcome.path.is_relative_to(Path.cwd()) else outcome.path
+    console.print(f"\n[bold]Package: {path / 'package'}[/bold] (licence: {outcome.manifest['licence']})")
     worst = max(parity["rows"], key=lambda row: row["relative_difference"])
     batches = ", ".join(str(row["batch"]) for row in parity["rows"])
     agreement = min(row["top1_agreement"] for row in parity["rows"])
@@ -97,7 +100,7 @@ def _print_package(outcome: Outcome, console: Console) -> None:
             f"Prediction p50 {latency['predict_p50_ms']:.3f} ms, bare session.run {latency['session_run_p50_ms']:.3f} "
             f"ms (ratio {latency['ratio']:.3f}), one {shape} image, {latency['provider']}."
         )
-    console.print(f"Source: {outcome.path / 'source'}. Summary: {outcome.path / 'summary.json'}")
+    console.print(f"Source: {path / 'source'}. Summary: {path / 'summary.json'}")
 
 
 def _share(value: float | None) -> str:

@@ -105,13 +105,13 @@ def _audition(context: Context, candidate: Candidate, heads: Path, used: list[Ca
         "seconds": None,
     }
     try:
-        backbone = candidate.load(context.cache)
+        with context.reporter.bar(f"audition {card.name}") as progress:
+            backbone = candidate.load(context.cache)
+            found = assess(backbone, context.target, context.recipe, context.cache, tag=context.tag, progress=progress)
     except SourceError as error:
         if context.recipe.sources != "all":
             raise
         return entry | {"reason": str(error)}
-    with context.reporter.bar(f"audition {card.name}") as progress:
-        found = assess(backbone, context.target, context.recipe, context.cache, tag=context.tag, progress=progress)
     used.append(found.features)
     heads.mkdir(exist_ok=True)
     save_head(heads / f"{card.name}.safetensors", found.head)
