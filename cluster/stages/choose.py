@@ -81,9 +81,22 @@ def rank(context: Context) -> Stage:
         write_json(context.run.path / "ranking.json", result)
         return result, used
 
+    def nothing_new(result: Result) -> bool:
+        lacking = {entry["source"] for entry in result["ranking"] if not entry["available"]}
+        return not any(_loads(context, candidate) for candidate in candidates if candidate.card.name in lacking)
+
     return context.run.stage(
-        "rank", inputs, lambda: [context.run.path / "ranking.json", *heads.glob("*.safetensors")], make
+        "rank", inputs, lambda: [context.run.path / "ranking.json", *heads.glob("*.safetensors")], make, nothing_new
     )
+
+
+def _loads(context: Context, candidate: Candidate) -> bool:
+    """Say whether a source that was unavailable has become available."""
+    try:
+        candidate.load(context.cache)
+    except SourceError:
+        return False
+    return True
 
 
 def _audition(context: Context, candidate: Candidate, heads: Path, used: list[CachedFeatures]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def _conclude(
     """Compare with the stronger control, so that `transfer` means better than both."""
     seed, test = context.recipe.seed, context.target.part("test")
     difference, against = None, None
-    if "scratch" in controls:
+    if choice["mode"] != "scratch":  # which takes nothing over, so that there is nothing to judge
         against = max(controls, key=lambda name: controls[name].mean())
         difference = paired_interval(correct, controls[against], seed=seed)
     probabilities = torch.softmax(logits / temperature, dim=1)

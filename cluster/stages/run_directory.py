@@ -98,16 +98,18 @@ class RunDirectory:
         inputs: Mapping[str, object],
         outputs: Callable[[], Iterable[Path]],
         make: Callable[[], tuple[Result, Iterable[CachedFeatures]]],
+        still_true: Callable[[Result], bool] = lambda _: True,
     ) -> Stage:
         """Run `make`, or skip it when it ran before on the same inputs and its files are whole.
 
         `make` returns the stage's result and the cached features it used, whose images are counted. `outputs` lists
-        the files it wrote, once it has.
+        the files it wrote, once it has. `still_true` is asked about an earlier result that the world may have outrun.
         """
         key = fingerprint({"stage": name, **inputs})
         record_path = self.private / f"{name}.json"
         record = _read_json(record_path)
-        if record is None or record["key"] != key or not self._whole(record["files"]):
+        same = record is not None and record["key"] == key and self._whole(record["files"])
+        if not same or not still_true(record["result"]):
             started = time.perf_counter()
             result, used = make()
             record = {

@@ -55,6 +55,16 @@ def test_a_stage_runs_again_when_something_changed(tmp_path: Path, damage: str):
     assert work.runs == 2
 
 
+def test_a_result_that_the_world_has_outrun_is_made_again(tmp_path: Path):
+    folder = tmp_path / "run"
+    work = Work(folder)
+    for still_true, runs in ((True, 1), (True, 1), (False, 2), (True, 2)):
+        with RunDirectory(folder, IDENTITY) as run:
+            run.stage("work", {}, lambda: [work.file], work, lambda result, answer=still_true: answer)
+            run.finish()
+        assert work.runs == runs
+
+
 def test_what_an_unfinished_attempt_did_counts_as_done_by_the_command_that_ends_it(tmp_path: Path):
     folder = tmp_path / "run"
     work = Work(folder)
