@@ -283,6 +283,9 @@ def main() -> None:
     # Before torch is imported: threads that spin while they wait cost nothing on an idle machine and a factor of five
     # to ten on one that other work shares (a batch of MobileNetV2 0.8 to 1.9 s, 0.15 to 0.20 s with this).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from headstart.cluster import interrupt
+
+    interrupt.install()
     try:
         code = app(standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):

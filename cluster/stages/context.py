@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from headstart.cluster import interrupt
 from headstart.cluster.connect import Connection
 from headstart.cluster.stages.run_directory import RunDirectory
 from headstart.trainer.recipe import Recipe
@@ -45,7 +46,13 @@ class Reporter:
         )
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task(title, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+            def move(done: int, total: int) -> None:
+                interrupt.check()
+                progress.update(task, completed=done, total=total)
+
+            yield move
+            interrupt.check()
             if progress.tasks[0].total is None:
                 progress.update(task, completed=1, total=1)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from headstart.cluster import interrupt
 from headstart.trainer.errors import RunError
 from headstart.trainer.features import CachedFeatures
 from headstart.trainer.files import write_atomically
@@ -105,6 +106,7 @@ class RunDirectory:
         `make` returns the stage's result and the cached features it used, whose images are counted. `outputs` lists
         the files it wrote, once it has. `still_true` is asked about an earlier result that the world may have outrun.
         """
+        interrupt.check()
         key = fingerprint({"stage": name, **inputs})
         record_path = self.private / f"{name}.json"
         record = _read_json(record_path)
@@ -137,6 +139,7 @@ class RunDirectory:
 
     def finish(self) -> None:
         """End the attempt: the next command on this folder starts another."""
+        interrupt.check()
         write_json(self.private / "attempt.json", {"id": self.attempt, "finished": True})
 
     def _whole(self, files: Mapping[str, str]) -> bool:
