@@ -1,7 +1,8 @@
 """Ctrl-C that cannot be lost.
 
-Python raises KeyboardInterrupt wherever the main thread happens to be, and some libraries swallow it there: a run
-was seen to go on to its end after one. The handler therefore also remembers it, and `check` raises it again.
+Python raises KeyboardInterrupt wherever the main thread happens to be, and code there can swallow it. A run was once
+seen to go on to its end after one; where it was lost was not found. The handler therefore also remembers it, and
+`check` raises it again.
 """
 
 import signal

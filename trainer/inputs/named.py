@@ -73,8 +73,8 @@ def _load_photographs() -> LabelledImages:
     """96x96 patches of scikit-learn's two photographs, each overlapping the next by half, 84 of each; these are the
     classes.
 
-    The patches are as large as what the probe backbone sees. Enlarged from 64 pixels or fewer they are as blurred as
-    scikit-learn's 8x8 digits are, and the probe takes the blur for the task.
+    The patches are as large as what the probe backbone sees. Enlarged from 64 pixels or fewer they come out nearer to
+    MNIST than scikit-learn's 8x8 digits do, probably for being as blurred (benchmarks/LOG.md has the distances).
     """
     from sklearn.datasets import load_sample_image
 
