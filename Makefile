@@ -36,6 +36,9 @@ lint: $(INSTALLED)  ## ruff, and mypy --strict on the four rooms
 bench: $(INSTALLED)  ## the CPU figures, appended to benchmarks/results/
 	$(BIN)/python -m benchmarks.euclidean
 	$(BIN)/python -m benchmarks.energy
+	$(BIN)/python -m benchmarks.mmd
+	$(BIN)/python -m benchmarks.neighbours
+	$(BIN)/python -m benchmarks.sinkhorn
 	$(BIN)/python -m benchmarks.textbook
 
 gpu-python:

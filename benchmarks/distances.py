@@ -1,18 +1,23 @@
-"""What the benchmarks of the task distances share: ragged workloads, timing in turn, correctness beside each row."""
+"""What the benchmarks of task distances share: ragged workloads, timing in turn, floors, correctness in each row."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.profiler import profile
 
 from benchmarks.rows import append_rows, interleaved
 from headstart.kernels.ragged import RaggedTasks
 
 Contenders = Callable[[Tensor, RaggedTasks], dict[str, Callable[[], Tensor]]]
+
+CHECKED_TASKS = 8
+"""Tasks whose distances are compared with the definition: the definition holds whole matrices in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +39,10 @@ class Workload:
         sizes = (self.rows * torch.randn(self.num_tasks, generator=generator).mul(0.5).exp()).long()
         sizes = sizes.clamp(1, 2 * self.rows)
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-        features = torch.randn(int(offsets[-1]), self.dim, generator=generator).relu()
-        target = torch.randn(self.num_target, self.dim, generator=generator).add(0.1).relu()
-        return target.to(device), RaggedTasks(features.to(device), offsets.to(device))
+        generator = torch.Generator(device).manual_seed(0)
+        features = torch.randn(int(offsets[-1]), self.dim, generator=generator, device=device).relu_()
+        target = torch.randn(self.num_target, self.dim, generator=generator, device=device).add_(0.1).relu_()
+        return target, RaggedTasks(features, offsets)
 
 
 def measure(
@@ -44,21 +50,31 @@ def measure(
     workloads: Sequence[Workload],
     contenders: Contenders,
     definition: Callable[[Tensor, RaggedTasks], Tensor],
+    *,
+    floor: Callable[[Tensor, RaggedTasks, str], float] | None = None,
+    runs: int = 7,
 ) -> list[dict[str, Any]]:
     """Time the contenders in turn on each workload, append the rows, print them and return them.
 
-    The first contender is ours; `speedup` is a contender's median over ours, so that above 1 ours is faster.
-    `max_error` is against the definition in float64.
+    The first contender is ours; `speedup` is a contender's median over ours, so that above 1 ours is faster. A
+    contender's name may end in its precision, "... bf16", else it is fp32. `floor` says how many milliseconds this
+    machine must take at a precision; `of_floor` is that over the median. `max_error` is against the definition in
+    float64, on the first CHECKED_TASKS tasks; `peak_mb` is what was held beside the inputs.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[dict[str, Any]] = []
     for workload in workloads:
         target, tasks = workload.make(device)
-        exact = definition(target.double(), RaggedTasks(tasks.features.double(), tasks.offsets))
+        checked = tasks.offsets[: CHECKED_TASKS + 1]
+        few = RaggedTasks(tasks.features[: int(checked[-1])].double(), checked)
+        exact = definition(target.double(), few)
         timed = contenders(target, tasks)
-        times = interleaved(timed)
+        times = interleaved(timed, runs=runs)
         ours = times[next(iter(timed))]["p50"]
         for contender, function in timed.items():
+            precision = contender.rsplit(" ", 1)[-1]
+            precision = precision if precision in _RATE_DTYPES else "fp32"
+            least = None if floor is None else floor(target, tasks, precision)
             error, peak = _error_and_peak(function, exact)
             rows.append(
                 {
@@ -72,6 +88,8 @@ def measure(
                     "speedup": round(times[contender]["p50"] / ours, 3),
                     "max_error": f"{error:.3g}",
                     "peak_mb": peak,
+                    "floor_ms": "" if least is None else round(least, 4),
+                    "of_floor": "" if least is None else round(least / times[contender]["p50"], 3),
                 }
             )
     append_rows(name, rows)
@@ -83,18 +101,71 @@ def print_rows(name: str, rows: Sequence[dict[str, Any]]) -> None:
     """Print rows as a short table."""
     table = Table(title=name, title_justify="left")
     for column in rows[0]:
-        table.add_column(column, justify="right")
+        if column not in ("unit", "p20", "p80"):
+            table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=120).print(table)
+        table.add_row(*(str(value) for column, value in row.items() if column not in ("unit", "p20", "p80")))
+    Console(width=140).print(table)
 
 
-def _error_and_peak(function: Callable[[], Tensor], exact: Tensor) -> tuple[float, float | str]:
-    """Return the largest error and, on a GPU, the peak of memory in MB; the CPU's allocator does not tell."""
-    if not torch.cuda.is_available():
-        return float((function().double() - exact).abs().max()), ""
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    found = function()
-    peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-    return float((found.double() - exact).abs().max()), round(peak, 1)
+_RATE_DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "bf16x3": torch.bfloat16, "fp32": torch.float32}
+
+
+@cache
+def product_rate(precision: str) -> float:
+    """Multiplications and additions a millisecond of one large product on this machine, at a precision."""
+    device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
+    a, b = (torch.randn(size, size, device=device, dtype=_RATE_DTYPES[precision]) for _ in range(2))
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        taken = interleaved({"product": lambda: a @ b.T}, runs=5)["product"]["p20"]
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    return 2 * size**3 / taken / (3 if precision == "bf16x3" else 1)
+
+
+@cache
+def root_rate() -> float:
+    """Square roots a millisecond of an array that fits the CPU's cache, or of a large one on a GPU."""
+    device, size = ("cuda", 2**27) if torch.cuda.is_available() else ("cpu", 2**18)
+    values = torch.rand(size, device=device)
+    return size / interleaved({"roots": lambda: values.sqrt_()}, runs=5)["roots"]["p20"]
+
+
+@cache
+def copy_rate() -> float:
+    """Bytes read and written a millisecond by a large copy."""
+    device, size = ("cuda", 2**28) if torch.cuda.is_available() else ("cpu", 2**26)
+    source, to = torch.rand(size, device=device), torch.empty(size, device=device)
+    return 8 * size / interleaved({"copy": lambda: to.copy_(source)}, runs=5)["copy"]["p20"]
+
+
+def cross_floor(target: Tensor, tasks: RaggedTasks, precision: str) -> float:
+    """Milliseconds that the products with all tasks take at the rate of one large product, or a read of the features.
+
+    The roots come on top on a CPU, whose units do either; a GPU's special-function units work beside its tensor cores.
+    """
+    num_pairs = len(target) * len(tasks.features)
+    products = 2 * num_pairs * target.shape[1] / product_rate(precision)
+    roots = num_pairs / root_rate()
+    work = max(products, roots) if target.is_cuda else products + roots
+    return max(work, tasks.features.numel() * tasks.features.element_size() / copy_rate())
+
+
+def _error_and_peak(function: Callable[[], Tensor], exact: Tensor) -> tuple[float, float]:
+    """Return the largest error, and the most that was held beside the inputs in MB."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        found = function()
+        peak = float(torch.cuda.max_memory_allocated() - before)
+    else:
+        with profile(profile_memory=True) as profiled:
+            found = function()
+        events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+        now = peak = 0.0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            now += event.nbytes()
+            peak = max(peak, now)
+    return float((found[: len(exact)].double() - exact).abs().max()), round(peak / 1e6, 1)

@@ -1,19 +1,22 @@
-"""Energy distances of one target to T ragged tasks, beside the loop over torch.cdist and padded batched cdist.
+"""Energy distances of one target to T ragged tasks, beside what users would write.
 
 python -m benchmarks.energy [--quick]
 """
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.distances import Workload, measure
-from headstart.kernels import naive
+from benchmarks.distances import Workload, cross_floor, measure
+from headstart.kernels import dispatch, naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
 from headstart.kernels.ragged import RaggedTasks
+
+GPU_PRECISIONS = ("bf16", "bf16x3", "fp32")
 
 
 def cdist_loop(target: Tensor, tasks: RaggedTasks, own: Tensor) -> Tensor:
@@ -36,28 +39,102 @@ def padded_cdist(target: Tensor, tasks: RaggedTasks, own: Tensor) -> Tensor:
     return 2 * torch.cat(cross) - inner - own
 
 
+def _row_sums(product: Tensor, y_squares: Tensor, x_squares: Tensor) -> Tensor:
+    return (y_squares[:, None] + x_squares - 2 * product).clamp(min=0).sqrt().sum(1)
+
+
+class CompiledEpilogue:
+    """The honest baseline: chunked products of the plain library, and one compiled pass from each to its row sums."""
+
+    def __init__(self, target: Tensor, tasks: RaggedTasks, own: Tensor, dtype: torch.dtype) -> None:
+        self._finish = torch.compile(_row_sums, dynamic=False)
+        self._own, self._dtype = own, dtype
+        self._sizes = tasks.sizes.to(target.device)
+        self._owner = torch.repeat_interleave(torch.arange(tasks.num_tasks, device=target.device), self._sizes)
+        self._target, self._tasks = target, tasks
+        self._chunk = 2**14 if target.is_cuda else 2**11
+
+    def __call__(self) -> Tensor:
+        """Return the distances, [T]."""
+        centre = self._target.mean(0)
+        x = (self._target - centre).to(self._dtype)
+        inner = self._sums(x, x, centre, centred=True).sum() / len(x) ** 2
+        rows = self._sums(x, self._tasks.features, centre)
+        cross = torch.zeros(len(self._sizes), device=x.device).index_add_(0, self._owner, rows)
+        return 2 * cross / (self._sizes * len(x)) - inner - self._own
+
+    def _sums(self, x: Tensor, y: Tensor, centre: Tensor, centred: bool = False) -> Tensor:
+        x_squares, sums = x.float().square().sum(1), []
+        for rows in y.split(self._chunk):
+            if len(rows) < self._chunk:  # of one shape, so that it is compiled once
+                rows = torch.nn.functional.pad(rows, (0, 0, 0, self._chunk - len(rows)))
+            rows = rows if centred else (rows - centre).to(self._dtype)
+            wide = self._dtype == torch.float32
+            product = rows @ x.T if wide else torch.mm(rows, x.T, out_dtype=torch.float32)
+            sums.append(self._finish(product, rows.float().square().sum(1), x_squares))
+        return torch.cat(sums)[: len(y)]
+
+
 def contenders(target: Tensor, tasks: RaggedTasks) -> dict[str, Callable[[], Tensor]]:
     """Return what is timed, ours first."""
-    kept = energy_self_terms(tasks)
-    own = (kept.sums / (kept.sizes.to(kept.sums.device).double() ** 2)).to(target.dtype)
-    return {
-        "headstart": lambda: energy_distances(target, tasks, self_terms=kept),
-        "cdist loop": lambda: cdist_loop(target, tasks, own),
-        "padded cdist": lambda: padded_cdist(target, tasks, own),
-    }
+    own = energy_self_terms(tasks)
+    own_means = (own.sums / (own.sizes.to(own.sums.device).double() ** 2)).to(target.dtype)
+    library = "cuBLAS" if target.is_cuda else "product"
+    found: dict[str, Callable[[], Tensor]] = {}
+    if target.is_cuda:
+        for precision in GPU_PRECISIONS:
+            for path in (None, "fused", "streamed"):
+                if path != "fused" or precision != "fp32":
+                    name = f"headstart {path or 'dispatch'} {precision}"
+                    found[name] = _on_path(path, target, tasks, precision)
+        found[f"{library} + compiled epilogue bf16"] = CompiledEpilogue(target, tasks, own_means, torch.bfloat16)
+    else:
+        found["headstart"] = _on_path(None, target, tasks, "fp32")
+        found["headstart bf16"] = _on_path(None, target, tasks, "bf16")
+    found[f"{library} + compiled epilogue"] = CompiledEpilogue(target, tasks, own_means, torch.float32)
+    found["cdist loop"] = partial(cdist_loop, target, tasks, own_means)
+    if tasks.num_tasks * int(tasks.sizes.max()) * len(target) < 2**33:
+        found["padded cdist"] = partial(padded_cdist, target, tasks, own_means)
+    return found
+
+
+def _on_path(path: str | None, target: Tensor, tasks: RaggedTasks, precision: str) -> Callable[[], Tensor]:
+    if path is None:
+        kept = energy_self_terms(tasks, precision=precision)
+        return lambda: energy_distances(target, tasks, precision=precision, self_terms=kept)
+    with dispatch.override(path):
+        kept = energy_self_terms(tasks, precision=precision)
+
+    def call() -> Tensor:
+        with dispatch.override(path):
+            return energy_distances(target, tasks, precision=precision, self_terms=kept)
+
+    return call
+
+
+def workloads(quick: bool) -> list[Workload]:
+    """Return what is measured on this machine."""
+    if torch.cuda.is_available():
+        dims = (256,) if quick else (64, 256, 512, 2048)
+        large = [Workload(num_tasks=512, rows=2048, dim=dim, num_target=4096) for dim in dims]
+        small = Workload(num_tasks=512, rows=110, dim=256, num_target=220)
+        return large if quick else [*large, small, Workload(num_tasks=1, rows=4096, dim=512, num_target=4096)]
+    first = Workload(num_tasks=512, rows=110, dim=256, num_target=220)
+    if quick:
+        return [first]
+    return [
+        first,
+        Workload(num_tasks=1, rows=1024, dim=256, num_target=1024),
+        Workload(num_tasks=64, rows=256, dim=64, num_target=256),
+        Workload(num_tasks=64, rows=512, dim=512, num_target=512),
+        Workload(num_tasks=16, rows=1024, dim=2048, num_target=1024),
+        Workload(num_tasks=4, rows=4096, dim=256, num_target=4096),
+    ]
 
 
 def main(*, quick: bool = False) -> list[dict[str, Any]]:
     """Measure, append the rows, and return them."""
-    workloads = [Workload(num_tasks=512, rows=110, dim=256, num_target=220)]
-    if not quick:
-        workloads += [
-            Workload(num_tasks=1, rows=1024, dim=256, num_target=1024),
-            Workload(num_tasks=64, rows=110, dim=64, num_target=220),
-            Workload(num_tasks=64, rows=512, dim=1280, num_target=512),
-            Workload(num_tasks=512, rows=110, dim=1280, num_target=220),
-        ]
-    return measure("energy", workloads, contenders, naive.energy_distances)
+    return measure("energy", workloads(quick), contenders, naive.energy_distances, floor=cross_floor)
 
 
 if __name__ == "__main__":

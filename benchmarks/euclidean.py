@@ -46,7 +46,7 @@ def pairs_contenders(target: Tensor, tasks: RaggedTasks) -> dict[str, Callable[[
 def main(*, quick: bool = False) -> list[dict[str, Any]]:
     """Measure, append the rows, and return them."""
     few = [Workload(num_tasks=512, rows=110, dim=256, num_target=220)]
-    many = [] if quick else [Workload(num_tasks=20_000, rows=8, dim=256, num_target=220)]
+    many = [] if quick else [Workload(num_tasks=100_000, rows=4, dim=256, num_target=220)]
     rows = measure("euclidean-mean", few + many, mean_contenders, partial(naive.euclidean_distances, form="mean"))
     return rows + measure("euclidean-pairs", few, pairs_contenders, partial(naive.euclidean_distances, form="pairs"))
 

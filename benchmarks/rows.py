@@ -9,6 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def append_rows(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _triton_version(),
         "device": device_name(),
     }
     columns = [*common, *rows[0]]
@@ -83,6 +85,13 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], *, runs: int = 7
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def _triton_version() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return ""
 
 
 def _commit() -> str:

@@ -5,8 +5,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from headstart.kernels.ragged import BLOCK_ROWS, RaggedTasks, block_means, check_target, common_centre
-from headstart.kernels.tile import DEFAULT_MEMORY, PRECISIONS, cross_sums, resolve_precision
+from headstart.kernels import dispatch
+from headstart.kernels.engine.pairs import pair_sums
+from headstart.kernels.engine.precision import EXACT, PRECISIONS, resolve_precision
+from headstart.kernels.engine.sweep import DEFAULT_MEMORY
+from headstart.kernels.engine.terms import NONE, needed_centre
+from headstart.kernels.ragged import BLOCK_ROWS, RaggedTasks, block_means, check_alike, check_finite, common_centre
 
 _CHUNK = 2**20
 """Numbers of the features that the `mean` form takes at a time: more would leave the CPU's cache."""
@@ -28,24 +32,26 @@ def euclidean_distances(
         euclidean_distances(target, tasks)                  # one pass over the features; T up to a million
         euclidean_distances(target, tasks, form="pairs")    # N * sum n_t * D multiplications
 
-    `naive.euclidean_distances` is the definition. `precision` is "fp32" or "fp64" (default: as the features, and fp32
-    for 16-bit ones), and is the dtype of the result. `memory` bounds, in bytes, what is held beside the inputs and what
-    is as long as T or the sum of n_t (default 256 MiB); it changes the time and no bit of the result. For `mean`,
-    d(X, X) is exactly 0. Not differentiable.
+    `naive.euclidean_distances` is the definition. `precision` is "fp32" or "fp64", for `pairs` any of
+    `engine.precision.PRECISIONS` (default: fp64 for float64 features, else fp32). `memory` bounds, in bytes, what is
+    held beside the inputs and what is as long as T or the sum of n_t (default 256 MiB); it changes the time and no bit
+    of the result. For `mean`, d(X, X) is exactly 0. `pairs` is differentiable with respect to the target.
 
     Error: for `mean` at most 512 u times the mean distance of the rows from their centre, u = 6e-8 for fp32 and 1.1e-16
     for fp64; for `pairs` some sqrt(D) u of the result.
     ValueError: a target of another D, dtype or device, or without rows, or not finite; a form or precision that is not
     accepted; a bound that is too small; with `pairs`, rows so far apart that squares overflow.
     """
-    check_target(target, tasks)
-    precision = resolve_precision(precision, target.dtype)
-    dtype = PRECISIONS[precision]
+    check_alike(target, tasks)
     if form == "mean":
-        return _mean_distances(target, tasks, dtype, DEFAULT_MEMORY if memory is None else memory)
+        precision = resolve_precision(precision, target.dtype, EXACT)
+        means: Tensor = _mean_distances(target, tasks.features, tasks.offsets, precision, memory)
+        return means
     if form == "pairs":
-        sums = cross_sums(target, tasks, precision=precision, memory=memory)
-        return (sums / (len(target) * tasks.sizes.to(target.device))).to(dtype)
+        precision = resolve_precision(precision, target.dtype)
+        centre = needed_centre(tasks, precision, dispatch.choose(target.device, precision, tasks.num_features)[0])
+        sums: Tensor = pair_sums(target, tasks.features, tasks.offsets, centre, NONE, "distance", precision, memory)
+        return (sums / (len(target) * tasks.sizes.to(target.device))).to(PRECISIONS[precision])
     raise ValueError(f"form is {form!r}; accepted: mean, pairs")
 
 
@@ -64,24 +70,31 @@ def topk(distances: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values[:k], candidates[order[:k]]
 
 
-@torch.no_grad()
-def _mean_distances(target: Tensor, tasks: RaggedTasks, dtype: torch.dtype, memory: int) -> Tensor:
+@torch.library.custom_op("headstart::mean_distances", mutates_args=())
+def _mean_distances(target: Tensor, features: Tensor, offsets: Tensor, precision: str, memory: int | None) -> Tensor:
     """||mean(y) - mean(x)||_2 for every task, from sums of rows less one common centre."""
+    check_finite(target)
+    dtype, dim, num_tasks = PRECISIONS[precision], features.shape[1], len(offsets) - 1
     # A row less its centre, once more where it is converted, and, of tasks of one row, sums and means in float64.
-    row_bytes = tasks.num_features * (4 * torch.promote_types(target.dtype, dtype).itemsize + 16) + 64
+    row_bytes = dim * (4 * torch.promote_types(target.dtype, dtype).itemsize + 16) + 64
+    memory = DEFAULT_MEMORY if memory is None else memory
     if memory < BLOCK_ROWS * row_bytes:
         raise ValueError(f"memory is {memory} bytes; accepted: at least {BLOCK_ROWS * row_bytes}")
-    chunk_rows = max(BLOCK_ROWS, min(memory // row_bytes, _CHUNK // tasks.num_features))
+    chunk_rows = max(BLOCK_ROWS, min(memory // row_bytes, _CHUNK // dim))
     centre = common_centre(target)
-    offsets = tasks.offsets
     target_mean = block_means(target, torch.tensor([0, len(target)]), centre, dtype, chunk_rows)[0]
     distances, low = [], 0
-    while low < tasks.num_tasks:
+    while low < num_tasks:
         # As many tasks as fit, and at least one.
         high = int(torch.searchsorted(offsets, offsets[low] + chunk_rows, right=True)) - 1
         high = max(low + 1, high)
-        rows = tasks.features[int(offsets[low]) : int(offsets[high])]
+        rows = features[int(offsets[low]) : int(offsets[high])]
         means = block_means(rows, offsets[low : high + 1] - offsets[low], centre, dtype, chunk_rows)
         distances.append(torch.linalg.vector_norm(means.sub_(target_mean), dim=1))
         low = high
     return torch.cat(distances).to(dtype)
+
+
+@_mean_distances.register_fake
+def _(target: Tensor, features: Tensor, offsets: Tensor, precision: str, memory: int | None) -> Tensor:
+    return target.new_empty(len(offsets) - 1, dtype=PRECISIONS[precision])

@@ -1,8 +1,7 @@
 """Many tasks of different sizes in one tensor, and the fixed blocks of rows in which they are worked through."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -31,6 +30,10 @@ class RaggedTasks:
     """[T + 1] int64: task t has the rows offsets[t] up to offsets[t + 1]. Kept on the CPU, where schedules are made."""
     labels: Tensor | None = None
     """[sum n_t] int64, 0 or more, on the device of the features; None where the tasks have none."""
+    sizes: Tensor = field(init=False, repr=False)
+    """Rows of each task, [T] int64 on the CPU."""
+    smallest: int = field(init=False)
+    """Rows of the smallest task."""
 
     def __post_init__(self) -> None:
         if self.features.ndim != 2 or self.features.shape[1] == 0 or not self.features.is_floating_point():
@@ -38,6 +41,8 @@ class RaggedTasks:
                 f"features are {_describe(self.features)}; accepted: a floating tensor [sum n_t, D] with D >= 1"
             )
         object.__setattr__(self, "offsets", _checked_offsets(self.offsets, len(self.features)))
+        object.__setattr__(self, "sizes", self.offsets.diff())
+        object.__setattr__(self, "smallest", int(self.sizes.min()))
         row = first_nonfinite_row(self.features)
         if row is not None:
             task = int(torch.searchsorted(self.offsets, row, right=True)) - 1
@@ -75,11 +80,6 @@ class RaggedTasks:
     def num_features(self) -> int:
         """D."""
         return self.features.shape[1]
-
-    @cached_property
-    def sizes(self) -> Tensor:
-        """Rows of each task, [T] int64 on the CPU."""
-        return self.offsets.diff()
 
     def task(self, t: int) -> Tensor:
         """The features of task t, [n_t, D]: a view."""
@@ -181,7 +181,16 @@ def first_nonfinite_row(features: Tensor) -> int | None:
 
 
 def check_target(target: Tensor, tasks: RaggedTasks) -> None:
-    """Refuse, with a ValueError, a target that cannot be compared with the tasks: [N, D], N >= 1, finite."""
+    """Refuse, with a ValueError, a target that cannot be compared with the tasks: [N, D], N >= 1, alike, finite."""
+    check_alike(target, tasks)
+    check_finite(target)
+
+
+def check_alike(target: Tensor, tasks: RaggedTasks) -> None:
+    """Refuse, with a ValueError, a target that cannot be compared with the tasks: [N, D], N >= 1, of their kind.
+
+    Looks at no value, so that it can be compiled.
+    """
     num_features = tasks.num_features
     if target.ndim != 2 or target.shape[1] != num_features:
         raise ValueError(f"target is {_describe(target)}; accepted: [N, {num_features}] as the tasks have it")
@@ -192,9 +201,36 @@ def check_target(target: Tensor, tasks: RaggedTasks) -> None:
             f"target is {_describe(target)}; accepted: the dtype and device of the tasks, "
             f"{tasks.features.dtype} on {tasks.features.device}"
         )
+
+
+def check_finite(target: Tensor) -> None:
+    """Refuse, with a ValueError, a target [N, D] with a row that is not finite."""
     row = first_nonfinite_row(target)
     if row is not None:
         raise ValueError(f"target has NaN or infinite features in row {row}; accepted: finite values")
+
+
+def check_labels(labels: Tensor, target: Tensor) -> None:
+    """Refuse, with a ValueError, labels that are not a target's: [N] int64 on its device. Looks at no value."""
+    accepted = f"accepted: torch.int64 [{len(target)}] on {target.device}, 0 or more"
+    if labels.shape != target.shape[:1] or labels.dtype != torch.int64 or labels.device != target.device:
+        raise ValueError(f"labels of the target are {_describe(labels)}; {accepted}")
+
+
+def check_not_negative(labels: Tensor) -> None:
+    """Refuse, with a ValueError, a target's labels [N] of which one is negative."""
+    if bool((labels < 0).any()):
+        row = int((labels < 0).nonzero()[0])
+        raise ValueError(f"label {int(labels[row])} of the target, in row {row}, is negative; accepted: 0 or more")
+
+
+def check_two_rows(target: Tensor, tasks: RaggedTasks) -> None:
+    """Refuse, with a ValueError, what has no unbiased estimate: a target or a task of one row."""
+    if len(target) < 2:
+        raise ValueError("target has one row; accepted with unbiased=True: at least two")
+    if tasks.smallest < 2:
+        task = int((tasks.sizes < 2).nonzero()[0])
+        raise ValueError(f"task {task} has one row; accepted with unbiased=True: at least two a task")
 
 
 def _checked_offsets(offsets: Tensor, num_rows: int) -> Tensor:

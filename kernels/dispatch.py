@@ -1,0 +1,132 @@
+"""Which path computes a distance: chosen by device, precision and D; can be overridden; tells what it chose.
+
+    with dispatch.override("streamed"), dispatch.report() as report:
+        energy_distances(target, tasks, precision="bf16")
+    report[0].path, report[0].reason, report[0].peak_bytes
+
+Paths:
+
+- `eager`: plain PyTorch, tile by tile, on any device; every precision; near pairs computed again from differences.
+- `streamed` (CUDA): products by cuBLAS into a buffer, then one Triton kernel that reads each tile once.
+- `fused` (CUDA): product and epilogue in one Triton kernel; the matrix of distances never reaches memory.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+PATHS = ("eager", "streamed", "fused")
+
+FUSED_BELOW = 512
+"""D below which `fused` is chosen. Fusion saves the passes over the matrix, whose share of the time falls with D: at
+D = 2048 a fused kernel wins only above 66% of the tensor cores' rate, at D = 256 it may be five times as fast."""
+
+_override: ContextVar[str | None] = ContextVar("override", default=None)
+_reports: ContextVar["list[Report] | None"] = ContextVar("reports", default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one computation over pairs of rows did."""
+
+    function: str
+    """What was computed: pair sums, own sums, neighbours."""
+    path: str
+    """One of PATHS."""
+    reason: str
+    """Why that path."""
+    precision: str
+    """What products were computed in."""
+    peak_bytes: int
+    """Most held beside inputs and result: measured on CUDA, planned on the CPU, whose allocator does not tell."""
+
+
+def choose(device: torch.device, precision: str, dim: int) -> tuple[str, str]:
+    """The path for features [*, dim] on a device at a precision, and the reason.
+
+    ValueError: a path that was asked for by `override` and cannot be taken there.
+    """
+    asked = _override.get()
+    if asked is not None:
+        if asked != "eager" and (not _triton_runs(device) or precision == "fp64"):
+            raise ValueError(
+                f"path {asked!r} was asked for at {precision} on {device}; accepted there: eager"
+                + ("" if precision == "fp64" else f" (streamed and fused need a CUDA device, not {device})")
+            )
+        return asked, "asked for"
+    if device.type != "cuda":
+        return "eager", f"on {device.type}"
+    if precision == "fp64":
+        return "eager", "fp64"
+    if precision == "fp32":
+        return "streamed", "exact float32 products have no tensor cores: cuBLAS"
+    if dim < FUSED_BELOW:
+        return "fused", f"D = {dim} < {FUSED_BELOW}"
+    return "streamed", f"D = {dim} >= {FUSED_BELOW}"
+
+
+def _triton_runs(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return True
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)  # Triton's interpreter works on the CPU's memory
+
+
+@contextmanager
+def override(path: str) -> Iterator[None]:
+    """Take that path for everything inside; ValueError where it cannot be taken."""
+    if path not in PATHS:
+        raise ValueError(f"path is {path!r}; accepted: {', '.join(PATHS)}")
+    token = _override.set(path)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+@contextmanager
+def report() -> Iterator[list[Report]]:
+    """Collect a Report for every computation inside, in order."""
+    reports: list[Report] = []
+    token = _reports.set(reports)
+    try:
+        yield reports
+    finally:
+        _reports.reset(token)
+
+
+class Watch:
+    """What a computation that runs under it held at most, noted in the report that is being collected, if one is."""
+
+    def __init__(self, function: str, device: torch.device, path: str, reason: str, precision: str) -> None:
+        self._function, self._path, self._reason, self._precision = function, path, reason, precision
+        self._cuda = device.type == "cuda"
+        self.planned = 0
+        """What the computation says that it will hold, in bytes."""
+
+    def __enter__(self) -> "Watch":
+        """Begin to watch."""
+        if self._cuda and _reports.get() is not None:
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        """Note what was seen."""
+        reports = _reports.get()
+        if reports is None or failed is not None:
+            return
+        peak = torch.cuda.max_memory_allocated() - self._before if self._cuda else self.planned
+        reports.append(
+            Report(
+                function=self._function,
+                path=self._path,
+                reason=self._reason,
+                precision=self._precision,
+                peak_bytes=peak,
+            )
+        )

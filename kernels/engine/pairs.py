@@ -1,0 +1,173 @@
+"""Sums over pairs of rows as operators: what energy, MMD and Euclidean distances are made of.
+
+They are registered with torch.library, so that torch.compile takes them whole and gradients pass through them; inside
+they check their input, choose a path and run it.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headstart.kernels import dispatch
+from headstart.kernels.engine import sweep
+from headstart.kernels.engine.sweep import Value
+from headstart.kernels.ragged import check_finite
+
+
+def _value(kind: str, coefficients: Tensor) -> Value:
+    return Value("rbf" if kind == "rbf" else "distance", tuple(coefficients.tolist()))
+
+
+@torch.library.custom_op("headstart::pair_sums", mutates_args=())
+def pair_sums(
+    target: Tensor,
+    features: Tensor,
+    offsets: Tensor,
+    centre: Tensor | None,
+    coefficients: Tensor,
+    kind: str,
+    precision: str,
+    memory: int | None,
+) -> Tensor:
+    """sum_ij v(x_i, y_j) over the target x [N, D] and each task y of features [M, D]; [T] float64.
+
+    `kind` is "distance" or "rbf" with `coefficients` c_b [B] float64 on the CPU. A task that is the target itself, row
+    by row, gets the sum that `own_sums` gives for it, to the last bit: that is what makes d(X, X) exactly 0 on every
+    path and whatever stands beside the task.
+    """
+    check_finite(target)
+    value = _value(kind, coefficients)
+    path, reason = dispatch.choose(target.device, precision, target.shape[1])
+    with dispatch.Watch("pair sums", target.device, path, reason, precision) as watch:
+        if path == "eager":
+            engine = sweep.Sweep(features, len(target), value, precision, memory, centre)
+            watch.planned = engine.planned
+            sums: Tensor = sweep.cross_sums(engine, target, features, offsets)
+        else:
+            from headstart.kernels.engine import gpu  # Triton, which other paths do not need
+
+            sums = gpu.pair_sums(target, features, offsets, centre, value, precision, path, memory)
+    same = _same_tasks(target, features, offsets)
+    if len(same):
+        own = own_sums(target, torch.tensor([0, len(target)]), centre, coefficients, kind, precision, memory)
+        sums[same] = own
+    return sums
+
+
+@torch.library.custom_op("headstart::own_sums", mutates_args=())
+def own_sums(
+    features: Tensor,
+    offsets: Tensor,
+    centre: Tensor | None,
+    coefficients: Tensor,
+    kind: str,
+    precision: str,
+    memory: int | None,
+) -> Tensor:
+    """sum_ij v(y_i, y_j) over each task y of features [M, D] with itself, a row with itself included; [T] float64."""
+    value = _value(kind, coefficients)
+    path, reason = dispatch.choose(features.device, precision, features.shape[1])
+    with dispatch.Watch("own sums", features.device, path, reason, precision) as watch:
+        if path == "eager":
+            engine = sweep.Sweep(features, int(offsets.diff().max()), value, precision, memory, centre)
+            watch.planned = engine.planned
+            return sweep.own_sums(engine, features, offsets)
+        from headstart.kernels.engine import gpu
+
+        return gpu.own_sums(features, offsets, centre, value, precision, path, memory)
+
+
+@torch.library.custom_op("headstart::pair_gradient", mutates_args=())
+def pair_gradient(
+    target: Tensor,
+    features: Tensor,
+    row_weights: Tensor,
+    centre: Tensor | None,
+    coefficients: Tensor,
+    kind: str,
+    precision: str,
+    memory: int | None,
+) -> Tensor:
+    """sum_j w_j dv(x_i, y_j)/dx_i for weights w [M] of the rows y; [N, D] in the target's dtype. Always `eager`."""
+    wide = precision if precision in ("fp32", "fp64") else "fp32"
+    engine = sweep.Sweep(features, len(target), _value(kind, coefficients), wide, memory, centre)
+    return sweep.cross_gradient(engine, target, features, row_weights).to(target.dtype)
+
+
+@torch.library.custom_op("headstart::own_gradient", mutates_args=())
+def own_gradient(
+    features: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    centre: Tensor | None,
+    coefficients: Tensor,
+    kind: str,
+    precision: str,
+    memory: int | None,
+) -> Tensor:
+    """w_t sum_j dv(y_i, y_j)/dy_i over the rows j of the task t of row i, for weights w [T]; [M, D] as the features."""
+    moved = torch.empty_like(features)
+    for t, (start, end) in enumerate(pairwise(offsets.tolist())):
+        rows, same = features[start:end], weights[t].expand(end - start).contiguous()
+        moved[start:end] = pair_gradient(rows, rows, same, centre, coefficients, kind, precision, memory)
+    return moved
+
+
+@pair_sums.register_fake
+def _(target, features, offsets, centre, coefficients, kind, precision, memory):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    return target.new_empty(offsets.shape[0] - 1, dtype=torch.float64)
+
+
+@own_sums.register_fake
+def _(features, offsets, centre, coefficients, kind, precision, memory):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    return features.new_empty(offsets.shape[0] - 1, dtype=torch.float64)
+
+
+@pair_gradient.register_fake
+def _(target, features, row_weights, centre, coefficients, kind, precision, memory):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    return torch.empty_like(target)
+
+
+@own_gradient.register_fake
+def _(features, offsets, weights, centre, coefficients, kind, precision, memory):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    return torch.empty_like(features)
+
+
+def _pair_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    target, features, offsets, centre, coefficients, ctx.kind, ctx.precision, ctx.memory = inputs
+    ctx.save_for_backward(target, features, offsets, centre, coefficients)
+
+
+def _pair_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    target, features, offsets, centre, coefficients = ctx.saved_tensors
+    weights = torch.repeat_interleave(gradient, offsets.diff().to(gradient.device), output_size=len(features))
+    moved = pair_gradient(target, features, weights, centre, coefficients, ctx.kind, ctx.precision, ctx.memory)
+    return moved, *[None] * 7
+
+
+def _own_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, offsets, centre, coefficients, ctx.kind, ctx.precision, ctx.memory = inputs
+    ctx.save_for_backward(features, offsets, centre, coefficients)
+
+
+def _own_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    features, offsets, centre, coefficients = ctx.saved_tensors
+    # A pair of rows counts twice, once from each side.
+    moved = own_gradient(features, offsets, 2 * gradient, centre, coefficients, ctx.kind, ctx.precision, ctx.memory)
+    return moved, *[None] * 6
+
+
+pair_sums.register_autograd(_pair_backward, setup_context=_pair_context)
+own_sums.register_autograd(_own_backward, setup_context=_own_context)
+
+
+def _same_tasks(target: Tensor, features: Tensor, offsets: Tensor) -> list[int]:
+    """The tasks whose rows are the target's rows, bit by bit and in order."""
+    alike = (offsets.diff() == len(target)).nonzero().flatten()
+    first = features[offsets[alike].to(features.device)]
+    alike = alike[(first == target[0]).all(1).cpu()]
+    starts = offsets[alike].tolist()
+    chosen = zip(alike.tolist(), starts, strict=True)
+    return [t for t, start in chosen if torch.equal(features[start : start + len(target)], target)]

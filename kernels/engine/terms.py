@@ -1,0 +1,126 @@
+"""Self terms: the part of a distance that each task brings by itself, worth keeping beside the tasks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from headstart.kernels import dispatch
+from headstart.kernels.engine.pairs import own_sums
+from headstart.kernels.engine.precision import ROUNDED, resolve_precision
+from headstart.kernels.ragged import RaggedTasks, common_centre
+
+NONE = torch.empty(0, dtype=torch.float64)
+"""No coefficients."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SelfTerms:
+    """sum_ij v(y_i, y_j) of T tasks, and what it was computed with.
+
+    Another precision, path, centre or bandwidth is refused, because its errors would not cancel those of the cross
+    terms: bfloat16 cross terms with float32 self terms are wrong by some per cent near zero.
+    """
+
+    kind: Literal["distance", "rbf"]
+    """What v is: the distance of an energy, or the kernel of an MMD."""
+    sums: Tensor
+    """[T] float64."""
+    sizes: Tensor
+    """Rows of each task, [T] int64 on the CPU."""
+    precision: str
+    """The precision of the products."""
+    path: str
+    """The path of `dispatch` that computed them."""
+    centre: Tensor | None = None
+    """[D], subtracted from all rows before they were rounded; None where each task had its own, which needs no
+    agreement because nothing was rounded."""
+    bandwidths: Tensor | None = None
+    """sigma [B] float64 of an MMD's kernel."""
+
+    @classmethod
+    def join(cls, terms: Sequence["SelfTerms"]) -> "SelfTerms":
+        """The self terms of several sets of tasks as those of one set; ValueError where they do not agree."""
+        if not terms:
+            raise ValueError("no self terms were given; accepted: at least one")
+        first = terms[0]
+        for number, other in enumerate(terms):
+            for name in ("kind", "precision", "path", "centre", "bandwidths"):
+                mine, its = getattr(first, name), getattr(other, name)
+                if not _same(mine, its):
+                    raise ValueError(f"self terms {number} have {name} {its}; accepted: as the first, {mine}")
+        return cls(
+            kind=first.kind,
+            sums=torch.cat([other.sums for other in terms]),
+            sizes=torch.cat([other.sizes for other in terms]),
+            precision=first.precision,
+            path=first.path,
+            centre=first.centre,
+            bandwidths=first.bandwidths,
+        )
+
+
+def make_self_terms(
+    kind: Literal["distance", "rbf"],
+    tasks: RaggedTasks,
+    *,
+    precision: str | None,
+    memory: int | None,
+    centre: Tensor | None = None,
+    bandwidths: Tensor | None = None,
+) -> SelfTerms:
+    """The self terms of tasks. `centre`: as those that they are to be joined with; None: amid these tasks."""
+    precision = resolve_precision(precision, tasks.features.dtype)
+    path = dispatch.choose(tasks.features.device, precision, tasks.num_features)[0]
+    if centre is None:
+        centre = needed_centre(tasks, precision, path)
+    elif centre.shape != tasks.features.shape[1:] or not bool(centre.isfinite().all()):
+        raise ValueError(f"centre is {list(centre.shape)}; accepted: finite, [{tasks.num_features}]")
+    return SelfTerms(
+        kind=kind,
+        sums=own_sums(tasks.features, tasks.offsets, centre, coefficients_of(bandwidths), kind, precision, memory),
+        sizes=tasks.sizes,
+        precision=precision,
+        path=path,
+        centre=centre,
+        bandwidths=bandwidths,
+    )
+
+
+def needed_centre(tasks: RaggedTasks, precision: str, path: str) -> Tensor | None:
+    """The centre that all terms must share, [D], or None where each may have its own."""
+    return common_centre(tasks.features) if precision in ROUNDED or path != "eager" else None
+
+
+def check_self_terms(
+    terms: SelfTerms, kind: str, tasks: RaggedTasks, precision: str, path: str, bandwidths: Tensor | None = None
+) -> None:
+    """Refuse, with a ValueError, self terms of other tasks or that were computed otherwise."""
+    for name, given, accepted in (
+        ("kind", terms.kind, kind),
+        ("precision", terms.precision, precision),
+        ("path", terms.path, path),
+        ("bandwidths", terms.bandwidths, bandwidths),
+    ):
+        if not _same(given, accepted):
+            raise ValueError(f"self terms have {name} {given}; accepted: {accepted}")
+    if len(terms.sizes) != tasks.num_tasks:
+        raise ValueError(f"self terms are of {len(terms.sizes)} tasks; accepted: those of these {tasks.num_tasks}")
+    if not torch.equal(terms.sizes, tasks.sizes):
+        t = int((terms.sizes != tasks.sizes).nonzero()[0])
+        raise ValueError(
+            f"the self term of task {t} is that of {int(terms.sizes[t])} rows; accepted: of its {int(tasks.sizes[t])}"
+        )
+
+
+def coefficients_of(bandwidths: Tensor | None) -> Tensor:
+    """1 / (2 sigma^2) of bandwidths sigma [B], [B] float64 on the CPU."""
+    return NONE if bandwidths is None else (0.5 / bandwidths.double().square()).cpu()
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
+    return one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other)

@@ -1,0 +1,177 @@
+"""Label-aware transport distances (OTDD) between a labelled target and many labelled, ragged tasks."""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from headstart.kernels.engine.ground_cost import Cost, Points
+from headstart.kernels.engine.transport import Settings, check_memory, solve
+from headstart.kernels.frechet import frechet_distances
+from headstart.kernels.ragged import RaggedTasks, check_target
+from headstart.kernels.sinkhorn import (
+    SinkhornResult,
+    SinkhornSelfTerms,
+    check_self_terms,
+    debiased,
+    make_settings,
+    precision_of,
+    self_terms_of,
+    sinkhorn_distances,
+)
+
+LabelDistance = Literal["bures", "sinkhorn"]
+
+
+@torch.no_grad()
+def label_aware_distances(
+    target: Tensor,
+    tasks: RaggedTasks,
+    *,
+    labels: Tensor,
+    label_distance: LabelDistance = "bures",
+    epsilon: float | None = None,
+    tolerance: float = 1e-3,
+    max_iterations: int = 1000,
+    precision: str | None = None,
+    memory: int | None = None,
+    self_terms: SinkhornSelfTerms | None = None,
+) -> SinkhornResult:
+    """Distance of a labelled target x [N, D] to each of T labelled, ragged tasks y [n_t, D]; smaller is closer.
+
+    `sinkhorn_distances` with p = 2 at the cost (|x - y|^2 + W^2(class of x, class of y)) / 2: rows are near where they
+    and the rows that share their labels are. Labels are never compared as numbers: tasks may name classes as they like.
+    W^2 between the rows of two classes is
+
+    - `bures`: `frechet_distances`, the squared 2-Wasserstein distance of the Gaussians with the classes' moments;
+    - `sinkhorn`: twice `sinkhorn_distances` at the same epsilon, which tends to W^2 itself as epsilon gets small.
+
+        label_aware_distances(target, tasks, labels=labels)        # labels [N] int64; tasks.labels are theirs
+        kept = label_aware_self_terms(tasks, epsilon=0.7)          # for many targets
+
+    D. Alvarez-Melis and N. Fusi, "Geometric Dataset Distances via Optimal Transport", NeurIPS 2020;
+    `naive.label_aware_distances` is the definition. Debiased: a labelled set is at distance 0 from itself. Not
+    differentiable. Cost: that of `sinkhorn_distances`, and a label distance for every pair of a class of the target and
+    one of a task, and of two classes of one set.
+
+    `epsilon` None is that of `sinkhorn_distances`, from the target's rows alone. `tolerance`, `max_iterations`,
+    `precision`, `memory`, `self_terms` and the error are as there, c being the largest cost with its label term;
+    `memory` leaves out tables as large as the pairs of classes. A label distance "sinkhorn" has the error of
+    `sinkhorn_distances` itself. The value can be negative by the error, and by more where the label term is large and
+    not negative definite, which for Gaussians in two or more dimensions it need not be.
+    ValueError: as for `sinkhorn_distances`; tasks without labels; labels of another length, dtype or device, or
+    negative; a label distance that is not accepted; a bound that cannot hold four times the largest class.
+    """
+    check_target(target, tasks)
+    settings = make_settings(target, 2, epsilon, tolerance, max_iterations, precision, memory)
+    kept = check_self_terms(self_terms, tasks, 2, settings, label_distance)
+    own = _class_rows(RaggedTasks(target, torch.tensor([0, len(target)]), labels), label_distance, settings)
+    sources = _class_rows(tasks, label_distance, settings)
+    if kept is None:
+        kept = _self_terms(sources, label_distance, settings)
+    itself = solve(own.points, None, _own_cost(own, label_distance, settings), settings)
+    table = torch.cat([torch.stack([_squares(x, some, label_distance, settings) for x in _each(own)], 1)
+                       for _, some in _chunks(sources, settings)])  # fmt: skip
+    cross = solve(sources.points, own.points, Cost(2, table.div_(2).to(settings.dtype)), settings)
+    return debiased(cross, itself, kept, settings, clamp=False)
+
+
+@torch.no_grad()
+def label_aware_self_terms(
+    tasks: RaggedTasks,
+    *,
+    epsilon: float,
+    label_distance: LabelDistance = "bures",
+    tolerance: float = 1e-3,
+    max_iterations: int = 1000,
+    precision: str | None = None,
+    memory: int | None = None,
+) -> SinkhornSelfTerms:
+    """The self terms of T tasks, for `label_aware_distances(..., self_terms=...)` with many targets at one epsilon."""
+    settings = make_settings(tasks.features, 2, epsilon, tolerance, max_iterations, precision, memory)
+    return _self_terms(_class_rows(tasks, label_distance, settings), label_distance, settings)
+
+
+class _ClassRows(NamedTuple):
+    """The classes of T tasks: class c has the rows order[offsets[c]] up to order[offsets[c + 1]]."""
+
+    points: Points
+    order: Tensor
+    offsets: Tensor
+    """[C + 1] int64 on the CPU, over all tasks."""
+    first: Tensor
+    """[T + 1] int64 on the CPU: the classes of task t are first[t] up to first[t + 1]."""
+
+    def rows(self, low: int, high: int) -> RaggedTasks:
+        """Classes low to high, as tasks: a copy of their rows."""
+        offsets = self.offsets[low : high + 1]
+        index = self.order[int(offsets[0]) : int(offsets[-1])]
+        return RaggedTasks(self.points.features[index], offsets - offsets[0])
+
+
+def _class_rows(tasks: RaggedTasks, label_distance: str, settings: Settings) -> _ClassRows:
+    if label_distance not in ("bures", "sinkhorn"):
+        raise ValueError(f"label_distance is {label_distance!r}; accepted: bures, sinkhorn")
+    if tasks.labels is None:
+        raise ValueError("tasks have no labels; accepted: RaggedTasks(features, offsets, labels)")
+    device = tasks.features.device
+    task = torch.repeat_interleave(torch.arange(tasks.num_tasks), tasks.sizes).to(device)
+    # A class for each label of each task, by task and then by label.
+    _, ranks = tasks.labels.unique(return_inverse=True)
+    keys, classes, counts = (task * (int(ranks.max()) + 1) + ranks).unique(return_inverse=True, return_counts=True)
+    first = torch.searchsorted(keys // (int(ranks.max()) + 1), torch.arange(tasks.num_tasks + 1, device=device)).cpu()
+    points = Points(tasks.features.detach(), tasks.offsets, classes, classes - first.to(device)[task])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0).cpu()])
+    least = 4 * int(counts.max()) * tasks.num_features * tasks.features.element_size()
+    if settings.memory < least:
+        raise ValueError(f"memory is {settings.memory} bytes; accepted: at least {least}, four times the largest class")
+    # Half is for label distances, half for the rows of classes: see `_squares` and `_chunks`.
+    check_memory(tasks.features, Cost(2), settings, share=2)
+    return _ClassRows(points, classes.argsort(stable=True), offsets, first)
+
+
+def _each(classes: _ClassRows) -> Iterator[Tensor]:
+    """The rows of one class after the other."""
+    for c in range(len(classes.offsets) - 1):
+        yield classes.rows(c, c + 1).features
+
+
+def _chunks(classes: _ClassRows, settings: Settings) -> Iterator[tuple[int, RaggedTasks]]:
+    """Runs of classes whose rows fill an eighth of the memory, or one class; with the number of the first."""
+    most = max(1, settings.memory // 8 // (classes.points.features.shape[1] * classes.points.features.element_size()))
+    low, num_classes = 0, len(classes.offsets) - 1
+    while low < num_classes:
+        high = int(torch.searchsorted(classes.offsets, classes.offsets[low] + most, right=True)) - 1
+        high = max(low + 1, high)
+        yield low, classes.rows(low, high)
+        low = high
+
+
+def _squares(rows: Tensor, classes: RaggedTasks, label_distance: str, settings: Settings) -> Tensor:
+    """W^2 of one class's rows to each of C classes, [C] float64."""
+    if label_distance == "bures":
+        return frechet_distances(rows, classes, precision="fp64", memory=settings.memory // 2)
+    result = sinkhorn_distances(
+        rows, classes, epsilon=settings.epsilon, tolerance=settings.tolerance, memory=settings.memory // 2,
+        max_iterations=settings.max_iterations, precision=precision_of(settings),
+    )  # fmt: skip
+    return 2 * result.distances.double()
+
+
+def _own_cost(classes: _ClassRows, label_distance: str, settings: Settings) -> Cost:
+    """The cost within each task: half of W^2 of its classes, [C, most classes of a task], 0 on the diagonals."""
+    first, device = classes.first.tolist(), classes.points.features.device
+    table = torch.zeros(first[-1], int(classes.first.diff().max()), dtype=torch.float64, device=device)
+    for t in range(len(first) - 1):
+        low, high = first[t], first[t + 1]
+        for c in range(low, high - 1):
+            rows = classes.rows(c, c + 1).features
+            found = _squares(rows, classes.rows(c + 1, high), label_distance, settings)
+            table[c, c + 1 - low : high - low] = found
+            table[c + 1 : high, c - low] = found
+    return Cost(2, table.div_(2).to(settings.dtype))
+
+
+def _self_terms(classes: _ClassRows, label_distance: str, settings: Settings) -> SinkhornSelfTerms:
+    return self_terms_of(classes.points, _own_cost(classes, label_distance, settings), settings, label_distance)

@@ -1,0 +1,138 @@
+"""Maximum mean discrepancies between a target and many ragged tasks."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headstart.kernels import dispatch, naive
+from headstart.kernels.engine.pairs import own_sums, pair_sums
+from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
+from headstart.kernels.engine.terms import SelfTerms, check_self_terms, coefficients_of, make_self_terms, needed_centre
+from headstart.kernels.ragged import RaggedTasks, check_alike, check_two_rows
+
+MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Bandwidths, as multiples of the target's median pairwise distance, where none are given."""
+
+MEDIAN_ROWS = 1024
+"""Rows of the target, evenly spaced, whose pairwise distances the median is of."""
+
+
+class MMD(NamedTuple):
+    """Distances, and the bandwidths that they hold for: distances of other bandwidths cannot be ranked with them."""
+
+    distances: Tensor
+    """[T]."""
+    bandwidths: Tensor
+    """sigma [B] float64 on the CPU."""
+
+
+def median_bandwidths(target: Tensor) -> Tensor:
+    """MULTIPLES of the median distance between rows of a target [N, D] that lie apart, [B] float64 on the CPU.
+
+    Of more than MEDIAN_ROWS rows, that many evenly spaced ones. Where all rows are equal the median is taken as 1. The
+    median heuristic is that of Gretton et al. (2012), section 8, spread over a mixture as in Li, Swersky and Zemel,
+    ICML 2015.
+    """
+    step = -(-len(target) // MEDIAN_ROWS)
+    median = naive.median_distance(target.detach()[::step].double())
+    return (median * torch.tensor(MULTIPLES, dtype=torch.float64, device=target.device)).cpu()
+
+
+def mmd_self_terms(
+    tasks: RaggedTasks,
+    bandwidths: Tensor,
+    *,
+    precision: str | None = None,
+    memory: int | None = None,
+    centre: Tensor | None = None,
+) -> SelfTerms:
+    """The self terms of T tasks at bandwidths sigma [B], for `mmd_distances(..., self_terms=...)`.
+
+    Cost: sum n_t^2 (D + B). `centre` as for `energy_self_terms`.
+    """
+    return make_self_terms(
+        "rbf", tasks, precision=precision, memory=memory, centre=centre, bandwidths=_checked(bandwidths)
+    )
+
+
+def mmd_distances(
+    target: Tensor,
+    tasks: RaggedTasks,
+    *,
+    bandwidths: Tensor | None = None,
+    unbiased: bool = False,
+    precision: str | None = None,
+    memory: int | None = None,
+    self_terms: SelfTerms | None = None,
+) -> MMD:
+    """Squared MMD of a target x [N, D] to each of T ragged tasks y [n_t, D], as [T], and the bandwidths it holds for.
+
+        mean_ij k(x_i, x_j) + mean_ij k(y_i, y_j) - 2 mean_ij k(x_i, y_j),  k = mean_b exp(-|x - y|^2 / (2 sigma_b^2))
+
+        distances, bandwidths = mmd_distances(target, tasks)       # one set of bandwidths for all T: they can be ranked
+        mmd_distances(target, others, bandwidths=bandwidths)       # on the same scale
+
+    Gretton et al., Journal of Machine Learning Research 13 (2012) 723-773; `naive.mmd_distances` is the definition.
+    `bandwidths` sigma [B], in the features' unit; None: those of the self terms, or `median_bandwidths(target)`.
+    The V-statistic by default, 0 for X itself; `unbiased` as for `energy_distances`, and so are `precision`, `memory`,
+    `self_terms` and the errors. Differentiable with respect to the target, with the bandwidths held.
+
+    Error: that of d^2, some sqrt(D) u (|x|^2 + |y|^2) with norms from the centre, over 2 sigma^2 of the smallest sigma.
+    ValueError: as for `energy_distances`, and bandwidths that are not positive and finite.
+    """
+    check_alike(target, tasks)
+    precision = resolve_precision(precision, target.dtype)
+    if unbiased:
+        check_two_rows(target, tasks)
+    path = dispatch.choose(target.device, precision, tasks.num_features)[0]
+    if bandwidths is None:
+        kept = None if self_terms is None else self_terms.bandwidths
+        bandwidths = _median_bandwidths(target) if kept is None else kept
+    else:
+        bandwidths = _checked(bandwidths)
+    coefficients = coefficients_of(bandwidths)
+    if self_terms is None:
+        centre = needed_centre(tasks, precision, path)
+        task_sums = own_sums(tasks.features, tasks.offsets, centre, coefficients, "rbf", precision, memory)
+    else:
+        check_self_terms(self_terms, "rbf", tasks, precision, path, bandwidths)
+        centre, task_sums = self_terms.centre, self_terms.sums.to(target.device)
+    num_target, sizes = len(target), tasks.sizes.to(target.device, torch.float64)
+    whole = torch.tensor([0, num_target])
+    sums: Tensor = pair_sums(target, tasks.features, tasks.offsets, centre, coefficients, "rbf", precision, memory)
+    cross = sums / (num_target * sizes)
+    target_sum = own_sums(target, whole, centre, coefficients, "rbf", precision, memory)
+    # A row's kernel with itself is 1, and is left out where the statistic is unbiased.
+    less = 1 if unbiased else 0
+    target_mean = (target_sum - less * num_target) / float(num_target * (num_target - less))
+    task_means = (task_sums - less * sizes) / (sizes * (sizes - less))
+    # In this order equal terms cancel exactly.
+    distances = (target_mean - cross) + (task_means - cross)
+    if not unbiased:
+        distances = distances.clamp(min=0)
+    return MMD(distances.to(PRECISIONS[precision]), bandwidths)
+
+
+@torch.library.custom_op("headstart::median_bandwidths", mutates_args=())
+def _median_bandwidths(target: Tensor) -> Tensor:
+    return median_bandwidths(target)
+
+
+@_median_bandwidths.register_fake
+def _(target: Tensor) -> Tensor:
+    return torch.empty(len(MULTIPLES), dtype=torch.float64)
+
+
+@torch.library.custom_op("headstart::checked_bandwidths", mutates_args=())
+def _checked(bandwidths: Tensor) -> Tensor:
+    """Bandwidths as [B] float64 on the CPU."""
+    given = bandwidths.to("cpu", torch.float64, copy=True)
+    if given.ndim != 1 or len(given) == 0 or not bool((given.isfinite() & (given > 0)).all()):
+        raise ValueError(f"bandwidths are {given.tolist()}; accepted: [B], positive and finite")
+    return given
+
+
+@_checked.register_fake
+def _(bandwidths: Tensor) -> Tensor:
+    return torch.empty_like(bandwidths, dtype=torch.float64, device="cpu")

@@ -1,0 +1,380 @@
+"""Sinkhorn divergences between a target and many ragged tasks."""
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from headstart.kernels.engine.ground_cost import Cost, Points, add_gradient
+from headstart.kernels.engine.precision import EXACT, PRECISIONS, exact_products, resolve_precision
+from headstart.kernels.engine.sweep import DEFAULT_MEMORY
+from headstart.kernels.engine.transport import Settings, Solution, check_memory, solve
+from headstart.kernels.ragged import RaggedTasks, check_alike, check_finite
+
+_SAMPLE = 1024
+"""Rows of the target that the default epsilon is taken from."""
+
+
+class SinkhornResult(NamedTuple):
+    """Distances to T tasks, and how far the iteration came."""
+
+    distances: Tensor
+    """[T], in the dtype of the precision."""
+    epsilon: float
+    """The regularisation, in units of the cost |x - y|^p / p: distances at another cannot be compared with these."""
+    num_iterations: Tensor
+    """Of the cross terms at that epsilon, [T] int64."""
+    errors: Tensor
+    """L1 distance of a plan's marginal from the weights, whose sum is 1: the largest of the three plans of each task,
+    [T] float64."""
+    converged: Tensor
+    """errors <= tolerance, [T] bool."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SinkhornSelfTerms:
+    """OT(y, y) of each task: the part of a Sinkhorn divergence that a task brings by itself."""
+
+    values: Tensor
+    """[T] float64."""
+    errors: Tensor
+    """L1 marginal errors, [T] float64."""
+    sizes: Tensor
+    """Rows of each task, [T] int64 on the CPU."""
+    precision: str
+    p: int
+    epsilon: float
+    """The precision, power and epsilon that they were computed with; others are refused."""
+    label_distance: str | None = None
+    """That of the label-aware form; None without labels."""
+
+
+def sinkhorn_distances(
+    target: Tensor,
+    tasks: RaggedTasks,
+    *,
+    p: Literal[1, 2] = 2,
+    epsilon: float | None = None,
+    tolerance: float = 1e-3,
+    max_iterations: int = 1000,
+    precision: str | None = None,
+    memory: int | None = None,
+    self_terms: SinkhornSelfTerms | None = None,
+) -> SinkhornResult:
+    """Sinkhorn divergence of a target x [N, D] to each of T ragged tasks y [n_t, D]; smaller is closer.
+
+        OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2,    OT = min over couplings P of <P, C> + epsilon KL(P | a b^T)
+
+    with C = |x - y|^p / p and uniform weights: half the squared 2-Wasserstein distance for p = 2 as epsilon gets small,
+    the 1-Wasserstein distance for p = 1. J. Feydy et al., AISTATS 2019; `naive.sinkhorn_distances` is the definition.
+
+        result = sinkhorn_distances(target, tasks)
+        result.distances, result.converged          # a warning says so where an iteration did not converge
+        sinkhorn_distances(target, tasks, epsilon=result.epsilon)
+
+    `epsilon` None takes (median / 10)^p of the target's own pairwise distances (`default_epsilon`), one value for all
+    tasks: about a fiftieth of a typical cost for p = 2. The time grows as it shrinks. The iteration ends when the L1
+    error of a plan's marginals is at most `tolerance`, or after `max_iterations` at epsilon (those of the annealing,
+    log4(largest cost / epsilon), not counted).
+    `precision` is "fp32" or "fp64" (default: as the features, and fp32 for 16-bit ones), and is the dtype of the
+    distances. `memory` bounds, in bytes, what is held beside the inputs and what is as long as T, N or the sum of n_t
+    (default 256 MiB). Costs that fit are held, others are computed again in every iteration; that changes the result
+    by no more than the error. `self_terms` spares the tasks' own part.
+    Differentiable by the target, not twice: at the optimum the gradient follows from the potentials, which are kept.
+    Where the distance is clamped at 0, it is that of the unclamped value.
+
+    Error: at most (e + 64 sqrt(D) u) (c + epsilon), with e the marginal error, c the largest cost among and between the
+    rows of both, and u = 6e-8 for fp32 and 1.1e-16 for fp64; for p = 1, 512 instead of 64, which only pairs of rows
+    attain that are near beside their distance from the others. So d(X, X) is at most that. The former part is far from
+    attained, since a value is quadratic in e: at e = 1e-3, 1e-5 of the distance is usual. No value is negative.
+    ValueError: a target of another D, dtype or device, without rows, or not finite; p, epsilon, a tolerance, a number
+    of iterations or a precision that is not accepted; a bound that is too small; self terms of other tasks, precision,
+    p or epsilon; rows so far apart that squares overflow.
+    """
+    check_alike(target, tasks)
+    settings = make_settings(target, p, epsilon, tolerance, max_iterations, precision, memory)
+    kept = check_self_terms(self_terms, tasks, p, settings)
+    options = (p, settings.epsilon, tolerance, max_iterations, precision_of(settings), settings.memory)
+    if kept is None:
+        values, errors = _self_values(tasks.features, tasks.offsets, *options)
+    else:
+        values, errors = kept.values.to(target.device), kept.errors.to(target.device)
+    cross, own, iterations, cross_errors, own_errors, *_ = _transports(target, tasks.features, tasks.offsets, *options)
+    distances = (cross - (own + values) / 2).clamp(min=0)  # what the errors leave of a value that cannot be negative
+    errors = torch.maximum(torch.maximum(cross_errors, own_errors), errors)
+    return SinkhornResult(
+        distances.to(settings.dtype), settings.epsilon, iterations, errors, errors <= settings.tolerance
+    )
+
+
+@torch.library.custom_op("headstart::sinkhorn_transports", mutates_args=())
+def _transports(
+    target: Tensor,
+    features: Tensor,
+    offsets: Tensor,
+    p: int,
+    epsilon: float,
+    tolerance: float,
+    max_iterations: int,
+    precision: str,
+    memory: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(OT(x, y) [T], OT(x, x) [1], iterations [T], the errors of both, the potentials of y [M] and of x [N])."""
+    check_finite(target)
+    settings = Settings(epsilon, tolerance, max_iterations, PRECISIONS[precision], memory)
+    cost, own = Cost(p), as_points(target)
+    itself, cross = solve(own, None, cost, settings), solve(Points(features, offsets), own, cost, settings)
+    warn_of(torch.maximum(cross.errors, itself.errors), settings)
+    return (
+        cross.values,
+        itself.values,
+        cross.num_iterations,
+        cross.errors,
+        itself.errors,
+        cross.potentials,
+        itself.potentials,
+    )
+
+
+@_transports.register_fake
+def _(
+    target: Tensor,
+    features: Tensor,
+    offsets: Tensor,
+    p: int,
+    epsilon: float,
+    tolerance: float,
+    max_iterations: int,
+    precision: str,
+    memory: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def new(size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return target.new_empty(size, dtype=dtype)
+
+    num_tasks, dtype = len(offsets) - 1, PRECISIONS[precision]
+    counts, potentials = new(num_tasks, torch.int64), (new(len(features), dtype), new(len(target), dtype))
+    return new(num_tasks), new(1), counts, new(num_tasks), new(1), *potentials
+
+
+@torch.library.custom_op("headstart::sinkhorn_gradient", mutates_args=())
+def _gradient(
+    target: Tensor,
+    features: Tensor,
+    offsets: Tensor,
+    potentials: Tensor,
+    own_potentials: Tensor,
+    weights: Tensor,
+    own_weight: Tensor,
+    p: int,
+    epsilon: float,
+    precision: str,
+    memory: int,
+) -> Tensor:
+    """sum_t w_t dOT(x, y_t)/dx + w dOT(x, x)/dx at the potentials of the optimum, [N, D] as the target."""
+    cost, sources, own = Cost(p), Points(features, offsets), as_points(target)
+    out, cuts = torch.zeros(target.shape, dtype=PRECISIONS[precision], device=target.device), offsets.tolist()
+    with exact_products(target.device):
+        for t, weight in enumerate(weights.tolist()):
+            if weight:
+                rows, part = sources.only(t), potentials[cuts[t] : cuts[t + 1]]
+                add_gradient(out, weight, rows, own, part, epsilon, cost, memory)
+        # Both sides of OT(x, x) move: each has the gradient of one.
+        add_gradient(out, 2 * float(own_weight), own, own, own_potentials, epsilon, cost, memory)
+    return out.to(target.dtype)
+
+
+@_gradient.register_fake
+def _(
+    target: Tensor,
+    features: Tensor,
+    offsets: Tensor,
+    potentials: Tensor,
+    own_potentials: Tensor,
+    weights: Tensor,
+    own_weight: Tensor,
+    p: int,
+    epsilon: float,
+    precision: str,
+    memory: int,
+) -> Tensor:
+    return torch.empty_like(target)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    target, features, offsets, ctx.p, ctx.epsilon, _, _, ctx.precision, ctx.memory = inputs
+    ctx.save_for_backward(target, features, offsets, *output[5:])
+
+
+def _backward(ctx: Any, weights: Tensor, own_weight: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    moved = _gradient(*ctx.saved_tensors, weights, own_weight, ctx.p, ctx.epsilon, ctx.precision, ctx.memory)
+    return moved, *[None] * 8
+
+
+_transports.register_autograd(_backward, setup_context=_context)
+
+
+@torch.library.custom_op("headstart::sinkhorn_self_values", mutates_args=())
+def _self_values(
+    features: Tensor,
+    offsets: Tensor,
+    p: int,
+    epsilon: float,
+    tolerance: float,
+    max_iterations: int,
+    precision: str,
+    memory: int,
+) -> tuple[Tensor, Tensor]:
+    """OT(y, y) of each task and its error, [T] float64 both."""
+    settings = Settings(epsilon, tolerance, max_iterations, PRECISIONS[precision], memory)
+    solution = solve(Points(features, offsets), None, Cost(p), settings)
+    warn_of(solution.errors, settings)
+    return solution.values, solution.errors
+
+
+@_self_values.register_fake
+def _(
+    features: Tensor,
+    offsets: Tensor,
+    p: int,
+    epsilon: float,
+    tolerance: float,
+    max_iterations: int,
+    precision: str,
+    memory: int,
+) -> tuple[Tensor, Tensor]:
+    values = features.new_empty(len(offsets) - 1, dtype=torch.float64)
+    return values, torch.empty_like(values)
+
+
+def sinkhorn_self_terms(
+    tasks: RaggedTasks,
+    *,
+    epsilon: float,
+    p: Literal[1, 2] = 2,
+    tolerance: float = 1e-3,
+    max_iterations: int = 1000,
+    precision: str | None = None,
+    memory: int | None = None,
+) -> SinkhornSelfTerms:
+    """The self terms of T tasks, for `sinkhorn_distances(..., self_terms=...)` with many targets at one epsilon."""
+    settings = make_settings(tasks.features, p, epsilon, tolerance, max_iterations, precision, memory)
+    return self_terms_of(Points(tasks.features, tasks.offsets), Cost(p), settings, None)
+
+
+@torch.no_grad()
+def default_epsilon(target: Tensor, p: Literal[1, 2] = 2, memory: int | None = None) -> float:
+    """(median / 10)^p of the distances between at most 1,024 evenly spaced rows of the target that lie apart.
+
+    `naive.median_distance` of these rows is the definition of the median: 1 where all rows are equal. ValueError: a
+    bound that cannot hold the distances.
+    """
+    num_rows = min(len(target), _SAMPLE)
+    dtype = torch.promote_types(target.dtype, torch.float32)
+    num_pairs = num_rows * (num_rows - 1) // 2
+    least = (num_pairs * 6 + num_rows * target.shape[1] * 2) * dtype.itemsize
+    if memory is not None and memory < least:
+        raise ValueError(f"memory is {memory} bytes; accepted: at least {least}, or an epsilon")
+    index = torch.arange(num_rows, device=target.device) * len(target) // num_rows
+    sample = target.detach()[index].to(dtype)
+    # Of the pairs i < j alone: each distance would be there twice, which leaves the lower median where it is.
+    distances = torch.pdist(sample)
+    apart = distances[distances > 0]
+    return ((float(apart.median()) if len(apart) else 1.0) / 10) ** p
+
+
+def make_settings(
+    features: Tensor,
+    p: int,
+    epsilon: float | None,
+    tolerance: float,
+    max_iterations: int,
+    precision: str | None,
+    memory: int | None,
+) -> Settings:
+    """The settings as checked, with what None stands for in its place."""
+    if p not in (1, 2):
+        raise ValueError(f"p is {p!r}; accepted: 1, 2")
+    precision = resolve_precision(precision, features.dtype, EXACT)
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance is {tolerance}; accepted: more than 0 and less than 1, the sum of the weights")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations is {max_iterations}; accepted: at least 1")
+    bound = DEFAULT_MEMORY if memory is None else memory
+    if epsilon is None:
+        epsilon = default_epsilon(features, 1 if p == 1 else 2, bound)
+    if not (epsilon > 0 and math.isfinite(epsilon)):
+        raise ValueError(f"epsilon is {epsilon}; accepted: a positive number, or None to take it from the target")
+    settings = Settings(float(epsilon), tolerance, max_iterations, PRECISIONS[precision], bound)
+    check_memory(features, Cost(p), settings)
+    return settings
+
+
+def check_self_terms(
+    kept: SinkhornSelfTerms | None, tasks: RaggedTasks, p: int, settings: Settings, label_distance: str | None = None
+) -> SinkhornSelfTerms | None:
+    """The self terms as given, or a ValueError where they are those of something else."""
+    if kept is None:
+        return None
+    wanted = (precision_of(settings), p, settings.epsilon, label_distance)
+    given = (kept.precision, kept.p, kept.epsilon, kept.label_distance)
+    if given != wanted or not torch.equal(kept.sizes, tasks.sizes):
+        names = "precision {}, p {}, epsilon {}, label distance {}"
+        raise ValueError(
+            f"self terms are those of {len(kept.sizes)} tasks with {names.format(*given)}; accepted: those of these "
+            f"{tasks.num_tasks} tasks with {names.format(*wanted)}"
+        )
+    return kept
+
+
+def precision_of(settings: Settings) -> str:
+    """The name of the settings' dtype."""
+    return "fp64" if settings.dtype == torch.float64 else "fp32"
+
+
+def as_points(features: Tensor) -> Points:
+    """One set."""
+    return Points(features.detach(), torch.tensor([0, len(features)]))
+
+
+def debiased(
+    cross: Solution, itself: Solution, kept: SinkhornSelfTerms, settings: Settings, *, clamp: bool
+) -> SinkhornResult:
+    """OT(x, y) - (OT(x, x) + OT(y, y)) / 2, and a warning where one of them did not converge."""
+    device = cross.values.device
+    distances = cross.values - (itself.values + kept.values.to(device)) / 2
+    if clamp:
+        distances.clamp_(min=0)  # what the errors leave of a value that cannot be negative
+    errors = torch.maximum(torch.maximum(cross.errors, itself.errors), kept.errors.to(device))
+    warn_of(errors, settings)
+    converged = errors <= settings.tolerance
+    return SinkhornResult(distances.to(settings.dtype), settings.epsilon, cross.num_iterations, errors, converged)
+
+
+def warn_of(errors: Tensor, settings: Settings) -> None:
+    """Warn where a transport did not converge."""
+    lost = int((errors > settings.tolerance).sum())
+    if lost:
+        warnings.warn(
+            f"{lost} of {len(errors)} Sinkhorn distances did not converge in {settings.max_iterations} iterations: "
+            f"marginal error up to {float(errors.max()):.1e}, tolerance {settings.tolerance:.1e}; what helps is more "
+            "iterations, a larger epsilon or tolerance, precision='fp64'",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def self_terms_of(points: Points, cost: Cost, settings: Settings, label_distance: str | None) -> SinkhornSelfTerms:
+    """OT of each set with itself."""
+    solution = solve(points, None, cost, settings)
+    return SinkhornSelfTerms(
+        values=solution.values,
+        errors=solution.errors,
+        sizes=points.offsets.diff(),
+        precision=precision_of(settings),
+        p=cost.p,
+        epsilon=settings.epsilon,
+        label_distance=label_distance,
+    )

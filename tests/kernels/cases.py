@@ -1,0 +1,123 @@
+"""Inputs at odd sizes and where arithmetic is hard, and a list of cases that holds every pair of their values."""
+
+from itertools import combinations, product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headstart.kernels.engine.precision import stated_error
+from headstart.kernels.ragged import RaggedTasks
+
+SIZES = (1, 2, 63, 123, 257, 1000)
+DIMS = (1, 3, 64, 100, 512, 2048)
+COUNTS = (1, 5, 300)
+KINDS = ("plain", "shifted", "small", "large", "duplicates", "all-equal")
+
+U = {"fp32": 2.0**-24, "fp64": 2.0**-53}
+
+
+class Case(NamedTuple):
+    """A target of N rows, T tasks of which one has n rows and the others one to three, D features."""
+
+    target: int
+    rows: int
+    dim: int
+    tasks: int
+    kind: str
+
+    def __str__(self) -> str:
+        return f"N{self.target}-n{self.rows}-D{self.dim}-T{self.tasks}-{self.kind}"
+
+    def make(self, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, RaggedTasks]:
+        generator = torch.Generator().manual_seed(self.target + 1000 * self.rows + self.dim)
+
+        def rows(n: int) -> Tensor:
+            # Like features after a ReLU: not centred, and of uneven spread.
+            values = torch.randn(n, self.dim, generator=generator).clamp_min(-0.5)
+            return change(self.kind, values * torch.linspace(0.5, 1.5, self.dim)).to(device, dtype)
+
+        target = rows(self.target)
+        sizes = [self.rows, *(1 + t % 3 for t in range(1, self.tasks))]
+        return target, RaggedTasks.from_list([rows(n) for n in sizes])
+
+
+def change(kind: str, x: Tensor) -> Tensor:
+    return {
+        "plain": lambda: x,
+        "shifted": lambda: x + 1e3,
+        "small": lambda: x * 1e-4,
+        "large": lambda: x * 1e4,
+        "duplicates": lambda: x.repeat_interleave(2, 0)[: len(x)],
+        "all-equal": lambda: x[:1].expand_as(x).contiguous(),
+    }[kind]()
+
+
+def pairwise_cases() -> list[Case]:
+    """Cases that hold every pair of values of every two factors: greedily, the case with most new pairs first."""
+    factors = (SIZES, SIZES, DIMS, COUNTS, KINDS)
+    places = list(combinations(range(len(factors)), 2))
+    missing = {(a, b, x, y) for a, b in places for x, y in product(factors[a], factors[b])}
+    cases = []
+    while missing:
+        a, b, x, y = min(missing, key=str)
+        case = [None] * len(factors)
+        case[a], case[b] = x, y
+        for place, values in enumerate(factors):
+            if case[place] is None:
+                case[place] = max(values, key=lambda v, place=place: _gain(case, place, v, missing))
+        cases.append(Case(*case))
+        missing -= {(i, j, case[i], case[j]) for i, j in places}
+    return cases
+
+
+def _gain(case: list, place: int, value: object, missing: set) -> int:
+    gain = 0
+    for other, held in enumerate(case):
+        if held is not None and other != place:
+            i, j = sorted((place, other))
+            x, y = (value, held) if i == place else (held, value)
+            gain += (i, j, x, y) in missing
+    return gain
+
+
+def double(tasks: RaggedTasks) -> RaggedTasks:
+    return RaggedTasks(tasks.features.double(), tasks.offsets, tasks.labels)
+
+
+CASES = pairwise_cases()
+
+
+def norms(x: Tensor, y: Tensor) -> Tensor:
+    """|x_i - c|^2 + |y_j - c|^2 in float64 [N, M], for the centre c that errors are relative to.
+
+    The centre is the mean of a sample of the rows: it may lie a third of their spread from their mean.
+    """
+    x, y = x.double(), y.double()
+    centre = x.mean(0)
+    return 1.25 * ((x - centre).square().sum(1)[:, None] + (y - centre).square().sum(1)) + 1e-300
+
+
+def square_error(x: Tensor, y: Tensor, precision: str) -> Tensor:
+    """Largest error of |x - y|^2 by a product of centred rows, [N, M].
+
+    A centred row is rounded by u, a product of D terms by 6 sqrt(D) u of the norms (Higham and Mary, SIAM J. Sci.
+    Comput. 41 (2019) A2815, theorem 2.4: six standard deviations).
+    """
+    return (6 * x.shape[1] ** 0.5 + 8) * U[precision] * norms(x, y)
+
+
+def distance_error(x: Tensor, y: Tensor, precision: str) -> float:
+    """Largest error of mean |x - y|: that of the square over 2 d, or over what a pair is computed again below."""
+    again = norms(x, y) * (2.0**-10 if precision == "fp32" else 2.0**-20)
+    d = torch.maximum(torch.cdist(x.double(), y.double()), again.sqrt())
+    return float((square_error(x, y, precision) / (2 * d) + 16 * U[precision] * d).mean())
+
+
+HALF_STEP = {"bf16": 2.0**-8, "tf32": 2.0**-11, "bf16x3": 2.0**-17}
+"""Largest relative change of a number that is rounded."""
+
+
+def rounding_error(x: Tensor, y: Tensor, precision: str, num_means: int) -> float:
+    """The stated error, from the exact mean distance."""
+    return stated_error(x, y, float(torch.cdist(x.double(), y.double()).mean()), precision, num_means=num_means)

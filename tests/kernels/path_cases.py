@@ -1,0 +1,120 @@
+"""The public functions over the fused and the streamed path: on CUDA, or on the CPU in Triton's interpreter.
+
+Collected by test_programs.py in a child process where there is no CUDA device, because the interpreter is chosen when
+Triton is imported.
+"""
+
+import pytest
+import torch
+
+from headstart.kernels import dispatch, naive
+from headstart.kernels.energy import energy_distances, energy_self_terms
+from headstart.kernels.engine import gpu
+from headstart.kernels.engine.ground_cost import Cost, Points, make_costs
+from headstart.kernels.euclidean import euclidean_distances
+from headstart.kernels.mmd import mmd_distances
+from headstart.kernels.neighbours import nearest_neighbours
+from headstart.kernels.ragged import RaggedTasks
+from tests.kernels.cases import HALF_STEP, double, rounding_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["fused", "streamed"], autouse=True)
+def path(request: pytest.FixtureRequest):
+    with dispatch.override(request.param):
+        yield request.param
+
+
+def rows(n: int, d: int, seed: int) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).relu().to(DEVICE)
+
+
+def problem(d: int) -> tuple[torch.Tensor, RaggedTasks]:
+    return rows(37, d, 1), RaggedTasks.from_list([rows(n, d, n) + 0.1 for n in (1, 50, 17)])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16x3", "tf32"])
+@pytest.mark.parametrize("d", [3, 100])
+def test_energy_and_pairs(d: int, precision: str):
+    x, tasks = problem(d)
+    sources = [tasks.task(t) for t in range(3)]
+    for ours, definition, slope in (
+        (energy_distances(x, tasks, precision=precision), naive.energy_distances, 4),
+        (
+            euclidean_distances(x, tasks, form="pairs", precision=precision),
+            lambda *given: naive.euclidean_distances(*given, form="pairs"),
+            1,
+        ),
+    ):
+        off = (ours.double() - definition(x.double(), double(tasks))).abs().cpu()
+        assert bool((off <= torch.tensor([rounding_error(x, y, precision, slope) for y in sources])).all())
+
+
+@pytest.mark.parametrize("precision", ["fp32", *HALF_STEP])
+def test_the_distance_to_itself_is_exactly_zero(precision: str):
+    x, tasks = problem(20)
+    among = RaggedTasks.from_list([tasks.task(1), x.clone(), tasks.task(2)])
+    assert energy_distances(x, among, precision=precision)[1] == 0
+    assert mmd_distances(x, among, precision=precision).distances[1] == 0
+    kept = energy_self_terms(among, precision=precision)
+    assert energy_distances(x, among, precision=precision, self_terms=kept)[1] == 0
+
+
+def test_mmd_in_fp32():
+    x, tasks = problem(20)
+    found, bandwidths = mmd_distances(x, tasks)
+    expected = naive.mmd_distances(x.double(), double(tasks), bandwidths)
+    # Squares of about 20 off by 20 * 2^-21, over twice the square of a bandwidth above 1, in four means.
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=4 * 20 * 2.0**-21)
+
+
+def test_memory_changes_no_bit_and_tasks_in_pieces_agree(monkeypatch: pytest.MonkeyPatch):
+    x, tasks = problem(20)
+    whole = energy_distances(x, tasks, precision="bf16")
+    monkeypatch.setattr(gpu, "PIECE", 32 if DEVICE == "cpu" else 4096)
+    monkeypatch.setattr(gpu._Setting, "chunks", _pieces(gpu._Setting.chunks))
+    torch.testing.assert_close(energy_distances(x, tasks, precision="bf16"), whole, rtol=0, atol=1e-6)
+
+
+def _pieces(chunks):
+    def few(self, offsets):
+        self._rows = max(gpu.PIECE, 32)
+        return chunks(self, offsets)
+
+    return few
+
+
+def test_a_bound_that_is_too_small_is_refused():
+    x, tasks = problem(20)
+    with pytest.raises(ValueError, match="at least"):
+        energy_distances(x, tasks, precision="bf16", memory=100)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nearest(precision: str, path: str):
+    x, tasks = problem(20)
+    found = nearest_neighbours(x, tasks, precision=precision)
+    distances, numbers = naive.nearest_neighbours(x.double(), tasks.features.double())
+    torch.testing.assert_close(found.distances.double(), distances, rtol=0, atol=1e-5 if precision == "fp32" else 0.02)
+    assert float((found.rows == numbers).float().mean()) >= (1.0 if precision == "fp32" else 0.9)
+
+
+def test_softmins_of_a_pair_that_is_not_held(path: str):
+    x, tasks = problem(20)
+    rows_, columns = Points(tasks.features, tasks.offsets), Points(x, torch.tensor([0, len(x)]))
+    held = make_costs(rows_, columns, [1], 50, Cost(2), torch.float32, 2**26)
+    recomputed = make_costs(rows_, columns, [1], None, Cost(2), torch.float32, 2**26)
+    assert (type(recomputed).__name__ == "FusedCosts") == (path == "fused")
+    f, g = rows(1, 50, 3), rows(1, 37, 4)
+    for epsilon in (0.5, 20.0):
+        # A cost of about 20 is off by some 20 * 2^-21, and so is its softmin.
+        torch.testing.assert_close(recomputed.rows(g, epsilon), held.rows(g, epsilon), rtol=0, atol=1e-4)
+        torch.testing.assert_close(recomputed.columns(f, epsilon), held.columns(f, epsilon), rtol=0, atol=1e-4)
+
+
+def test_self_terms_of_another_path_are_refused(path: str):
+    x, tasks = problem(3)
+    kept = energy_self_terms(tasks, precision="bf16")
+    with dispatch.override("eager"), pytest.raises(ValueError, match=f"path {path}"):
+        energy_distances(x, tasks, precision="bf16", self_terms=kept)

@@ -1,0 +1,90 @@
+"""Distances over pairs of rows against their definitions, at every pair of values of sizes, D, T and hard inputs."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from headstart.kernels import dispatch, naive
+from headstart.kernels.energy import energy_distances
+from headstart.kernels.euclidean import euclidean_distances
+from headstart.kernels.mmd import mmd_distances
+from headstart.kernels.neighbours import nearest_neighbours
+from headstart.kernels.ragged import BLOCK_ROWS
+from tests.kernels.cases import CASES, Case, U, distance_error, double, square_error
+
+PATHS = [
+    pytest.param(("cpu", "eager"), id="cpu"),
+    *(pytest.param(("cuda", path), id=f"cuda-{path}", marks=pytest.mark.gpu) for path in dispatch.PATHS),
+]
+
+
+@pytest.fixture(params=PATHS)
+def where(request: pytest.FixtureRequest) -> Iterator[str]:
+    device, path = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    with dispatch.override(path):
+        yield device
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fp32_against_the_definitions(case: Case, where: str):
+    target, tasks = case.make(where)
+    x, exact = target.double(), double(tasks)
+    eager = dispatch.choose(target.device, "fp32", case.dim)[0] == "eager"
+    sources = [tasks.task(t) for t in range(tasks.num_tasks)]
+    # Beside eager, pairs too near for their product are at 0: their root is off by the root of the square's error.
+    cross = [_distance_error(target, y, eager) for y in sources]
+    own = [_distance_error(y, y, eager) for y in sources]
+    inner = _distance_error(target, target, eager)
+
+    found = euclidean_distances(target, tasks, form="pairs").double()
+    _close(found, naive.euclidean_distances(x, exact, form="pairs"), cross)
+    found = energy_distances(target, tasks).double()
+    _close(found, naive.energy_distances(x, exact), [2 * a + b + inner for a, b in zip(cross, own, strict=True)])
+    found = euclidean_distances(target, tasks).double()
+    spread = [float((y.double() - x.mean(0)).norm(dim=1).mean() + (x - x.mean(0)).norm(dim=1).mean()) for y in sources]
+    _close(found, naive.euclidean_distances(x, exact), [BLOCK_ROWS * U["fp32"] * s for s in spread])
+
+    found, bandwidths = mmd_distances(target, tasks)
+    smallest = 1 / (2 * float(bandwidths.min()) ** 2)
+    errors = [
+        2 * _kernel_error(target, y, smallest) + _kernel_error(y, y, smallest) + _kernel_error(target, target, smallest)
+        for y in sources
+    ]
+    _close(found.double(), naive.mmd_distances(x, exact, bandwidths), errors)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_neighbours_against_the_definition(case: Case, where: str):
+    target, tasks = case.make(where)
+    k = min(3, len(tasks.features))
+    found = nearest_neighbours(target, tasks, k)
+    distances, _ = naive.nearest_neighbours(target.double(), tasks.features.double(), k)
+    # Distances come from differences: rounded by u a coordinate and by the sum of D squares.
+    allowed = 4 * case.dim**0.5 * U["fp32"] * distances
+    assert bool(((found.distances.double() - distances).abs() <= allowed + 1e-300).all())
+    chosen = (target.double()[:, None] - tasks.features.double()[found.rows]).norm(dim=2)
+    assert bool(((chosen - distances).abs() <= 2 * allowed + 1e-300).all())
+
+
+def _distance_error(x: torch.Tensor, y: torch.Tensor, eager: bool) -> float:
+    if eager:
+        return distance_error(x, y, "fp32")
+    # A square is off by its rounding, by at most (D / 8 + 8) 2^-23 where it is set to 0: so is the root by at most.
+    lost = ((x.shape[1] / 8 + 8) * 2.0**-23 / (6 * x.shape[1] ** 0.5 + 8) / U["fp32"] + 1) * square_error(x, y, "fp32")
+    return float(torch.minimum(lost / torch.cdist(x.double(), y.double()), lost.sqrt()).mean())
+
+
+def _kernel_error(x: torch.Tensor, y: torch.Tensor, smallest: float) -> float:
+    """|k(a) - k(b)| <= c |a - b| and <= 1 for squares a, b, and a few roundings of k."""
+    wide = (x.shape[1] / 8 + 8) * 2.0**-23 / (6 * x.shape[1] ** 0.5 + 8) / U["fp32"] + 1 if x.is_cuda else 1.0
+    return float((wide * smallest * square_error(x, y, "fp32")).clamp(max=1).mean()) + 16 * U["fp32"]
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor, allowed: list[float]) -> None:
+    allowed = torch.tensor(allowed, dtype=torch.float64, device=found.device) + 4 * U["fp32"] * expected.abs()
+    off = (found - expected).abs()
+    worst = int((off - allowed).argmax())
+    assert bool((off <= allowed).all()), f"task {worst}: {off[worst]:.3g} above {allowed[worst]:.3g}"

@@ -1,0 +1,177 @@
+"""Label-aware transport distances: their definition, what they reduce to, and what they do not depend on."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from headstart.kernels import label_aware, naive
+from headstart.kernels.label_aware import label_aware_distances, label_aware_self_terms
+from headstart.kernels.ragged import RaggedTasks
+from headstart.kernels.sinkhorn import sinkhorn_distances
+from tests.kernels.cases import KINDS, U, change
+
+FORMS = ("bures", "sinkhorn")
+
+
+def labelled(n: int, d: int, classes: int, seed: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Rows about their class's own place, the classes of different spread; labels 0, 3, 6, ..."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, classes, (n,), generator=generator)
+    places = torch.randn(classes, d, generator=generator)
+    x = places[y] + torch.randn(n, d, generator=generator) * (0.3 + 0.3 * y[:, None])
+    return x.double().to(device), (3 * y).to(device)
+
+
+def ragged(sets: list[tuple[Tensor, Tensor]]) -> RaggedTasks:
+    return RaggedTasks.from_list([x for x, _ in sets], [y for _, y in sets])
+
+
+def largest(x: Tensor, tasks: RaggedTasks) -> float:
+    """No less than the largest cost with its label term: W^2 of two classes is at most the largest of |x - y|^2."""
+    rows = torch.cat([x, tasks.features]).double()
+    return float(naive.pairwise(rows, rows).amax()) ** 2
+
+
+def bound(c: float, epsilon: float, d: int, precision: str, tolerance: float) -> float:
+    """The stated error: as in test_sinkhorn.py. The label term adds that of W^2, in both forms at most as much."""
+    return 2 * (tolerance + 64 * d**0.5 * U[precision]) * (c + epsilon)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("n", "d", "sizes"),
+    [(40, 8, (1, 2, 23, 50)), (63, 64, (63, 5)), (2, 3, (1, 9)), (30, 1, (40,)), (20, 512, (1, 33))],
+)
+def test_parity_with_the_definition(n: int, d: int, sizes: tuple[int, ...], form: str, device: str):
+    x, y = labelled(n, d, 4, 1, device)
+    tasks = ragged([labelled(m, d, 2 + m % 4, m, device) for m in sizes])
+    c = largest(x, tasks)
+    epsilon = c / 5  # the definition's plain iterations hardly converge at a small one
+    expected = naive.label_aware_distances(x, y, tasks, epsilon=epsilon, label_distance=form, num_iterations=300)
+    for precision, tolerance, dtype in (("fp64", 1e-9, torch.float64), ("fp32", 1e-5, torch.float32)):
+        found = label_aware_distances(
+            x.to(dtype), RaggedTasks(tasks.features.to(dtype), tasks.offsets, tasks.labels), labels=y,
+            label_distance=form, epsilon=epsilon, tolerance=tolerance, precision=precision,
+        )  # fmt: skip
+        assert bool(found.converged.all())
+        # Rows rounded to float32 move by u of themselves, which is within the bound of products with them.
+        allowed = bound(c, epsilon, d, precision, tolerance)
+        if form == "bures":
+            # The definition takes roots of D eigenvalues: those that should be 0 are u of the largest, at most c.
+            allowed += d * U["fp64"] ** 0.5 * c
+        torch.testing.assert_close(found.distances.double(), expected, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_labelled_set_is_at_no_distance_from_itself_under_other_names(form: str, kind: str, device: str):
+    x, y = labelled(80, 20, 5, 2)
+    x, y = change(kind, x).to(device, torch.float32), y.to(device)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1)).to(device)
+    tasks = ragged([(x.clone(), y.clone()), (x[order], 100 - y[order])])
+    found = label_aware_distances(x, tasks, labels=y, label_distance=form)
+    assert bool(found.converged.all())
+    allowed = bound(largest(x, tasks), found.epsilon, 20, "fp32", float(found.errors.amax()))
+    assert float(found.distances.abs().amax()) <= allowed
+
+
+def test_wrong_labels_are_seen(device: str):
+    x, y = labelled(120, 6, 4, 3, device)
+    wrong = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(device)]
+    found = label_aware_distances(x, ragged([(x, y), (x, wrong)]), labels=y)
+    plain = sinkhorn_distances(x, ragged([(x, y), (x, wrong)]))
+    assert found.epsilon == plain.epsilon
+    assert float(plain.distances[1]) < 1e-2 < 1 < float(found.distances[1])
+    assert abs(float(found.distances[0])) < 1e-2
+
+
+@pytest.mark.parametrize("memory", [None, 4_600_000], ids=["held", "recomputed"])
+def test_without_a_label_term_it_is_the_sinkhorn_divergence(memory: int | None, monkeypatch, device: str):
+    def nothing(rows: Tensor, classes: RaggedTasks, *_: object) -> Tensor:
+        return torch.zeros(classes.num_tasks, dtype=torch.float64, device=rows.device)
+
+    monkeypatch.setattr(label_aware, "_squares", nothing)
+    x, y = labelled(400, 6, 4, 3, device)
+    tasks = ragged([labelled(n, 6, 3, n, device) for n in (1, 390, 30)])
+    plain = sinkhorn_distances(x, tasks, epsilon=2.0, tolerance=1e-8)
+    found = label_aware_distances(x, tasks, labels=y, epsilon=2.0, tolerance=1e-8, memory=memory)
+    allowed = bound(largest(x, tasks), 2.0, 6, "fp64", 1e-8)
+    torch.testing.assert_close(found.distances, plain.distances, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_recomputed_costs_have_the_label_term_too(form: str, device: str):
+    x, y = labelled(400, 6, 4, 3, device)
+    tasks = ragged([labelled(n, 6, 3, n, device) for n in (1, 390, 30)])
+    held = label_aware_distances(x, tasks, labels=y, label_distance=form, epsilon=3.0, tolerance=1e-8)
+    found = label_aware_distances(
+        x, tasks, labels=y, label_distance=form, epsilon=3.0, tolerance=1e-8, memory=4_600_000
+    )
+    allowed = bound(largest(x, tasks), 3.0, 6, "fp64", 1e-8)
+    torch.testing.assert_close(found.distances, held.distances, rtol=0, atol=allowed)
+
+
+def test_against_pot_with_the_costs_put_together_by_hand():
+    ot = pytest.importorskip("ot")
+    (x, x_labels), (y, y_labels) = labelled(30, 4, 3, 1), labelled(25, 4, 3, 2)
+
+    def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return rows.mean(0), (rows - rows.mean(0)).T @ (rows - rows.mean(0)) / len(rows)
+
+    def transport(a: Tensor, a_labels: Tensor, b: Tensor, b_labels: Tensor) -> float:
+        label_costs = torch.zeros(len(a), len(b), dtype=torch.float64)
+        for one in a_labels.unique():
+            for other in b_labels.unique():
+                (m, s), (n, t) = moments(a[a_labels == one]), moments(b[b_labels == other])
+                # POT's is the root, of covariances.
+                distance = ot.gaussian.bures_wasserstein_distance(m.numpy(), n.numpy(), s.numpy(), t.numpy())
+                label_costs[(a_labels == one)[:, None] & (b_labels == other)] = float(distance) ** 2
+        costs = ((naive.pairwise(a, b) ** 2 + label_costs) / 2).numpy()
+        plan = torch.as_tensor(ot.sinkhorn([], [], costs, 4.0, method="sinkhorn_log", stopThr=1e-12, numItermax=5000))
+        divergence = (plan * (plan * len(a) * len(b)).log()).nan_to_num().sum()
+        return float((plan * torch.as_tensor(costs)).sum() + 4.0 * divergence)
+
+    expected = transport(x, x_labels, y, y_labels)
+    expected -= (transport(x, x_labels, x, x_labels) + transport(y, y_labels, y, y_labels)) / 2
+    found = label_aware_distances(x, ragged([(y, y_labels)]), labels=x_labels, epsilon=4.0, tolerance=1e-10)
+    # The root of a product of covariances, as POT takes it, is exact to the root of u.
+    assert float(found.distances[0]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_self_terms_can_be_kept_and_those_of_something_else_are_refused(device: str):
+    x, y = labelled(40, 6, 4, 3, device)
+    tasks = ragged([labelled(n, 6, 3, n, device) for n in (7, 30)])
+    kept = label_aware_self_terms(tasks, epsilon=2.0)
+    plain = label_aware_distances(x, tasks, labels=y, epsilon=2.0)
+    assert torch.equal(
+        label_aware_distances(x, tasks, labels=y, epsilon=2.0, self_terms=kept).distances, plain.distances
+    )
+    with pytest.raises(ValueError, match="label distance sinkhorn"):
+        label_aware_distances(x, tasks, labels=y, epsilon=2.0, self_terms=kept, label_distance="sinkhorn")
+    with pytest.raises(ValueError, match="label distance None"):
+        sinkhorn_distances(x, tasks, epsilon=2.0, self_terms=kept)
+
+
+def test_bad_labels_are_refused(device: str):
+    x, y = labelled(10, 3, 2, 1, device)
+    tasks = ragged([(x, y)])
+    for labels, said in (
+        (y[:5], r"accepted: torch.int64 \[10\]"),
+        (y.double(), "int64"),
+        (y - 100, "negative"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            label_aware_distances(x, tasks, labels=labels)
+    with pytest.raises(ValueError, match="tasks have no labels"):
+        label_aware_distances(x, RaggedTasks(tasks.features, tasks.offsets), labels=y)
+    with pytest.raises(ValueError, match="label_distance is 'euclidean'; accepted: bures, sinkhorn"):
+        label_aware_distances(x, tasks, labels=y, label_distance="euclidean")
+    with pytest.raises(ValueError, match="epsilon"):
+        label_aware_distances(x, tasks, labels=y, epsilon=-1.0)
+
+
+def test_what_does_not_converge_is_reported(device: str):
+    x, y = labelled(50, 3, 2, 1, device)
+    with pytest.warns(RuntimeWarning, match="did not converge"):
+        found = label_aware_distances(x, ragged([labelled(60, 3, 2, 2, device)]), labels=y, max_iterations=1)
+    assert not bool(found.converged[0])

@@ -1,0 +1,123 @@
+"""MMD: the statistic, its bandwidths, and what is kept of it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headstart.kernels import naive
+from headstart.kernels.energy import energy_distances, energy_self_terms
+from headstart.kernels.engine.terms import SelfTerms
+from headstart.kernels.mmd import MEDIAN_ROWS, MULTIPLES, median_bandwidths, mmd_distances, mmd_self_terms
+from headstart.kernels.ragged import RaggedTasks
+from tests.kernels.cases import KINDS, change
+
+
+def rows(n: int, d: int, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+@pytest.mark.parametrize("unbiased", [False, True], ids=["v", "u"])
+@pytest.mark.parametrize("bandwidths", [None, [2.0], [0.5, 1.0, 7.0]], ids=["median", "one", "three"])
+def test_fp64_is_the_definition(bandwidths: list[float] | None, unbiased: bool, device: str):
+    x = rows(63, 17, 1, device)
+    tasks = RaggedTasks.from_list([rows(n, 17, n, device) * 1.5 for n in (2, 63, 300)])
+    given = None if bandwidths is None else torch.tensor(bandwidths)
+    found = mmd_distances(x, tasks, bandwidths=given, unbiased=unbiased)
+    expected = naive.mmd_distances(x, tasks, found.bandwidths, unbiased=unbiased)
+    # Squares from products around a centre: some 1e-15 of the norms, over 2 sigma^2.
+    torch.testing.assert_close(found.distances, expected, rtol=0, atol=1e-12)
+    if not unbiased:
+        assert bool((found.distances >= 0).all())
+
+
+def test_default_bandwidths_follow_the_target_alone_and_its_scale(device: str):
+    x = rows(50, 5, 1, device)
+    found = median_bandwidths(x)
+    apart = torch.nn.functional.pdist(x)
+    torch.testing.assert_close(
+        found, (apart.median() * torch.tensor(MULTIPLES, device=device)).cpu(), check_dtype=False
+    )
+    torch.testing.assert_close(median_bandwidths(1e4 * x), 1e4 * found)
+    one, two = (mmd_distances(x, RaggedTasks.from_list([rows(9, 5, s, device)])) for s in (2, 3))
+    assert torch.equal(one.bandwidths, two.bandwidths)
+    assert median_bandwidths(x[:1].expand(9, 5)).tolist() == list(MULTIPLES)
+    many = rows(3 * MEDIAN_ROWS, 2, 1, device)
+    torch.testing.assert_close(median_bandwidths(many), median_bandwidths(many[::3]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 2, 63, 257, 300], ids="N{}".format)
+def test_the_distance_to_itself_is_exactly_zero(n: int, kind: str, device: str):
+    x = change(kind, rows(n, 20, n, device, torch.float32))
+    other = change(kind, rows(5, 20, 9, device, torch.float32)) + (1 if kind == "all-equal" else 0)
+    tasks = RaggedTasks.from_list([other, x.clone(), other, x.clone()])
+    for precision in ("fp32", "bf16", "tf32", "bf16x3"):
+        for memory in (None, 64 * 2**20):
+            found = mmd_distances(x, tasks, precision=precision, memory=memory).distances
+            assert found[1] == 0
+            assert found[3] == 0
+            energy = energy_distances(x, tasks, precision=precision, memory=memory)
+            assert energy[1] == 0
+            assert energy[3] == 0
+
+
+def test_self_terms_can_be_kept_and_carry_their_bandwidths(device: str):
+    x = rows(40, 6, 1, device)
+    tasks = RaggedTasks.from_list([rows(n, 6, n, device) for n in (3, 80)])
+    kept = mmd_self_terms(tasks, median_bandwidths(x))
+    assert torch.equal(mmd_distances(x, tasks, self_terms=kept).distances, mmd_distances(x, tasks).distances)
+    with pytest.raises(ValueError, match="bandwidths"):
+        mmd_distances(x, tasks, self_terms=kept, bandwidths=torch.tensor([1.0]))
+    with pytest.raises(ValueError, match="kind distance"):
+        mmd_distances(x, tasks, self_terms=energy_self_terms(tasks), bandwidths=kept.bandwidths)
+    with pytest.raises(ValueError, match="precision"):
+        mmd_distances(x.float(), RaggedTasks(tasks.features.float(), tasks.offsets), self_terms=kept)
+
+
+def test_self_terms_join_where_they_agree(device: str):
+    x = rows(40, 6, 1, device, torch.float32)
+    parts = [RaggedTasks.from_list([rows(n, 6, n, device, torch.float32) for n in sizes]) for sizes in ((3, 80), (7,))]
+    whole = RaggedTasks.from_list([part.task(t) for part in parts for t in range(part.num_tasks)])
+    for precision in ("fp32", "bf16"):
+        # What is rounded needs one centre; what is not has each its own.
+        centre = whole.features.mean(0) if precision == "bf16" else None
+        joined = SelfTerms.join([energy_self_terms(part, precision=precision, centre=centre) for part in parts])
+        found = energy_distances(x, whole, precision=precision, self_terms=joined)
+        assert torch.equal(joined.sums, energy_self_terms(whole, precision=precision, centre=centre).sums)
+        torch.testing.assert_close(
+            found, energy_distances(x, whole), rtol=0, atol=1e-5 if precision == "fp32" else 0.02
+        )
+    with pytest.raises(ValueError, match="centre"):
+        SelfTerms.join([energy_self_terms(part, precision="bf16") for part in parts])
+
+
+@pytest.mark.parametrize("bad", [[], [0.0], [-1.0], [float("nan")], [float("inf")], [[1.0]]], ids=str)
+def test_bad_bandwidths_are_refused(bad: list):
+    x = rows(4, 3, 1)
+    with pytest.raises(ValueError, match="positive and finite"):
+        mmd_distances(x, RaggedTasks.from_list([x + 1]), bandwidths=torch.tensor(bad))
+
+
+def test_one_row_has_no_unbiased_estimate():
+    x = rows(4, 3, 1)
+    with pytest.raises(ValueError, match="task 1 has one row"):
+        mmd_distances(x, RaggedTasks.from_list([x, x[:1]]), unbiased=True)
+    with pytest.raises(ValueError, match="target has one row"):
+        mmd_distances(x[:1], RaggedTasks.from_list([x]), unbiased=True)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**31), st.integers(2, 40), st.integers(1, 20))
+def test_symmetry_and_permutation(seed: int, n: int, d: int):
+    x, y = rows(n, d, seed), rows(n + 3, d, seed + 1) + 0.5
+    sigma = torch.tensor([0.7, 2.0])
+
+    def mmd(a: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        return mmd_distances(a, RaggedTasks.from_list(others), bandwidths=sigma).distances
+
+    shuffled = x[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+    # Each of three means of numbers in [0, 1] is off by the rounding of squares over 2 sigma^2: some 1e-14.
+    torch.testing.assert_close(mmd(x, y), mmd(y, x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(mmd(shuffled, y), mmd(x, y), rtol=0, atol=1e-12)
+    torch.testing.assert_close(mmd(x, y, x, y[:2]), mmd(x, y[:2], y, x)[[1, 2, 0]], rtol=0, atol=1e-12)

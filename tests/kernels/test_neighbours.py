@@ -1,0 +1,81 @@
+"""Nearest rows: ties, tasks apart, precisions, and a library's answer."""
+
+import pytest
+import torch
+
+from headstart.kernels import naive
+from headstart.kernels.neighbours import nearest_neighbours
+from headstart.kernels.ragged import RaggedTasks
+
+
+def rows(n: int, d: int, seed: int, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def ragged(device: str, d: int = 32, dtype: torch.dtype = torch.float32) -> RaggedTasks:
+    return RaggedTasks.from_list([rows(n, d, n, device, dtype) for n in (7, 2100, 63, 900)])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16", "tf32", "bf16x3"])
+@pytest.mark.parametrize("k", [1, 5, 30])
+def test_over_all_tasks(k: int, precision: str, device: str):
+    x, tasks = rows(123, 32, 1, device), ragged(device)
+    found = nearest_neighbours(x, tasks, k, precision=precision)
+    distances, numbers = naive.nearest_neighbours(x.double(), tasks.features.double(), k)
+    # The re-rank is exact: with 4 k + 32 candidates, bfloat16's error of 2^-8 in d loses no row here.
+    assert torch.equal(found.rows, numbers)
+    torch.testing.assert_close(found.distances.double(), distances, rtol=0, atol=1e-5)
+    starts = tasks.offsets.to(device)
+    assert bool(((found.rows >= starts[found.tasks]) & (found.rows < starts[found.tasks + 1])).all())
+
+
+def test_for_each_task(device: str):
+    x, tasks = rows(40, 32, 1, device), ragged(device)
+    found = nearest_neighbours(x, tasks, 7, per_task=True)
+    assert found.distances.shape == found.rows.shape == found.tasks.shape == (4, 40, 7)
+    for t in range(tasks.num_tasks):
+        _, numbers = naive.nearest_neighbours(x.double(), tasks.task(t).double(), 7)
+        assert torch.equal(found.rows[t], numbers + int(tasks.offsets[t]))
+        assert bool((found.tasks[t] == t).all())
+
+
+def test_ties_go_to_the_lowest_row(device: str):
+    tasks = RaggedTasks.from_list([rows(1, 8, 1, device).expand(700, 8).contiguous(), rows(1, 8, 1, device) + 1] * 2)
+    found = nearest_neighbours(rows(3, 8, 2, device), tasks, 4)
+    expected = naive.nearest_neighbours(rows(3, 8, 2, device).double(), tasks.features.double(), 4)
+    assert torch.equal(found.rows, expected[1])
+
+
+def test_a_row_finds_itself_at_distance_zero_far_out(device: str):
+    tasks = ragged(device)
+    far = RaggedTasks(tasks.features + 1e4, tasks.offsets)
+    found = nearest_neighbours(far.features[::7], far)
+    assert torch.equal(found.rows[:, 0], torch.arange(0, len(far.features), 7, device=device))
+    assert bool((found.distances == 0).all())
+
+
+def test_faiss_finds_the_same(device: str):
+    faiss = pytest.importorskip("faiss")
+    x, tasks = rows(200, 32, 1, device), ragged(device)
+    index = faiss.IndexFlatL2(32)
+    index.add(tasks.features.cpu().numpy())
+    squares, numbers = index.search(x.cpu().numpy(), 10)
+    found = nearest_neighbours(x, tasks, 10)
+    assert torch.equal(found.rows.cpu(), torch.from_numpy(numbers))
+    torch.testing.assert_close(found.distances.square().cpu(), torch.from_numpy(squares), rtol=1e-5, atol=1e-4)
+
+
+def test_bad_input_is_refused(device: str):
+    x, tasks = rows(4, 32, 1, device), ragged(device)
+    for k, per_task, said in (
+        (0, False, "1 to 3070"),
+        (3071, False, "1 to 3070"),
+        (8, True, "1 to 7, the rows in the"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            nearest_neighbours(x, tasks, k, per_task=per_task)
+    with pytest.raises(ValueError, match="at least"):
+        nearest_neighbours(x, tasks, memory=10)
+    x[2, 3] = float("nan")
+    with pytest.raises(ValueError, match="row 2"):
+        nearest_neighbours(x, tasks)

@@ -1,0 +1,86 @@
+"""What the rounded precisions cost, and that an order of tasks survives them."""
+
+import pytest
+import torch
+
+from headstart.kernels import naive
+from headstart.kernels.energy import energy_distances, energy_self_terms
+from headstart.kernels.engine.precision import make_operand, round_tf32, split_bf16
+from headstart.kernels.euclidean import euclidean_distances
+from headstart.kernels.ragged import RaggedTasks
+from tests.kernels.cases import HALF_STEP, double, rounding_error
+
+
+def features(n: int, d: int, seed: int, device: str) -> torch.Tensor:
+    """Like a ReLU's: half of them 0."""
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).relu().to(device)
+
+
+@pytest.mark.parametrize("precision", HALF_STEP)
+def test_an_operand_is_as_near_as_its_precision_says(precision: str, device: str):
+    rows = features(40, 100, 1, device) * 3
+    centre = rows.mean(0)
+    operand = make_operand(rows, centre, precision, 128)
+    assert operand.high.shape == (40, 128)
+    value = operand.high.double() + (0 if operand.low is None else operand.low.double())
+    exact = rows - centre
+    assert bool(((value[:, :100] - exact).abs() <= HALF_STEP[precision] * exact.abs() + 1e-38).all())
+    assert not bool(value[:, 100:].any())
+    # As three products have them: high high + 2 high low.
+    low = 0 if operand.low is None else operand.low.double()
+    products = (operand.high.double() * (operand.high.double() + 2 * low)).sum(1)
+    torch.testing.assert_close(operand.squares.double(), products, rtol=1e-6, atol=0)
+
+
+def test_tf32_rounds_to_nearest_even():
+    step = 2.0**-10
+    values = torch.tensor([1 + step / 2, 1 + 3 * step / 2, 1 + step / 2 + 2.0**-23, -1 - 0.7 * step, 0.0])
+    expected = torch.tensor([1.0, 1 + 2 * step, 1 + step, -1 - step, 0.0])
+    torch.testing.assert_close(round_tf32(values), expected, rtol=0, atol=0)
+
+
+def test_bf16_splits_to_sixteen_bits():
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    high, low = split_bf16(values)
+    assert float(((high.double() + low.double() - values) / values).abs().max()) <= 2.0**-17
+
+
+@pytest.mark.parametrize("precision", HALF_STEP)
+@pytest.mark.parametrize(("n", "d"), [(40, 2048), (300, 256), (123, 64), (2, 512), (1, 100)], ids=str)
+def test_the_error_of_a_mean_is_that_of_rounding(n: int, d: int, precision: str, device: str):
+    x = features(63, d, 1, device)
+    tasks = RaggedTasks.from_list([features(m, d, m, device) + 0.1 for m in (n, 77)])
+    sources = [tasks.task(t) for t in range(2)]
+    exact = naive.euclidean_distances(x.double(), double(tasks), form="pairs")
+    off = (euclidean_distances(x, tasks, form="pairs", precision=precision).double() - exact).abs()
+    assert bool((off.cpu() <= torch.tensor([rounding_error(x, y, precision, 1) for y in sources])).all())
+    exact = naive.energy_distances(x.double(), double(tasks))
+    off = (energy_distances(x, tasks, precision=precision).double() - exact).abs()
+    # 2 cross terms less 2 self terms: slopes of at most 4 a row.
+    assert bool((off.cpu() <= torch.tensor([rounding_error(x, y, precision, 4) for y in sources])).all())
+
+
+def test_self_terms_of_another_precision_would_be_off_and_are_refused(device: str):
+    x = features(300, 512, 1, device)
+    tasks = RaggedTasks.from_list([features(300, 512, 2, device)])
+    with pytest.raises(ValueError, match="precision fp32; accepted: bf16"):
+        energy_distances(x, tasks, precision="bf16", self_terms=energy_self_terms(tasks))
+
+
+@pytest.mark.parametrize("precision", HALF_STEP)
+def test_the_order_of_tasks_is_that_of_float64_beyond_the_error(precision: str, device: str):
+    generator = torch.Generator().manual_seed(0)
+    x = features(120, 256, 1, device)
+    tasks = []
+    for t in range(200):
+        n = int(torch.randint(5, 60, (1,), generator=generator))
+        tasks.append(features(n, 256, 10 + t, device) + 0.002 * t)
+    ragged = RaggedTasks.from_list(tasks)
+    exact = naive.energy_distances(x.double(), double(ragged)).cpu()
+    found = energy_distances(x, ragged, precision=precision).cpu().double()
+    error = torch.tensor([rounding_error(x, y, precision, 4) for y in tasks])
+    gaps = exact[:, None] - exact
+    wrong = (gaps > 0) & (found[:, None] < found)
+    assert bool((gaps[wrong] <= (error[:, None] + error)[wrong]).all())
+    # And the error is small enough to mean something: nearly all pairs are beyond it.
+    assert float((gaps.abs() > error[:, None] + error).float().mean()) > (0.8 if precision == "bf16" else 0.95)

@@ -1,0 +1,222 @@
+"""Sinkhorn divergences against their definition in float64, and what is promised of error, memory and gradient."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from headstart.kernels import naive
+from headstart.kernels.ragged import RaggedTasks
+from headstart.kernels.sinkhorn import default_epsilon, sinkhorn_distances, sinkhorn_self_terms
+from tests.kernels.cases import CASES, KINDS, Case, U, change, double
+
+TOLERANCE = {"fp32": 1e-4, "fp64": 1e-10}
+
+
+def features(n: int, d: int, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).clamp_min(-0.5).to(device, dtype)
+
+
+def costs(x: Tensor, y: Tensor, p: int) -> Tensor:
+    """`naive.ground_cost` without an array [N, M, D]."""
+    return naive.pairwise(x.double(), y.double()) ** p / p
+
+
+def largest(x: Tensor, tasks: RaggedTasks, p: int) -> float:
+    """The largest cost among the rows of the target, those of a task, and between both."""
+    sides = [(x, x), *((x, tasks.task(t)) for t in range(tasks.num_tasks))]
+    sides += [(tasks.task(t), tasks.task(t)) for t in range(tasks.num_tasks)]
+    return max(float(costs(a, b, p).amax()) for a, b in sides)
+
+
+def bound(c: float, epsilon: float, d: int, p: int, precision: str, tolerance: float) -> float:
+    """The stated error, with c the largest cost.
+
+    Each value is the dual's at potentials (f, softmin f): concave, so below the optimum by at most
+    <f* - f, 1/N - marginal> <= osc(f* - f) / 2 times the L1 error, and the potentials of costs in [0, c] range over
+    c at most. Half of it and half of it again comes from the self terms, with the other sign.
+
+    Rounding: rows lie within sqrt(2 c) of the centre, so a cost is off by (6 sqrt(D) + 8) u 2 c (Higham and Mary, SIAM
+    J. Sci. Comput. 41 (2019) A2815: six standard deviations of a product), at most 28 sqrt(D) u c; that in three terms
+    of weight 1, 1/2, 1/2, and some u of c and of epsilon from softmin. For p = 1, an error e of d^2 is e / 2 d, and
+    d^2 is at least 2^-10 of the norms (fp64: 2^-20, which tolerance covers), or else from differences.
+    """
+    return (tolerance + (64 if p == 2 else 512) * d**0.5 * U[precision]) * (c + epsilon)
+
+
+def reference(x: Tensor, tasks: RaggedTasks, epsilon: float, p: int, num_iterations: int = 300) -> Tensor:
+    def transport(a: Tensor, b: Tensor) -> Tensor:
+        return naive.entropic_transport(costs(a, b, p), epsilon, num_iterations=num_iterations)
+
+    own, sources = transport(x, x), [tasks.task(t) for t in range(tasks.num_tasks)]
+    return torch.stack([transport(x, y) - (own + transport(y, y)) / 2 for y in sources])
+
+
+def marked(case: Case) -> object:
+    return pytest.param(case, id=str(case), marks=pytest.mark.slow if 1000 in (case.target, case.rows) else ())
+
+
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+def test_parity_with_the_definition(case: Case, device: str):
+    target, tasks = case.make(device)
+    # The definition takes its time: of 300 tasks the first, which may be large, and some others.
+    picked = RaggedTasks.from_list([tasks.task(t) for t in range(tasks.num_tasks) if t % 61 == 0 or t == 299])
+    for p in (1, 2):
+        c = largest(target, picked, p)
+        # Where costs are far above epsilon the definition's plain iterations hardly converge; the next test takes time.
+        epsilon = c / 4 or 0.1
+        expected = reference(target, picked, epsilon, p)
+        for precision, tolerance in TOLERANCE.items():
+            found = sinkhorn_distances(
+                target, tasks, p=p, epsilon=epsilon, precision=precision, tolerance=tolerance, max_iterations=5000
+            )
+            assert bool(found.converged.all())
+            assert found.distances.dtype == (torch.float64 if precision == "fp64" else torch.float32)
+            some = found.distances[[t for t in range(tasks.num_tasks) if t % 61 == 0 or t == 299]].double()
+            allowed = bound(c, epsilon, case.dim, p, precision, tolerance)
+            torch.testing.assert_close(some, expected, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("p", [1, 2], ids="p{}".format)
+def test_at_a_small_epsilon_and_with_tasks_that_end_at_different_times(p: int, device: str):
+    target = features(63, 16, 1, device)
+    tasks = RaggedTasks.from_list([features(n, 16, n, device) * (1 + n % 3) for n in (1, 2, 63, 70, 123)])
+    found = sinkhorn_distances(target, tasks, p=p, tolerance=1e-9, max_iterations=20000)
+    assert len(set(found.num_iterations.tolist())) >= 2
+    expected = naive.sinkhorn_distances(target, tasks, epsilon=found.epsilon, p=p, num_iterations=3000)
+    allowed = bound(largest(target, tasks, p), found.epsilon, 16, p, "fp64", 1e-9)
+    torch.testing.assert_close(found.distances, expected, rtol=0, atol=2 * allowed)  # the definition's too
+
+
+# Where the target's rows are all the same, nothing gives epsilon a scale: the other task may be too far for it.
+@pytest.mark.filterwarnings("ignore:1 of 3 Sinkhorn distances did not converge")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 2, 63, 257], ids="N{}".format)
+def test_the_distance_to_itself_is_within_the_stated_error(n: int, kind: str, device: str):
+    target = change(kind, features(n, 100, 3)).to(device, torch.float32)
+    other = change(kind, features(5, 100, 4)).to(device, torch.float32)
+    tasks = RaggedTasks.from_list([target.clone(), other, target.flip(0)])
+    for p, precision in ((1, "fp32"), (2, "fp32"), (2, "fp64")):
+        found = sinkhorn_distances(target, tasks, p=p, precision=precision)
+        assert bool(found.converged[[0, 2]].all())
+        allowed = bound(
+            float(costs(target, target, p).amax()), found.epsilon, 100, p, precision, float(found.errors[0])
+        )
+        assert 0 <= float(found.distances[0]) <= allowed
+        assert 0 <= float(found.distances[2]) <= allowed
+        assert float(found.distances[1]) > 0
+
+
+@pytest.mark.parametrize("p", [1, 2], ids="p{}".format)
+def test_the_default_epsilon_follows_the_targets_scale_alone(p: int, device: str):
+    x = features(123, 7, 1, device, torch.float32)
+    assert default_epsilon(x, p) == pytest.approx((float(naive.median_distance(x.double())) / 10) ** p, rel=1e-6)
+    for scale in (1e-4, 1e4):
+        assert default_epsilon(x * scale, p) == pytest.approx(default_epsilon(x, p) * scale**p, rel=1e-5)
+    # Of features near 0.5 a shift by 1e3 keeps 14 bits.
+    assert default_epsilon(x + 1e3, p) == pytest.approx(default_epsilon(x, p), rel=1e-3)
+    assert default_epsilon(x[:1], p) == default_epsilon(x[:1].expand(9, 7), p) == pytest.approx(0.1**p)
+    many = features(3000, 2, 2, device)
+    spaced = many[torch.arange(1024, device=device) * 3000 // 1024]
+    assert default_epsilon(many, p) == pytest.approx((float(naive.median_distance(spaced)) / 10) ** p, rel=1e-12)
+    tasks = RaggedTasks.from_list([features(9, 7, 5, device, torch.float32) * 2])
+    assert sinkhorn_distances(x, tasks, p=p).epsilon == default_epsilon(x, p)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**31), st.integers(2, 60), st.integers(1, 20), st.sampled_from([1, 2]))
+def test_symmetry_and_order(seed: int, n: int, d: int, p: int):
+    x, y, z = (features(n + i, d, seed + i) for i in range(3))
+    epsilon = default_epsilon(x, p) * 10
+
+    def distances(a: Tensor, sets: list[Tensor]) -> Tensor:
+        tasks = RaggedTasks.from_list(sets)
+        return sinkhorn_distances(a, tasks, p=p, epsilon=epsilon, tolerance=1e-8, max_iterations=20000).distances
+
+    allowed = 2 * bound(largest(x, RaggedTasks.from_list([y, z]), p), epsilon, d, p, "fp64", 1e-8)
+    shuffled = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))]
+    found = distances(x, [x, y, z])
+    torch.testing.assert_close(distances(shuffled, [z, shuffled, y]), found[[2, 0, 1]], rtol=0, atol=allowed)
+    torch.testing.assert_close(distances(y, [x])[0], found[1], rtol=0, atol=allowed)
+
+
+def test_self_terms_can_be_kept_and_those_of_something_else_are_refused(device: str):
+    x = features(40, 8, 1, device)
+    tasks = RaggedTasks.from_list([features(n, 8, n, device) for n in (3, 50)])
+    kept = sinkhorn_self_terms(tasks, epsilon=0.5)
+    plain = sinkhorn_distances(x, tasks, epsilon=0.5)
+    assert torch.equal(sinkhorn_distances(x, tasks, epsilon=0.5, self_terms=kept).distances, plain.distances)
+    for asked in ({"epsilon": 0.6}, {"p": 1, "epsilon": 0.5}, {"precision": "fp32", "epsilon": 0.5}):
+        with pytest.raises(ValueError, match=r"self terms are those of 2 tasks with precision fp64, p 2, epsilon 0\.5"):
+            sinkhorn_distances(x, tasks, self_terms=kept, **asked)
+    with pytest.raises(ValueError, match="self terms"):
+        sinkhorn_distances(x, RaggedTasks(tasks.features, torch.tensor([0, 4, 53])), epsilon=0.5, self_terms=kept)
+
+
+def test_what_does_not_converge_is_reported(device: str):
+    x, tasks = (
+        features(63, 3, 1, device),
+        RaggedTasks.from_list([features(70, 3, 2, device), features(1, 3, 3, device)]),
+    )
+    with pytest.warns(RuntimeWarning, match="of 2 Sinkhorn distances did not converge in 1 iterations"):
+        found = sinkhorn_distances(x, tasks, max_iterations=1)
+    assert not bool(found.converged[0])
+    assert found.num_iterations.tolist() == [1, 1]
+    assert float(found.errors[0]) > 1e-3
+
+
+def test_an_iteration_that_stands_still_by_rounding_is_reported(device: str):
+    # Costs of 4,000 in float32 are whole multiples of 2e-4: at an epsilon of 1e-6 potentials no longer move, and the
+    # marginal seems exact where in float64 it is wrong by 0.4.
+    x, y = features(100, 16, 1, device, torch.float32), features(77, 16, 3, device, torch.float32) * 30
+    with pytest.warns(RuntimeWarning, match="precision='fp64'"):
+        found = sinkhorn_distances(x, RaggedTasks.from_list([y]), epsilon=1e-6, max_iterations=200)
+    assert not bool(found.converged[0])
+    assert bool(found.distances.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"epsilon": 0.0}, "epsilon is 0.0; accepted: a positive number"),
+        ({"epsilon": -1.0}, "epsilon"),
+        ({"epsilon": math.nan}, "epsilon"),
+        ({"epsilon": math.inf}, "epsilon"),
+        ({"p": 3}, "p is 3; accepted: 1, 2"),
+        ({"precision": "bf16"}, "accepted: fp32, fp64"),
+        ({"tolerance": 0.0}, "tolerance"),
+        ({"tolerance": math.nan}, "tolerance"),
+        ({"max_iterations": 0}, "max_iterations"),
+        ({"memory": 1}, "at least"),
+    ],
+)
+def test_bad_options_are_refused(options: dict, said: str, device: str):
+    x = features(5, 3, 1, device)
+    with pytest.raises(ValueError, match=said):
+        sinkhorn_distances(x, RaggedTasks.from_list([x]), **options)
+
+
+def test_bad_targets_are_refused(device: str):
+    x, tasks = (
+        features(5, 3, 1, device, torch.float32),
+        RaggedTasks.from_list([features(4, 3, 2, device, torch.float32)]),
+    )
+    bad = x.clone()
+    bad[2, 1] = math.nan
+    for target, said in ((bad, "row 2"), (x[:0], "no rows"), (x[:, :2], r"\[N, 3\]"), (x.double(), "float32")):
+        with pytest.raises(ValueError, match=said):
+            sinkhorn_distances(target, tasks)
+    with pytest.raises(ValueError, match="overflow"):
+        sinkhorn_distances(x * 1e20, tasks, epsilon=1.0)
+
+
+def test_half_precision_rows_are_computed_in_single(device: str):
+    x, y = features(40, 8, 1, device).half(), features(33, 8, 2, device).half()
+    found = sinkhorn_distances(x, RaggedTasks.from_list([y]), epsilon=1.0)
+    wide = sinkhorn_distances(x.float(), RaggedTasks.from_list([y.float()]), epsilon=1.0)
+    assert found.distances.dtype == torch.float32
+    assert double(RaggedTasks.from_list([y])).features.dtype == torch.float64
+    torch.testing.assert_close(found.distances, wide.distances, rtol=1e-5, atol=0)
