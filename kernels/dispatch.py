@@ -13,7 +13,6 @@ Paths:
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +23,12 @@ FUSED_BELOW = 512
 """D below which `fused` is chosen. Fusion saves the passes over the matrix, whose share of the time falls with D: at
 D = 2048 a fused kernel wins only above 66% of the tensor cores' rate, at D = 256 it may be five times as fast."""
 
-_override: ContextVar[str | None] = ContextVar("override", default=None)
-_reports: ContextVar["list[Report] | None"] = ContextVar("reports", default=None)
+
+class _State:
+    """What holds for the process while a context is open. Plain attributes: torch 2.11 compiles no ContextVar."""
+
+    asked: str | None = None
+    reports: "list[Report] | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ def choose(device: torch.device, precision: str, dim: int) -> tuple[str, str]:
 
     ValueError: a path that was asked for by `override` and cannot be taken there.
     """
-    asked = _override.get()
+    asked = _State.asked
     if asked is not None:
         if asked != "eager" and (not _triton_runs(device) or precision == "fp64"):
             raise ValueError(
@@ -78,25 +81,25 @@ def _triton_runs(device: torch.device) -> bool:
 
 @contextmanager
 def override(path: str) -> Iterator[None]:
-    """Take that path for everything inside; ValueError where it cannot be taken."""
+    """Take that path for everything that the process computes inside; ValueError where it cannot be taken."""
     if path not in PATHS:
         raise ValueError(f"path is {path!r}; accepted: {', '.join(PATHS)}")
-    token = _override.set(path)
+    before, _State.asked = _State.asked, path
     try:
         yield
     finally:
-        _override.reset(token)
+        _State.asked = before
 
 
 @contextmanager
 def report() -> Iterator[list[Report]]:
     """Collect a Report for every computation inside, in order."""
     reports: list[Report] = []
-    token = _reports.set(reports)
+    before, _State.reports = _State.reports, reports
     try:
         yield reports
     finally:
-        _reports.reset(token)
+        _State.reports = before
 
 
 class Watch:
@@ -110,14 +113,14 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         """Begin to watch."""
-        if self._cuda and _reports.get() is not None:
+        if self._cuda and _State.reports is not None:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         return self
 
     def __exit__(self, failed: object, *_: object) -> None:
         """Note what was seen."""
-        reports = _reports.get()
+        reports = _State.reports
         if reports is None or failed is not None:
             return
         peak = torch.cuda.max_memory_allocated() - self._before if self._cuda else self.planned
