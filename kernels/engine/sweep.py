@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.kernels.engine.precision import PRECISIONS, exact_products, round_tf32
+from headstart.kernels.engine.precision import EXACT, PRECISIONS, exact_products, round_tf32
 
 DEFAULT_MEMORY = 256 * 2**20
 """Bytes that a call may hold beside its inputs and its result, where the caller does not say."""
@@ -78,6 +78,9 @@ class Rows(NamedTuple):
     """Rows less the centre, rounded, [B, R, D] in the dtype of the products."""
     low: Tensor | None
     """What rounding left, for bf16x3."""
+    extended: Tensor | None
+    """`high` with two columns more that bring the squares into the product, [B, R, D + 2]; None where it is rounded,
+    and where one side is the other too."""
     squares: Tensor
     """Squared norms of the rounded rows, [B, R]."""
     raw: Tensor
@@ -88,6 +91,18 @@ class Rows(NamedTuple):
     """The rows of each run; the rest of its R is padding, at `far`."""
     largest: float
     """The largest of the squares that belong to rows."""
+
+    def after(self, row: int) -> "Rows":
+        """The one run from that row on."""
+        extended, low = (None if part is None else part[:, row:] for part in (self.extended, self.low))
+        return self._replace(
+            high=self.high[:, row:],
+            low=low,
+            extended=extended,
+            squares=self.squares[:, row:],
+            starts=[self.starts[0] + row],
+            sizes=[self.sizes[0] - row],
+        )
 
 
 class Tile(NamedTuple):
@@ -149,7 +164,7 @@ class Sweep:
         least = self._bytes()
         if self.memory < least:
             raise ValueError(f"memory is {self.memory} bytes; accepted: at least {least}, which one tile takes")
-        kept = num_columns * (self.dim + 15) * self._copies * self.dtype.itemsize
+        kept = num_columns * (self.dim + 17) * self._copies * self.dtype.itemsize
         self._hold = least + kept <= self.memory
         self.planned = least + kept if self._hold else least
         """Bytes that it will hold at most."""
@@ -163,7 +178,7 @@ class Sweep:
         item, wide = self.dtype.itemsize, self.wide.itemsize
         rounding = 2 * item if self.precision in ("bf16", "tf32", "bf16x3") else 0
         converting = 2 * wide if self.wide != self.dtype else 0
-        operands = (self.stripe + self.panel) * (self.dim + 15) * (self._copies * item + rounding + converting)
+        operands = (self.stripe + self.panel) * (self.dim + 17) * (self._copies * item + rounding + converting)
         again = self.pairs * self.dim * 3 * wide + 2**12 * 128
         tiles = self.value.buffers * self.stripe * self.panel * item
         return operands + tiles + again + 64 * (self.stripe + self.panel) + 2**16
@@ -173,7 +188,7 @@ class Sweep:
         centre = self.centre_of(target) if self.centre is None else self.centre
         held = [self._panel(target, centre, i, True) for i in self._starts(target)] if self._hold else None
         for start in range(0, len(features), self.stripe):
-            y = self._rows(features, [start], min(self.stripe, len(features) - start), [centre], "rows")
+            y = self._rows(features, [start], min(self.stripe, len(features) - start), [centre], "rows", "y")
             for number, column in enumerate(self._starts(target)):
                 x = self._panel(target, centre, column, False) if held is None else held[number]
                 yield Tile(start, column, self._squares(y, x)[0])
@@ -185,14 +200,16 @@ class Sweep:
         `far` from itself, where the value at zero is meant.
         """
         centre = self.centre_of(rows) if self.centre is None else self.centre
-        num_rows, stripe, panel = len(rows), min(OWN_ROWS, self.panel, self.stripe), self.panel
-        for start in range(0, num_rows, stripe):
-            size = min(stripe, num_rows - start)
-            y = self._rows(rows, [start], size, [centre], "rows")
-            for column in range(start, num_rows, panel):
-                x = self._rows(rows, [column], min(panel, num_rows - column), [centre], "columns")
-                itself = column == start
-                yield self._squares(y, x, itself)[0], size if itself else 0
+        num_rows, stripe = len(rows), min(OWN_ROWS, self.panel, self.stripe)
+        for column in range(0, num_rows, self.panel):
+            x = self._rows(rows, [column], min(self.panel, num_rows - column), [centre], "columns", "x")
+            # No stripe lies on both sides of the panel's first row.
+            for start in (*range(0, column, stripe), *range(column, column + x.sizes[0], stripe)):
+                size = min(stripe, (column if start < column else column + x.sizes[0]) - start)
+                y = self._rows(rows, [start], size, [centre], "rows", "y")
+                itself = start >= column
+                part = x.after(start - column) if itself else x
+                yield self._squares(y, part, itself)[0], size if itself else 0
 
     def own_batches(self, features: Tensor, offsets: list[int], members: list[int], width: int) -> Iterator[Tensor]:
         """Tasks of at most `width` rows, some at a time: squares [B, width, width], `far` on and beyond diagonals.
@@ -208,7 +225,7 @@ class Sweep:
                 for a, b in zip(starts, ends, strict=True)
             ]
             sizes = [b - a for a, b in zip(starts, ends, strict=True)]
-            y = self._rows(features, starts, width, centres, "rows", sizes)
+            y = self._rows(features, starts, width, centres, "rows", "both", sizes)
             yield self._squares(y, y, True)
 
     def centre_of(self, rows: Tensor) -> Tensor:
@@ -224,7 +241,7 @@ class Sweep:
 
     def _panel(self, target: Tensor, centre: Tensor, start: int, keep: bool) -> Rows:
         name = f"panel {start}" if keep else "columns"
-        return self._rows(target, [start], min(self.panel, len(target) - start), [centre], name)
+        return self._rows(target, [start], min(self.panel, len(target) - start), [centre], name, "x")
 
     def _rows(
         self,
@@ -233,13 +250,15 @@ class Sweep:
         size: int,
         centres: list[Tensor],
         name: str,
+        side: Literal["y", "x", "both"],
         sizes: list[int] | None = None,
     ) -> Rows:
         """Runs of `size` rows from each start, or of their own sizes and `far` after them."""
         sizes = [size] * len(starts) if sizes is None else sizes
         # Every run starts on 64 bytes, so that its products do not depend on what lies before it.
-        pitch = (self.dim + 15) // 16 * 16
-        high = self._scratch.take(name, len(starts), size, pitch)[:, :, : self.dim]
+        pitch = (self.dim + 2 + 15) // 16 * 16
+        extended = self._scratch.take(name, len(starts), size, pitch)[:, :, : self.dim + 2]
+        high = extended[:, :, : self.dim]
         for number, (start, length, centre) in enumerate(zip(starts, sizes, centres, strict=True)):
             torch.sub(raw[start : start + length], centre, out=high[number, :length])
             high[number, length:] = 0
@@ -262,18 +281,21 @@ class Sweep:
         if min(sizes) < size:
             inside = torch.arange(size) < torch.tensor(sizes)[:, None]
             squares.masked_fill_(~inside.to(self.device), self.far)
-        return Rows(high, low, squares, raw, starts, sizes, largest)
+        if side == "both" or self.precision not in EXACT:
+            return Rows(high, low, None, squares, raw, starts, sizes, largest)
+        # y = [y, -|y|^2 / 2, -1 / 2] and x = [x, 1, |x|^2]: -2 y.x is |y - x|^2, and saves a pass over the tile.
+        first, second = (squares * -0.5, -0.5) if side == "y" else (1.0, squares)
+        extended[:, :, self.dim], extended[:, :, self.dim + 1] = first, second
+        return Rows(high, low, extended, squares, raw, starts, sizes, largest)
 
     def _squares(self, y: Rows, x: Rows, itself: bool = False) -> Tensor:
         """|y - x|^2, [B, R, W], never negative; `itself`: row i of y is row i of x, and at `far`."""
-        shape = (*y.squares.shape, x.squares.shape[1])
-        tiles = torch.add(y.squares[:, :, None], x.squares[:, None, :], out=self._scratch.take("tiles", *shape))
-        with exact_products(self.device, self.precision):
-            for left, right in ((y.high, x.high), (y.high, x.low), (y.low, x.high)):
-                if left is not None and right is not None:
-                    # One call a run: a batched product may round by the size of its batch and the place in it.
-                    for tile, rows, columns, n, m in zip(tiles, left, right, y.sizes, x.sizes, strict=True):
-                        tile[:n, :m].addmm_(rows[:n], columns[:m].T, alpha=-2)
+        tiles = self._scratch.take("tiles", *y.squares.shape, x.squares.shape[1])
+        if y.extended is not None and x.extended is not None:
+            with exact_products(self.device):
+                torch.addmm(tiles[0], y.extended[0], x.extended[0].T, beta=0, alpha=-2, out=tiles[0])
+        else:
+            self._add_products(tiles, y, x)
         if itself:
             tiles.diagonal(0, 1, 2).fill_(self.far)
         largest = y.largest + x.largest
@@ -281,6 +303,15 @@ class Sweep:
         if not (float(tiles.amin()) > self.cancelled * largest and largest < self.far):
             self._again(tiles, y, x, largest)
         return tiles
+
+    def _add_products(self, tiles: Tensor, y: Rows, x: Rows) -> None:
+        torch.add(y.squares[:, :, None], x.squares[:, None, :], out=tiles)
+        with exact_products(self.device, self.precision):
+            for left, right in ((y.high, x.high), (y.high, x.low), (y.low, x.high)):
+                if left is not None and right is not None:
+                    # One call a run: a batched product may round by the size of its batch and the place in it.
+                    for tile, rows, columns, n, m in zip(tiles, left, right, y.sizes, x.sizes, strict=True):
+                        tile[:n, :m].addmm_(rows[:n], columns[:m].T, alpha=-2)
 
     def _again(self, tiles: Tensor, y: Rows, x: Rows, largest: float) -> None:
         """Write |y - x|^2 from the difference of the rows over every pair whose product cancelled."""
