@@ -68,7 +68,7 @@ def _search(
     bounds = offsets.tolist() if per_task else [0, len(features)]
     with dispatch.Watch("neighbours", target.device, path, reason, precision) as watch:
         centre = common_centre(features) if precision in ROUNDED or path == "fused" else None
-        engine = sweep.Sweep(features, len(target), sweep.Value("squared"), precision, memory, centre)
+        engine = sweep.Sweep(target, len(features), sweep.Value("squared"), precision, memory, centre)
         watch.planned = engine.planned
         found = [_nearest(engine, target, features[start:end], k, path, memory) for start, end in pairwise(bounds)]
     distances = torch.stack([each[0] for each in found])
@@ -104,21 +104,21 @@ def _candidates(engine: sweep.Sweep, target: Tensor, features: Tensor, wanted: i
     """The `wanted` rows of features nearest to each target row by the engine's products, [N, wanted], in no order."""
     best = torch.full((len(target), wanted), torch.inf, dtype=engine.dtype, device=target.device)
     rows = torch.zeros(len(target), wanted, dtype=torch.int64, device=target.device)
-    for tile in engine.tiles(target, features):
-        columns = slice(tile.column, tile.column + tile.squares.shape[1])
-        few = min(wanted, len(tile.squares))
-        values, inside = _smallest(tile.squares.T, few)
+    # The target's rows are the tiles' rows, so that each is searched where it lies.
+    for tile in engine.tiles(features, target):
+        mine = slice(tile.row, tile.row + len(tile.squares))
+        values, inside = _smallest(tile.squares, min(wanted, tile.squares.shape[1]))
         # Those found before come first: a stable sort keeps the lower row where distances are equal.
-        values = torch.cat([best[columns], values], 1)
-        numbers = torch.cat([rows[columns], inside + tile.row], 1)
+        values = torch.cat([best[mine], values], 1)
+        numbers = torch.cat([rows[mine], inside + tile.column], 1)
         values, order = values.sort(stable=True, dim=1)
-        best[columns] = values[:, :wanted]
-        rows[columns] = numbers.gather(1, order)[:, :wanted]
+        best[mine] = values[:, :wanted]
+        rows[mine] = numbers.gather(1, order)[:, :wanted]
     return rows
 
 
 def _smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k smallest of each row of values [W, R], ascending, and their places, the lowest places where values tie."""
+    """The k smallest of each row of values [R, W], ascending, and their places, the lowest places where values tie."""
     width = values.shape[1]
     found, places = values.topk(min(k + 1, width), dim=1, largest=False)
     # topk takes any of equal values: in order of place where it took all, by a stable sort where it had to choose.
