@@ -22,9 +22,12 @@ app = typer.Typer(
 )
 sources_app = typer.Typer(help="The source tasks that can be learned from.", no_args_is_help=True)
 app.add_typer(sources_app, name="sources")
+package_app = typer.Typer(help="Look at a package, and check it.", no_args_is_help=True)
+app.add_typer(package_app, name="package")
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file, or the name of a shipped recipe.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/demo.")]
+PackageArgument = Annotated[Path, typer.Argument(metavar="PACKAGE", help="A package, such as runs/demo/package.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set train.epochs=3."),
@@ -121,7 +124,7 @@ def export(run_directory: RunArgument, address: Address = None, as_json: Json = 
 
 @app.command()
 def predict(
-    package: Annotated[Path, typer.Argument(metavar="PACKAGE", help="A package, such as runs/demo/package.")],
+    package: PackageArgument,
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Images.")],
     provider: Annotated[str, typer.Option(help="ONNX Runtime's execution provider.")] = "CPUExecutionProvider",
     as_json: Json = False,
@@ -138,6 +141,71 @@ def predict(
     width = max(len(prediction.file) for prediction in predictions)
     for prediction in predictions:
         typer.echo(f"{prediction.file:<{width}}  {prediction.label}  {prediction.probability:.4f}")
+
+
+@app.command()
+def serve(
+    repository: Annotated[Path, typer.Argument(metavar="REPOSITORY", help="A folder of NAME/VERSION/ packages.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port for HTTP; 0 takes a free one.")] = 8000,
+    grpc_port: Annotated[int | None, typer.Option(help="Port for gRPC as well; 0 takes a free one.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="Holds the token that every request must bring.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM; makes it HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The certificate's key, PEM.")] = None,
+    provider: Annotated[str, typer.Option(help="ONNX Runtime's execution provider.")] = "CPUExecutionProvider",
+    threads: Annotated[int | None, typer.Option(help="Threads within an operator; one per core by default.")] = None,
+    max_queue: Annotated[int, typer.Option(help="Requests of a model that may wait; one more is told 429.")] = 256,
+    max_batch: Annotated[int | None, typer.Option(help="Rows of one execution; what parity proves by default.")] = None,
+    max_delay_ms: Annotated[float, typer.Option(help="Milliseconds that a batch may wait to fill.")] = 0.0,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="[NAME=]latest, pinned:VERSION or canary:VERSION:SHARE; may be given several times."),
+    ] = None,
+) -> None:
+    """Serve packages over HTTP and gRPC by the Open Inference Protocol; needs neither torch nor ray."""
+    from headstart.serving.server import command
+
+    code = command.serve(
+        repository,
+        host=host,
+        port=port,
+        grpc_port=grpc_port,
+        token_file=token_file,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        provider=provider,
+        threads=threads,
+        max_queue=max_queue,
+        max_batch=max_batch,
+        max_delay_ms=max_delay_ms,
+        policy=policy or (),
+        say=typer.echo,
+    )
+    raise typer.Exit(code)
+
+
+@package_app.command("verify")
+def verify_package(package: PackageArgument, as_json: Json = False) -> None:
+    """Check a package's digests, files and parity record."""
+    from headstart.serving.server import command
+
+    found = command.verify_package(package)
+    if as_json:
+        _print_json(found)
+    else:
+        parity = found["parity"]
+        typer.echo(
+            f"{package} holds: {found['files']} files have their digests, and PyTorch and ONNX Runtime agree to "
+            f"{parity['relative_difference']:.2g} (tolerance {parity['tolerance']:g})"
+        )
+
+
+@package_app.command("show")
+def show_package(package: PackageArgument) -> None:
+    """Print a package's manifest as JSON; its files are not read."""
+    from headstart.serving.server import command
+
+    _print_json(command.show_package(package))
 
 
 @app.command()
@@ -294,8 +362,8 @@ def main() -> None:
         if (error.name or "headstart").startswith("headstart"):
             raise
         typer.echo(
-            f"error: this command needs {error.name}, which is not installed here: a serving environment has `predict` "
-            "alone. For the rest, from a checkout: pip install -c constraints.txt -e .",
+            f"error: this command needs {error.name}, which is not installed here: a serving environment has `serve`, "
+            "`predict` and `package` alone. For the rest, from a checkout: pip install -c constraints.txt -e .",
             err=True,
         )
         code = 2

@@ -1,9 +1,14 @@
-"""`headstart predict` in a venv of its own, as a serving container has it: without torch and without ray."""
+"""`headstart predict` and `serve` in a venv of their own, as a serving container has it: no torch, no ray."""
 
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +62,38 @@ def run(venv: Path, tmp_path: Path) -> Run:
 @pytest.mark.parametrize("module", ["torch", "ray", "onnx"])
 def test_the_venv_lacks_what_training_needs(run: Run, module: str):
     assert f"No module named '{module}'" in run("python", "-c", f"import {module}").stderr
+
+
+def test_serve_answers_what_predict_says(
+    venv: Path, pristine: Path, photographs: list[NDArray[np.uint8]], tmp_path: Path
+):
+    shutil.copytree(pristine, tmp_path / "models" / "small" / "1")
+    file = tmp_path / "a.png"
+    Image.fromarray(photographs[3]).save(file)
+    started = time.monotonic()
+    server = subprocess.Popen(
+        [venv / "headstart", "serve", tmp_path / "models", "--port", "0", "--threads", "1"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path, env={"PATH": os.defpath},
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        address = re.search(r"ready: (http://127\.0\.0\.1:\d+) serves 1 of 1", line)
+        assert address, line
+        assert time.monotonic() - started < 60
+        request = urllib.request.Request(
+            f"{address[1]}/v1/predict", data=file.read_bytes(), headers={"Content-Type": "image/png"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            found = json.load(response)
+        expected = Predictor(pristine).predict_files([file])[0]
+        assert (found["model"], found["version"], found["label"]) == ("small", "1", expected.label)
+        assert found["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_predict_says_what_it_says_here(run: Run, pristine: Path, photographs: list[NDArray[np.uint8]], tmp_path: Path):

@@ -1,0 +1,58 @@
+"""What the transports call: the one interface between HTTP or gRPC and the models."""
+
+from collections.abc import Awaitable, Sequence
+from typing import Any, Protocol
+
+from headstart.serving.server.protocol import InferRequest, InferResponse
+
+
+class InferenceService(Protocol):
+    """Models that answer requests. Every refusal is a `ServeError`.
+
+    A service may also have `metrics_text() -> bytes`, Prometheus' exposition.
+    """
+
+    async def start(self) -> None:
+        """Load the models and warm them up."""
+
+    async def stop(self) -> None:
+        """Finish what runs and release the models."""
+
+    def infer(self, request: InferRequest) -> InferResponse | Awaitable[InferResponse]:
+        """Run a request: its response, where the model ran at once, or one to wait for."""
+
+    def live(self) -> bool:
+        """Whether the process works."""
+
+    def ready(self) -> bool:
+        """Whether every model is ready."""
+
+    def model_ready(self, name: str, version: str | None) -> bool:
+        """Whether a model is ready."""
+
+    def server_metadata(self) -> dict[str, Any]:
+        """The server's name, version and extensions."""
+
+    def model_metadata(self, name: str, version: str | None) -> dict[str, Any]:
+        """A model's versions, inputs and outputs."""
+
+    def model_config(self, name: str, version: str | None) -> dict[str, Any]:
+        """A model's configuration in Triton's form."""
+
+    def statistics(self, name: str | None, version: str | None) -> dict[str, Any]:
+        """Triton's statistics of one model, or of all."""
+
+    def repository_index(self, ready: bool) -> list[dict[str, Any]]:
+        """The models of the repository, or only those that are ready."""
+
+    async def load(self, name: str, parameters: dict[str, Any]) -> None:
+        """Load a model, or load it anew."""
+
+    async def unload(self, name: str) -> None:
+        """Stop serving a model."""
+
+    def labels(self, name: str, version: str) -> Sequence[str] | None:
+        """The class names of a version that has answered, also when it has been replaced since."""
+
+    def card(self, name: str) -> dict[str, Any]:
+        """A model's labels, task, licence, provenance and latency."""

@@ -1,0 +1,111 @@
+"""A serving process: start, serve until it is told to stop, drain, end."""
+
+import asyncio
+import gc
+import logging
+import signal
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import uvloop
+
+from headstart.serving.server.errors import StartError
+from headstart.serving.server.http import serve_http
+from headstart.serving.server.interface import InferenceService
+from headstart.serving.server.settings import HttpSettings
+
+if TYPE_CHECKING:
+    from headstart.serving.server.grpc import GrpcServer
+    from headstart.serving.server.http import HttpServer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ports:
+    """Where a server that is ready listens."""
+
+    port: int
+    """HTTP's port."""
+    grpc_port: int | None
+    """gRPC's port; None where it is not served."""
+
+
+def run(settings: HttpSettings, service: InferenceService, *, on_ready: Callable[[Ports], None] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT, and return the exit code.
+
+    The port opens before the models load, so that a taken one is told at once and liveness can be probed while
+    readiness says no. At the signal the server stops accepting, answers what it has begun and returns 0; a
+    second signal cuts off what is left.
+
+    Args:
+        settings: of the HTTP server, and of gRPC's where `grpc_port` is set.
+        service: is started and stopped here.
+        on_ready: called with the ports once the models are loaded and warm.
+
+    Raises:
+        StartError: the server cannot listen, or gRPC is asked for and not installed.
+    """
+    return uvloop.run(_serve(settings, service, on_ready))
+
+
+async def _serve(settings: HttpSettings, service: InferenceService, on_ready: Callable[[Ports], None] | None) -> int:
+    loop = asyncio.get_running_loop()
+    first, second = asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: (second if first.is_set() else first).set())
+    servers: list[HttpServer | GrpcServer] = []
+    try:
+        servers.append(await serve_http(service, settings))
+        if settings.grpc_port is not None:
+            servers.append(await _serve_grpc(service, settings))
+        if await _unless(first, service.start()):
+            gc.collect()
+            gc.freeze()  # the collector need not walk what lives as long as the process
+            if on_ready is not None:
+                ports = [server.port for server in servers]
+                on_ready(Ports(port=ports[0], grpc_port=ports[1] if len(ports) > 1 else None))
+            await first.wait()
+        log.info("stopping: no new connections, requests in flight are answered")
+        for server in servers:
+            server.close()
+        if not await _unless(second, _drain(servers)):
+            await _drain(servers, timeout=0)
+    finally:
+        await _drain(servers, timeout=0)
+        await service.stop()
+    return 0
+
+
+async def _drain(servers: "list[HttpServer | GrpcServer]", timeout: float | None = None) -> None:
+    """Stop accepting on all of them, then wait until their requests are answered, or `timeout` seconds."""
+    await asyncio.gather(*(server.drain(timeout) for server in servers))
+
+
+async def _serve_grpc(service: InferenceService, settings: HttpSettings) -> "GrpcServer":
+    try:
+        from headstart.serving.server.grpc import serve_grpc
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("grpc", "google"):
+            raise
+        raise StartError(
+            "gRPC is asked for and its libraries are not installed; "
+            "run `pip install grpcio protobuf`, or leave --grpc-port out"
+        ) from error
+    return await serve_grpc(service, settings)
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> bool:
+    """Do `work`, and cancel it when `stop` comes first; whether it was done."""
+    working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+            return True
+        working.cancel()
+        await asyncio.wait((working,))
+        return False
+    finally:
+        stopping.cancel()

@@ -1,0 +1,261 @@
+"""A model in ONNX Runtime: a package verified, copied and loaded, or a bare graph, and its `run`."""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from headstart.serving.errors import PackageError, first_line
+from headstart.serving.package import MANIFEST, MODEL, Manifest, Tensor, load_manifest, verify
+from headstart.serving.runtime import CPU, OUTPUTS
+from headstart.serving.server.device import Device, open_on
+from headstart.serving.server.errors import bad_request, internal, unavailable
+
+_WARM_RUNS = 4  # of one row: the first plans and allocates, the others tell how long a call takes
+_WARM_NS = 1_000_000_000  # a largest batch that would take longer is not warmed on the CPU, where it gains little
+_FREE_SIZE = 224  # pixels, where a package does not say what it was timed with
+_DTYPES = {
+    "tensor(bool)": "bool",
+    "tensor(double)": "float64",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(string)": "object",
+    **{f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+_REFUSED = onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument
+
+
+class LoadedModel:
+    """A graph in a session, with what a server says about it.
+
+    Args:
+        name, version: of the repository.
+        session: an ONNX Runtime session.
+        max_batch: rows of one run.
+        manifest: of the package it is from; None for a bare graph.
+        buckets: batch sizes to pad to, ascending, ending with `max_batch`; empty runs each size as it comes. The CUDA
+            provider plans and searches algorithms anew for each size that it has not seen.
+
+    Raises:
+        PackageError: an input or output of a type that the protocol cannot carry (bfloat16, sequences, maps).
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        version: str,
+        session: onnxruntime.InferenceSession,
+        max_batch: int,
+        manifest: Manifest | None = None,
+        buckets: tuple[int, ...] = (),
+    ) -> None:
+        self.name, self.version, self.manifest, self.max_batch = name, version, manifest, max_batch
+        self.inputs = _tensors(session.get_inputs())
+        self.outputs = _tensors(session.get_outputs())
+        self.labels = manifest.labels if manifest else None
+        self.provider = str(session.get_providers()[0])
+        self._buckets = buckets
+        self._texts = [one.name for one in (*self.inputs, *self.outputs) if one.dtype == "object"]
+        self._session: onnxruntime.InferenceSession | None = session
+
+    def run(self, feed: dict[str, NDArray[Any]], outputs: list[str]) -> list[NDArray[Any]]:
+        """Compute `outputs`, in their order; calls from several threads are safe.
+
+        Raises:
+            ServeError: 400, where ONNX Runtime refuses the inputs; 503 after `close`.
+        """
+        session = self._session
+        if session is None:
+            raise unavailable(f"{self.name} version {self.version} was taken down; try again")
+        if self._texts:
+            feed = {name: _decoded(name, array) for name, array in feed.items()}
+        rows = 0
+        if self._buckets:
+            rows, feed = self._pad(feed)
+        try:
+            found: list[NDArray[Any]] = session.run(outputs, feed)
+        except _REFUSED as error:
+            raise bad_request(f"{self.name} does not take this request: {public(first_line(error))}") from error
+        if rows:
+            found = [array[:rows] for array in found]
+        return [_encoded(array) for array in found] if self._texts else found
+
+    def warm_up(self) -> list[tuple[int, int]]:
+        """Run before the first request: one row, then the largest batch or each bucket.
+
+        The sizes are those that the package was timed with when it was exported.
+
+        Returns:
+            (bytes of the input, ns) of the calls after the first, for the scheduler.
+        """
+        known: list[tuple[int, int]] = []
+        names = [one.name for one in self.outputs]
+        for rows in (*[1] * _WARM_RUNS, *(self._buckets or (self.max_batch,))):
+            if rows > 1 and not self._buckets and rows * known[-1][1] > _WARM_NS:
+                break
+            feed = {one.name: self._sample(one, rows) for one in self.inputs}
+            started = perf_counter_ns()
+            self.run(feed, names)
+            known.append((sum(array.nbytes for array in feed.values()), perf_counter_ns() - started))
+        return known[1:_WARM_RUNS]  # a call is known when its size has been run more than once
+
+    def close(self) -> None:
+        """Let go of the session; a run that has begun ends well."""
+        self._session = None
+
+    def _pad(self, feed: dict[str, NDArray[Any]]) -> tuple[int, dict[str, NDArray[Any]]]:
+        """Repeat the last row up to the next bucket."""
+        rows = len(next(iter(feed.values())))
+        bucket = next((size for size in self._buckets if size >= rows), rows)
+        if bucket == rows:
+            return 0, feed
+        return rows, {
+            name: np.concatenate([array, np.repeat(array[-1:], bucket - rows, axis=0)]) for name, array in feed.items()
+        }
+
+    def _sample(self, tensor: Tensor, rows: int) -> NDArray[Any]:
+        shape = [size if isinstance(size, int) and size > 0 else 1 for size in tensor.shape]
+        if self.manifest:
+            timed = self.manifest.latency.shape if self.manifest.latency else (1, _FREE_SIZE, _FREE_SIZE, 3)
+            if len(timed) == len(shape):
+                shape = [
+                    size if isinstance(size, int) else free for size, free in zip(tensor.shape, timed, strict=True)
+                ]
+        if shape and not (isinstance(tensor.shape[0], int) and tensor.shape[0] > 0):
+            shape[0] = rows
+        if tensor.dtype == "object":
+            return np.full(shape, b"", dtype=object)
+        return np.full(shape, 127 if tensor.dtype == "uint8" else 0, np.dtype(tensor.dtype))
+
+
+def load_package(source: Path, *, name: str, version: str, device: Device, max_batch: int | None = None) -> LoadedModel:
+    """Load a package from a private copy of its folder, so that what was verified is what runs.
+
+    ONNX Runtime 1.31 maps external data into memory: a folder that is written over would change a model that serves
+    from it, and one that is cut off ends the process (SIGBUS; a test holds it). The copy lies in the temporary folder
+    and is deleted when the session exists, which keeps what it has mapped.
+
+    Args:
+        source: a folder with a package, or with part of one.
+        max_batch: rows of one run; None, and at most, the largest batch whose parity is proven.
+
+    Raises:
+        PackageError: the folder is not a whole, proven package, or its graph is not what its manifest says.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="headstart-", ignore_cleanup_errors=True) as folder:
+            _copy(source, Path(folder))
+            try:
+                manifest = verify(Path(folder))
+                session = open_on(device, Path(folder) / MODEL)
+            except PackageError as error:  # about the folder that the operator knows
+                raise PackageError(str(error).replace(folder, str(source))) from error
+    except OSError as error:
+        raise PackageError(
+            f"{source} cannot be copied: {error.strerror or error}; free space or grant access"
+        ) from error
+    proven = max(row.batch for row in manifest.parity.rows)
+    largest = min(proven, max_batch or proven)
+    model = LoadedModel(
+        name=name,
+        version=version,
+        session=session,
+        max_batch=largest,
+        manifest=manifest,
+        buckets=_buckets(largest) if device.provider != CPU else (),
+    )
+    found, stated = (model.inputs, model.outputs), (manifest.inputs, manifest.outputs)
+    if found != stated:
+        raise PackageError(
+            f"{source}: its graph has {_names(found)}, its manifest says {_names(stated)}; "
+            "export the run again: headstart export RUN"
+        )
+    columns = {one.shape[-1] for one in manifest.outputs if one.name in OUTPUTS and isinstance(one.shape[-1], int)}
+    if columns - {len(manifest.labels)}:
+        raise PackageError(
+            f"{source}: its outputs have {max(columns)} columns for {len(manifest.labels)} labels; "
+            "export the run again: headstart export RUN"
+        )
+    return model
+
+
+def load_graph(model: Path | bytes, *, name: str, version: str = "1", device: Device, max_batch: int) -> LoadedModel:
+    """Load a bare ONNX graph: for tests and benchmarks; a repository takes packages alone."""
+    return LoadedModel(name=name, version=version, session=open_on(device, model), max_batch=max_batch)
+
+
+def public(message: str, *known: Path) -> str:
+    """A reason that strangers may read: the names of `known` folders' files stay, all other paths lose theirs."""
+    for path in known:
+        message = message.replace(f"{path}/", "").replace(str(path), "the package")
+    return re.sub(r"(?<![\w.])/(?:[^\s/'\",:;()]+/)+([^\s/'\",:;()]*)", r"\1", message)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy the files that a manifest lists; refuse a folder that holds others, or lacks some, before that."""
+    manifest = load_manifest(source)
+    present = set()
+    for path in source.rglob("*"):
+        if path.is_symlink():
+            raise PackageError(f"{path.relative_to(source)} is a link; a package holds plain files: copy it there")
+        if path.is_file():
+            present.add(path.relative_to(source).as_posix())
+    listed = {*manifest.files, MANIFEST}
+    if missing := sorted(listed - present):
+        raise PackageError(f"it lacks {', '.join(missing)}; copy the whole folder")
+    if extra := sorted(present - listed):
+        raise PackageError(f"it holds {', '.join(extra)}, which its manifest does not list; take it out")
+    for name in listed:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
+def _buckets(max_batch: int) -> tuple[int, ...]:
+    """1, 2, 4, ... and `max_batch`."""
+    return (*(1 << power for power in range((max_batch - 1).bit_length())), max_batch)
+
+
+def _tensors(nodes: Sequence[Any]) -> tuple[Tensor, ...]:
+    """A session's inputs or outputs; a size that is free keeps its word, or is -1."""
+    found = []
+    for node in nodes:
+        if node.type not in _DTYPES:
+            raise PackageError(f"{node.name!r} is {node.type}, which the protocol cannot carry; use a plain type")
+        shape = tuple(-1 if size is None else size for size in node.shape)
+        found.append(Tensor(name=node.name, dtype=_DTYPES[node.type], shape=shape))
+    return tuple(found)
+
+
+def _decoded(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """BYTES to the text that ONNX Runtime takes."""
+    if array.dtype.kind != "O":
+        return array
+    try:
+        texts = [item.decode() if isinstance(item, bytes) else item for item in array.ravel()]
+    except UnicodeDecodeError:
+        raise bad_request(f"the input {name!r} holds bytes that are not UTF-8 text") from None
+    return np.array(texts, dtype=object).reshape(array.shape)
+
+
+def _encoded(array: NDArray[Any]) -> NDArray[Any]:
+    if array.dtype.kind not in "OU":
+        return array
+    try:
+        texts = [str(item).encode() for item in array.ravel()]
+    except UnicodeEncodeError as error:
+        raise internal("the model gave text that is not Unicode") from error
+    found = np.empty(len(texts), dtype=object)
+    found[:] = texts
+    return found.reshape(array.shape)
+
+
+def _names(sides: tuple[Sequence[Tensor], Sequence[Tensor]]) -> str:
+    return " -> ".join(", ".join(f"{one.name} {one.dtype} {list(one.shape)}" for one in side) for side in sides)

@@ -1,0 +1,276 @@
+"""A serving process from start to end: what it refuses to start with, TLS, winding down, signals."""
+
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.http as triton
+
+from headstart.serving.server.errors import StartError
+from headstart.serving.server.settings import HttpSettings, read_token
+from tests.serving.server.tiny_service import RawClient, Running, infer_body, wait_until
+
+ROOT = Path(__file__).parents[3]
+PROGRAM = """
+import asyncio, sys, time
+from headstart.serving.server.main import run
+from headstart.serving.server.settings import HttpSettings
+from tests.serving.server.tiny_service import TinyService
+
+class Service(TinyService):
+    async def start(self):
+        self.is_ready = False
+        await asyncio.sleep(float(sys.argv[1]))
+        self.is_ready = True
+        asyncio.get_running_loop().call_later(float(sys.argv[2]), self.gate.set)
+    async def stop(self):
+        print("stopped", flush=True)
+
+settings = HttpSettings(port=int(sys.argv[3]), drain_timeout=float(sys.argv[4]))
+sys.exit(run(settings, Service(), on_ready=lambda server: print("ready", server.port, flush=True)))
+"""
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with cert.pem and key.pem for localhost, and other.pem, a key of its own."""
+    folder = tmp_path_factory.mktemp("tls")
+    for name in ("key", "other"):
+        command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN=localhost"
+        names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", f"{name}.pem", "-out"]
+        certificate = "cert.pem" if name == "key" else "unused.pem"
+        subprocess.run([*command.split(), *names, certificate], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def test_tls_carries_everything(certificate: Path):
+    settings = HttpSettings(
+        port=0, tls_cert=certificate / "cert.pem", tls_key=certificate / "key.pem", token="t", header_timeout=0.5
+    )
+    context = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
+    array = np.arange(200_000, dtype=np.float32)
+    with Running(settings) as running:
+        with triton.InferenceServerClient(
+            running.url, ssl=True, ssl_context_factory=lambda: context, insecure=True
+        ) as client:
+            tensor = triton.InferInput("x", [array.size], "FP32")
+            tensor.set_data_from_numpy(array)
+            found = client.infer("echo", [tensor], headers={"Authorization": "Bearer t"}).as_numpy("x")
+            assert np.array_equal(found, array)
+        with running.connect(context) as raw:
+            assert raw.ask("GET", "/v2").status == 401
+            assert raw.closed()
+        with running.connect(context) as raw:
+            raw.send(b"GET / HT")
+            assert raw.read().status == 401  # too slow, and nothing more is said
+        with running.connect() as plain:
+            plain.send(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert plain.closed()
+        with running.connect() as silent:  # no handshake at all
+            assert silent.closed(within=4)
+
+
+@pytest.mark.parametrize(
+    ("cert", "key", "words"),
+    [
+        ("missing.pem", "key.pem", "missing.pem cannot be read"),
+        ("cert.pem", "missing.pem", "missing.pem cannot be read"),
+        ("cert.pem", "other.pem", "no certificate with its own"),
+        ("cert.pem", "cert.pem", "no certificate with its own"),
+        ("empty.pem", "empty.pem", "no certificate with its own"),
+        ("cert.pem", None, "no certificate with its own"),
+    ],
+)
+def test_a_certificate_that_cannot_be_used_is_named(certificate: Path, cert: str, key: str | None, words: str):
+    (certificate / "empty.pem").write_bytes(b"")
+    settings = HttpSettings(port=0, tls_cert=certificate / cert, tls_key=certificate / key if key else None)
+    with pytest.raises(StartError, match=words), Running(settings):
+        pass
+
+
+def test_a_port_in_use_and_a_strange_address_are_named():
+    with Running(HttpSettings(port=0)) as running, pytest.raises(StartError, match=f"{running.url} is in use"):
+        Running(HttpSettings(port=running.server.port)).__enter__()
+    with pytest.raises(StartError, match="cannot listen on 203"):
+        Running(HttpSettings(host="203.0.113.7", port=0)).__enter__()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"port": 70000},
+        {"token": ""},
+        {"token": "a\nb"},
+        {"tls_key": Path("k")},
+        {"max_headers": 0},
+        {"max_header_bytes": 10},
+        {"max_held_bytes": 5},
+        {"idle_timeout": 0},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        HttpSettings(**wrong)
+
+
+def test_a_token_is_read_from_a_file_and_shown_nowhere(tmp_path: Path):
+    path = tmp_path / "token"
+    for content, words in [(b"", "empty"), (b"a\nb", "several lines"), (b"\xff", "not ASCII")]:
+        path.write_bytes(content)
+        with pytest.raises(StartError, match=words):
+            read_token(path)
+    with pytest.raises(StartError, match="cannot be read"):
+        read_token(tmp_path / "none")
+    path.write_text("  s3cret\n")
+    assert read_token(path) == "s3cret"
+    assert "s3cret" not in repr(HttpSettings(token=read_token(path)))
+
+
+def test_two_servers_share_a_port_when_asked_to():
+    first = Running(HttpSettings(port=0, reuse_port=True))
+    with first, Running(HttpSettings(port=first.server.port, reuse_port=True)) as second:
+        assert second.server.port == first.server.port
+
+
+def test_connections_send_at_once():
+    with Running(HttpSettings(port=0)) as running, running.connect() as raw:
+        raw.ask("GET", "/v2")
+        (connection,) = running.server._connections
+        inner = connection._transport.get_extra_info("socket")
+        assert inner.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def slow_request(port: int) -> Callable[[], tuple[int, str]]:
+    """Ask what takes its time, on a connection of its own; the result of the call is status and Connection."""
+    client = RawClient(port)
+    body, length = infer_body(np.arange(3, dtype=np.float32))
+    head = f"POST /v2/models/slow/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    client.send(f"{head}Inference-Header-Content-Length: {length}\r\n\r\n".encode() + body)
+
+    def result() -> tuple[int, str]:
+        answer = client.read()
+        client.socket.close()
+        return answer.status, answer.headers.get("connection", "")
+
+    return result
+
+
+def test_closing_answers_what_was_begun_and_accepts_no_more():
+    with Running(HttpSettings(port=0)) as running:
+        result = slow_request(running.server.port)
+        wait_until(lambda: running.service.requests)
+        with running.connect() as idle, running.connect() as late:
+            assert idle.ask("GET", "/v2/health/ready").status == 200
+            assert late.ask("GET", "/v2").status == 200
+            running.call(running.server.close)
+            answer = late.ask("GET", "/v2/health/ready")  # on a connection from before
+            assert (answer.status, answer.headers["connection"]) == (503, "close")
+            assert idle.closed(within=3)
+        with pytest.raises(ConnectionRefusedError):
+            RawClient(running.server.port)
+        running.call(running.service.gate.set)
+        assert result() == (200, "close")
+        wait_until(lambda: not running.server._connections)
+
+
+def start(*arguments: float) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+
+
+def port_of(process: subprocess.Popen[str]) -> int:
+    assert process.stdout is not None
+    word, port = process.stdout.readline().split()
+    assert word == "ready"
+    return int(port)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_at_a_signal_the_process_drains_and_ends_with_0(number: signal.Signals):
+    with start(0, 1.5, 0, 30) as process:
+        port = port_of(process)
+        results: list[tuple[int, str]] = []
+        asked = [slow_request(port) for _ in range(3)]
+        threads = [threading.Thread(target=lambda one=one: results.append(one())) for one in asked]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        process.send_signal(number)
+        for thread in threads:
+            thread.join(10)
+        out, _ = process.communicate(timeout=10)
+    assert results == [(200, "close")] * 3
+    assert process.returncode == 0
+    assert "stopped" in out
+
+
+def test_what_does_not_end_is_cut_off_after_the_drain_timeout_or_a_second_signal():
+    for drain, signals in ((0.3, 1), (60, 2)):
+        with start(0, 1000, 0, drain) as process:
+            unanswered = slow_request(port_of(process))
+            time.sleep(0.3)
+            started = time.monotonic()
+            for _ in range(signals):
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.2)
+            process.communicate(timeout=10)
+        assert process.returncode == 0
+        assert time.monotonic() - started < 5
+        with pytest.raises(OSError):  # noqa: PT011 - a reset, or the end
+            unanswered()
+
+
+def test_while_models_load_the_process_lives_and_is_not_ready():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with start(1.5, 0, port, 5) as process:
+        client = None
+        for _ in range(200):
+            try:
+                client = RawClient(port)
+                break
+            except OSError:
+                time.sleep(0.05)
+        assert client is not None
+        assert client.ask("GET", "/v2/health/live").status == 200
+        assert client.ask("GET", "/v2/health/ready").status == 503
+        assert port_of(process) == port
+        assert client.ask("GET", "/v2/health/ready").status == 200
+        client.socket.close()
+        process.terminate()
+        assert process.wait(10) == 0
+
+
+def test_a_signal_while_models_load_ends_the_process():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with start(100, 0, port, 5) as process:
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(10) == 0
+
+
+def test_the_server_loads_neither_torch_nor_ray():
+    script = "import sys, headstart.serving.server.main; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = set(re.findall(r"^\w+|(?<= )\w+", done.stdout))
+    assert "uvloop" in loaded
+    assert not {"torch", "ray", "onnx", "pydantic", "tritonclient"} & loaded

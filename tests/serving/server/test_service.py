@@ -1,0 +1,365 @@
+"""The service in Triton's forms, read by Triton's own client and messages; and the command that serves it."""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tritonclient.http as triton
+from google.protobuf import json_format
+from tritonclient.grpc import model_config_pb2, service_pb2
+from tritonclient.utils import InferenceServerException
+
+from headstart.serving.errors import PackageError
+from headstart.serving.package import MODEL
+from headstart.serving.server.command import serve, show_package, verify_package
+from headstart.serving.server.device import _IDENTITY, CUDA, Device, check, open_on
+from headstart.serving.server.errors import ServeError
+from headstart.serving.server.policy import Policy
+from headstart.serving.server.repository import Repository, Scheduling
+from headstart.serving.server.service import Service
+
+from .graphs import LABELS, identities, logits, write_package
+from .test_batching import on_a_loop
+from .test_repository import IMAGE, Graph, infer, served_by, serving
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_package(tmp_path / "models" / "demo" / "1", 1)
+    write_package(tmp_path / "models" / "demo" / "2", 2)
+    write_package(tmp_path / "models" / "other" / "1", 1)
+    return tmp_path / "models"
+
+
+@on_a_loop
+async def test_metadata_are_tritons_messages(root: Path):
+    async with serving(root) as service:
+        server = json_format.ParseDict(service.server_metadata(), service_pb2.ServerMetadataResponse())
+        assert server.name == "headstart"
+        assert re.fullmatch(r"\d+\.\d+.*", server.version)
+        assert {"binary_tensor_data", "classification", "statistics", "model_repository"} <= set(server.extensions)
+        for version in (None, "2"):
+            document = service.model_metadata("demo", version)
+            model = json_format.ParseDict(document, service_pb2.ModelMetadataResponse())
+            assert (model.name, model.platform, list(model.versions)) == ("demo", "onnxruntime_onnx", ["2"])
+            assert [(one.name, one.datatype, list(one.shape)) for one in model.inputs] == [
+                ("images", "UINT8", [-1, -1, -1, 3])
+            ]
+            assert [(one.name, one.datatype, list(one.shape)) for one in model.outputs] == [
+                ("logits", "FP32", [-1, 3]),
+                ("probabilities", "FP32", [-1, 3]),
+            ]
+
+
+@on_a_loop
+async def test_the_configuration_is_tritons_message_without_the_batch_in_its_sizes(root: Path):
+    async with serving(root, scheduling=Scheduling(max_batch=8, max_delay_s=0.002, max_queue=11)) as service:
+        config = json_format.ParseDict(service.model_config("demo", None), model_config_pb2.ModelConfig())
+        assert (config.name, config.platform, config.backend) == ("demo", "onnxruntime_onnx", "onnxruntime")
+        assert config.max_batch_size == 8
+        assert [(one.name, one.data_type, list(one.dims)) for one in config.input] == [
+            ("images", model_config_pb2.TYPE_UINT8, [-1, -1, 3])
+        ]
+        assert [(one.name, one.data_type, list(one.dims)) for one in config.output] == [
+            ("logits", model_config_pb2.TYPE_FP32, [3]),
+            ("probabilities", model_config_pb2.TYPE_FP32, [3]),
+        ]
+        assert config.dynamic_batching.max_queue_delay_microseconds == 2000
+        assert config.version_policy.latest.num_versions == 1
+        assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
+        assert config.parameters["max_queue"].string_value == "11"
+        assert config.default_model_filename == MODEL
+    async with serving(root, policy=Policy.parse("canary:1:10%")) as service:
+        config = json_format.ParseDict(service.model_config("demo", "1"), model_config_pb2.ModelConfig())
+        assert list(config.version_policy.specific.versions) == [1, 2]
+
+
+@on_a_loop
+async def test_a_model_of_strings_and_of_no_batch_is_described_too(root: Path):
+    loader = Graph()
+    loader.graph = identities({"s": 8, "f": 1})
+    loader.max_batch = 1
+    async with serving(root, loader=loader) as service:
+        document = service.model_config("demo", None)
+        config = json_format.ParseDict(document, model_config_pb2.ModelConfig())
+        assert config.max_batch_size == 0
+        assert "dynamic_batching" not in document
+        assert [(one.data_type, list(one.dims)) for one in config.input] == [
+            (model_config_pb2.TYPE_STRING, [-1, 2]),
+            (model_config_pb2.TYPE_FP32, [-1, 2]),
+        ]
+        assert service.model_metadata("demo", None)["inputs"][0] == {
+            "name": "in_s",
+            "datatype": "BYTES",
+            "shape": [-1, 2],
+        }
+
+
+@on_a_loop
+async def test_statistics_are_tritons_message_and_count(root: Path):
+    async with serving(root) as service:
+        for _ in range(3):
+            await infer(service)
+        with pytest.raises(ServeError):
+            await infer(service, inputs={})
+        document = service.statistics("demo", None)
+        (model,) = json_format.ParseDict(document, service_pb2.ModelStatisticsResponse()).model_stats
+        assert (model.name, model.version) == ("demo", "2")
+        assert (model.inference_count, model.execution_count) == (6, 3)
+        assert (model.inference_stats.success.count, model.inference_stats.fail.count) == (3, 1)
+        assert model.inference_stats.compute_infer.ns > 0
+        assert [(one.batch_size, one.compute_infer.count) for one in model.batch_stats] == [(2, 3)]
+        everything = service.statistics(None, None)["model_stats"]
+        assert [(one["name"], one["version"]) for one in everything] == [("demo", "2"), ("other", "1")]
+        assert service.statistics("demo", "2") == document
+        assert b'headstart_requests_answered_total{model="demo",version="2"} 3.0' in service.metrics_text()
+
+
+@on_a_loop
+async def test_the_index_is_tritons_message_and_can_be_of_the_ready_alone(root: Path):
+    async with serving(root) as service:
+        document = {"models": service.repository_index(False)}
+        index = json_format.ParseDict(document, service_pb2.RepositoryIndexResponse()).models
+        assert [(one.name, one.version, one.state) for one in index] == [
+            ("demo", "1", "UNAVAILABLE"),
+            ("demo", "2", "READY"),
+            ("other", "1", "READY"),
+        ]
+        assert [(row["name"], row["version"]) for row in service.repository_index(True)] == [
+            ("demo", "2"),
+            ("other", "1"),
+        ]
+
+
+@pytest.mark.parametrize("question", ["model_metadata", "model_config", "statistics"])
+@on_a_loop
+async def test_what_is_unknown_is_404_and_what_is_not_ready_is_503(root: Path, question: str):
+    (root / "half" / "1").mkdir(parents=True)
+    async with serving(root) as service:
+        for name, version, status in (
+            ("absent", None, 404),
+            ("demo", "9", 404),
+            ("demo", "x", 404),
+            ("demo", "1", 404),  # there, and not chosen
+            ("half", None, 503),
+            ("half", "1", 503),
+            ("half", "2", 404),
+        ):
+            with pytest.raises(ServeError) as caught:
+                getattr(service, question)(name, version)
+            assert caught.value.status == status, (name, version)
+            assert str(root) not in caught.value.message
+            assert not service.model_ready(name, version)
+        assert service.model_ready("demo", None)
+        assert service.model_ready("demo", "2")
+
+
+@on_a_loop
+async def test_loading_takes_no_configuration_and_no_files(root: Path):
+    async with serving(root) as service:
+        for parameters in ({"config": "{}"}, {"file:1/model.onnx": "AAAA"}):
+            with pytest.raises(ServeError, match="load takes no parameters") as caught:
+                await service.load("demo", parameters)
+            assert caught.value.status == 400
+        await service.load("demo", {})
+        assert await served_by(service) == "2"
+
+
+@on_a_loop
+async def test_the_card_says_what_a_reader_wants_to_know(root: Path):
+    async with serving(root) as service:
+        card = json.loads(json.dumps(service.card("demo")))
+        assert card["labels"] == list(LABELS)
+        assert (card["name"], card["version"], card["task"]) == ("demo", "2", "image classification")
+        assert card["licence"] == "not stated"
+        assert card["latency"]["p50_ms"] == 1.0
+        assert card["parity"]["tolerance"] == 1e-3
+        with pytest.raises(ServeError):
+            service.card("absent")
+
+
+@on_a_loop
+async def test_labels_are_those_of_the_version_that_answered_even_when_it_is_gone(root: Path):
+    labels = ("x", "y", "z")
+    async with serving(root, poll_s=60) as service:
+        response = await infer(service)
+        write_package(root / "demo" / "3", 3, labels=labels)
+        await service.repository.look()
+        assert service.labels(response.model, response.version) == LABELS
+        assert service.labels("demo", "3") == labels
+        assert service.card("demo")["labels"] == list(labels)
+
+
+class Server:
+    """`serve` in a process of its own."""
+
+    def __init__(self, root: Path, **options: Any) -> None:
+        code = (
+            "import sys, json; from pathlib import Path; from headstart.serving.server.command import serve\n"
+            "o = json.loads(sys.argv[2]); say = lambda line: print(line, flush=True)\n"
+            "code = serve(Path(sys.argv[1]), port=0, threads=1, say=say, **o)\n"
+            "print(sorted({'torch', 'ray', 'onnx', 'typer', 'pydantic'} & set(sys.modules)), flush=True)\n"
+            "sys.exit(code)"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, str(root), json.dumps(options)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+        )
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline()
+        found = re.match(r"ready: http://(127\.0\.0\.1:\d+) ", self.line)
+        assert found, (self.line, self.process.stderr and self.process.stderr.read())
+        self.address = found[1]
+
+    def stop(self) -> tuple[int, str]:
+        self.process.send_signal(signal.SIGTERM)
+        out, _ = self.process.communicate(timeout=20)
+        return self.process.returncode, out
+
+
+@pytest.fixture
+def server(root: Path) -> Iterator[Server]:
+    started = Server(root, policy=["latest", "other=pinned:1"])
+    yield started
+    started.process.kill()
+    started.process.wait()
+
+
+def test_tritons_client_works_with_the_served_repository(server: Server, root: Path):
+    assert f"serves 2 of 3 versions in {root}" in server.line
+    client = triton.InferenceServerClient(server.address)
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("demo")
+    assert not client.is_model_ready("demo", "1")
+    tensor = triton.InferInput("images", list(IMAGE.shape), "UINT8").set_data_from_numpy(IMAGE)
+    for binary in (True, False):
+        outputs = [triton.InferRequestedOutput("logits", binary_data=binary)]
+        result = client.infer("demo", [tensor], outputs=outputs)
+        assert result.get_response()["model_version"] == "2"
+        np.testing.assert_allclose(result.as_numpy("logits"), logits(IMAGE, 2), rtol=1e-6)
+    best = client.infer("demo", [tensor], outputs=[triton.InferRequestedOutput("logits", class_count=1)])
+    assert best.as_numpy("logits")[0, 0].decode().split(":")[1:] == ["2", "blue"]
+    assert {row["name"] for row in client.get_model_repository_index()} == {"demo", "other"}
+    client.unload_model("other")
+    assert not client.is_model_ready("other")
+    client.load_model("other")
+    assert client.is_model_ready("other")
+    with pytest.raises(InferenceServerException, match="takes no parameters"):
+        client.load_model("demo", config="{}")
+    with pytest.raises(InferenceServerException, match="there is no model 'absent'"):
+        client.get_model_metadata("absent")
+    write_package(root / "demo" / "3", 3)
+    client.load_model("demo")
+    assert client.get_model_metadata("demo")["versions"] == ["3"]
+    (statistics,) = client.get_inference_statistics("demo")["model_stats"]
+    assert (statistics["version"], statistics["inference_count"]) == ("3", 0)
+    with urllib.request.urlopen(f"http://{server.address}/metrics") as answer:
+        assert 'headstart_queue_depth{model="demo",version="3"} 0.0' in answer.read().decode()
+    client.close()
+    code, out = server.stop()
+    assert code == 0
+    assert out.splitlines() == ["[]"]  # neither torch nor ray, onnx, typer or pydantic was imported
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"policy": ["newest"]}, "'newest' is not known; accepted: latest"),
+        ({"policy": ["a/b=latest"]}, "names no model"),
+        ({"max_delay_ms": -1}, "max_delay_ms is -1"),
+        ({"max_batch": 0}, "max_batch is 0"),
+        ({"max_queue": 0}, "max_queue is 0"),
+        ({"threads": 0}, "threads is 0"),
+        ({"provider": "cpu"}, "'cpu' is not in this ONNX Runtime"),
+        ({"port": 99999}, "port is 99999"),
+        ({"token_file": Path("absent")}, "absent cannot be read"),
+        ({"tls_cert": Path("absent")}, "absent cannot be read"),
+        ({"tls_key": Path("absent")}, "tls_key is given without tls_cert"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_options_that_cannot_be_end_with_a_sentence_and_exit_code_2(root: Path, options: dict[str, Any], words: str):
+    with pytest.raises(PackageError, match=re.escape(words)) as caught:
+        serve(root, **options)
+    assert caught.value.exit_code == 2
+
+
+def test_a_repository_that_is_not_there_is_refused(tmp_path: Path):
+    with pytest.raises(PackageError, match="is no folder; make it"):
+        serve(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("provider", [CUDA, "TensorrtExecutionProvider"])
+def test_a_provider_that_does_not_load_is_told_before_anything_is_served(
+    root: Path, provider: str, capfd: pytest.CaptureFixture[str]
+):
+    try:
+        check(Device(provider=provider, threads=1))
+    except PackageError:
+        pass
+    else:
+        pytest.skip(f"{provider} loads on this machine")
+    capfd.readouterr()
+    with pytest.raises(PackageError, match=f"{provider}.*CPUExecutionProvider") as caught:
+        serve(root, port=0, provider=provider)
+    assert caught.value.exit_code == 2
+    assert capfd.readouterr().out == ""
+
+
+def test_the_graph_that_tries_a_provider_is_one_identity():
+    (found,) = onnx.load_from_string(_IDENTITY).graph.node
+    assert found.op_type == "Identity"
+    (given,) = open_on(Device(threads=1), _IDENTITY).run(None, {"x": np.float32([7])})
+    assert given.tolist() == [7]
+
+
+def test_a_port_in_use_is_told(server: Server, root: Path):
+    port = int(server.address.rpartition(":")[2])
+    with pytest.raises(PackageError, match="is in use") as caught:
+        serve(root, port=port)
+    assert caught.value.exit_code == 2
+
+
+def test_packages_are_verified_and_shown(root: Path):
+    package = root / "demo" / "1"
+    assert verify_package(package)["verified"] is True
+    shown = json.loads(json.dumps(show_package(package)))
+    assert (shown["name"], shown["labels"]) == ("mark-1", list(LABELS))
+    (package / MODEL).write_bytes(b"changed")
+    with pytest.raises(PackageError, match="was changed"):
+        verify_package(package)
+    assert show_package(package)["name"] == "mark-1"
+    shutil.rmtree(package)
+    for function in (verify_package, show_package):
+        with pytest.raises(PackageError, match="is no package"):
+            function(package)
+
+
+def test_a_session_is_set_up_on_purpose(root: Path):
+    async def options() -> onnxruntime.SessionOptions:
+        service = Service(Repository(root, threads=1))
+        await service.start()
+        session = service.repository.find("demo", None).model._session
+        await service.stop()
+        return session.get_session_options()
+
+    found = asyncio.run(options())
+    assert found.intra_op_num_threads == 1
+    assert found.get_session_config_entry("session.intra_op.allow_spinning") == "0"
