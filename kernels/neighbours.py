@@ -63,8 +63,8 @@ def _search(
 ) -> tuple[Tensor, Tensor]:
     check_finite(target)
     path, reason = dispatch.choose(target.device, precision, target.shape[1])
-    if path == "streamed":
-        path, reason = "eager", "neighbours are streamed by plain torch"
+    if path == "streamed" or (path == "fused" and k > 1):
+        path, reason = "eager", f"{path} has no search for k = {k}"
     bounds = offsets.tolist() if per_task else [0, len(features)]
     with dispatch.Watch("neighbours", target.device, path, reason, precision) as watch:
         centre = common_centre(features) if precision in ROUNDED or path == "fused" else None
@@ -90,7 +90,7 @@ def _nearest(
     """The k nearest rows of features to each target row: (distances [N, k], rows [N, k])."""
     # Enough beyond k that a row within the products' error of the k-th is among them.
     wanted = min(len(features), k + 8 if engine.precision not in ROUNDED else 4 * k + 32)
-    if path == "fused" and k == 1:
+    if path == "fused":
         from headstart.kernels.engine import gpu  # Triton, which other paths do not need
 
         assert engine.centre is not None

@@ -1,17 +1,25 @@
 """Devices, and uninitialised memory made visible. This folder imports only torch, triton, numpy, pytest, hypothesis."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from headstart.kernels import dispatch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A device, on which everything takes the eager path: test_covering.py and path_cases.py take the others."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    name: str = request.param
-    return name
+    if request.param == "cpu":
+        yield "cpu"
+        return
+    with dispatch.override("eager"):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
