@@ -107,17 +107,8 @@ def _distances(
 
 
 @_distances.register_fake
-def _(
-    target: Tensor,
-    labels: Tensor,
-    features: Tensor,
-    task_labels: Tensor,
-    offsets: Tensor,
-    form: str,
-    precision: str,
-    memory: int | None,
-) -> Tensor:
-    return target.new_empty(len(offsets) - 1, dtype=PRECISIONS[precision])
+def _(target: Tensor, labels: Tensor, features: Tensor, task_labels: Tensor, offsets: Tensor, *settings: Any) -> Tensor:
+    return target.new_empty(len(offsets) - 1, dtype=PRECISIONS[settings[1]])
 
 
 def _assignment(costs: Any) -> float:

@@ -141,20 +141,12 @@ def _transports(
 
 @_transports.register_fake
 def _(
-    target: Tensor,
-    features: Tensor,
-    offsets: Tensor,
-    p: int,
-    epsilon: float,
-    tolerance: float,
-    max_iterations: int,
-    precision: str,
-    memory: int,
+    target: Tensor, features: Tensor, offsets: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def new(size: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return target.new_empty(size, dtype=dtype)
 
-    num_tasks, dtype = len(offsets) - 1, PRECISIONS[precision]
+    num_tasks, dtype = len(offsets) - 1, PRECISIONS[settings[4]]
     counts, potentials = new(num_tasks, torch.int64), (new(len(features), dtype), new(len(target), dtype))
     return new(num_tasks), new(1), counts, new(num_tasks), new(1), *potentials
 
@@ -187,19 +179,7 @@ def _gradient(
 
 
 @_gradient.register_fake
-def _(
-    target: Tensor,
-    features: Tensor,
-    offsets: Tensor,
-    potentials: Tensor,
-    own_potentials: Tensor,
-    weights: Tensor,
-    own_weight: Tensor,
-    p: int,
-    epsilon: float,
-    precision: str,
-    memory: int,
-) -> Tensor:
+def _(target: Tensor, *_: object) -> Tensor:
     return torch.empty_like(target)
 
 
@@ -235,16 +215,7 @@ def _self_values(
 
 
 @_self_values.register_fake
-def _(
-    features: Tensor,
-    offsets: Tensor,
-    p: int,
-    epsilon: float,
-    tolerance: float,
-    max_iterations: int,
-    precision: str,
-    memory: int,
-) -> tuple[Tensor, Tensor]:
+def _(features: Tensor, offsets: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     values = features.new_empty(len(offsets) - 1, dtype=torch.float64)
     return values, torch.empty_like(values)
 

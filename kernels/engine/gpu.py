@@ -29,18 +29,8 @@ class _Chunk(NamedTuple):
     """[tasks + 1] int64, from 0."""
 
 
-def pair_sums(
-    target: Tensor,
-    features: Tensor,
-    offsets: Tensor,
-    centre: Tensor | None,
-    value: Value,
-    precision: str,
-    path: str,
-    memory: int | None,
-) -> Tensor:
+def pair_sums(setting: "Setting", target: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
     """sum_ij v(x_i, y_j) over the target x [N, D] and each task y, [T] float64 on the target's device."""
-    setting = _Setting(features, centre, value, precision, path, memory)
     sums = torch.zeros(len(offsets) - 1, dtype=torch.float64)
     whole = torch.tensor([0, len(target)])
     for part in setting.chunks(whole):
@@ -51,17 +41,8 @@ def pair_sums(
     return sums.to(target.device)
 
 
-def own_sums(
-    features: Tensor,
-    offsets: Tensor,
-    centre: Tensor | None,
-    value: Value,
-    precision: str,
-    path: str,
-    memory: int | None,
-) -> Tensor:
+def own_sums(setting: "Setting", features: Tensor, offsets: Tensor) -> Tensor:
     """sum_ij v(y_i, y_j) over each task y with itself, [T] float64 on the features' device."""
-    setting = _Setting(features, centre, value, precision, path, memory)
     sums = torch.zeros(len(offsets) - 1, dtype=torch.float64)
     pieces = list(setting.chunks(offsets))
     for chunk in pieces:
@@ -83,7 +64,7 @@ def nearest_rows(
 
     K is `wanted`, or the number of blocks if that is less.
     """
-    setting = _Setting(features, centre, Value("squared"), precision, "fused", memory)
+    setting = Setting(features, centre, Value("squared"), precision, "fused", memory)
     rows = []
     for part in setting.chunks(torch.tensor([0, len(target)])):
         x = setting.operand(target[part.start : part.end])
@@ -101,7 +82,7 @@ def nearest_rows(
     return torch.cat(rows)
 
 
-class _Setting:
+class Setting:
     """What one call computes with."""
 
     def __init__(

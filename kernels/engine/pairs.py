@@ -48,7 +48,8 @@ def pair_sums(
         else:
             from headstart.kernels.engine import gpu  # Triton, which other paths do not need
 
-            sums = gpu.pair_sums(target, features, offsets, centre, value, precision, path, memory)
+            setting = gpu.Setting(features, centre, value, precision, path, memory)
+            sums = gpu.pair_sums(setting, target, features, offsets)
     same = _same_tasks(target, features, offsets)
     if len(same):
         own = own_sums(target, torch.tensor([0, len(target)]), centre, coefficients, kind, precision, memory)
@@ -76,7 +77,7 @@ def own_sums(
             return sweep.own_sums(engine, features, offsets)
         from headstart.kernels.engine import gpu
 
-        return gpu.own_sums(features, offsets, centre, value, precision, path, memory)
+        return gpu.own_sums(gpu.Setting(features, centre, value, precision, path, memory), features, offsets)
 
 
 @torch.library.custom_op("headstart::pair_gradient", mutates_args=())
@@ -116,22 +117,22 @@ def own_gradient(
 
 
 @pair_sums.register_fake
-def _(target, features, offsets, centre, coefficients, kind, precision, memory):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _(target: Tensor, features: Tensor, offsets: Tensor, *_: object) -> Tensor:
     return target.new_empty(offsets.shape[0] - 1, dtype=torch.float64)
 
 
 @own_sums.register_fake
-def _(features, offsets, centre, coefficients, kind, precision, memory):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _(features: Tensor, offsets: Tensor, *_: object) -> Tensor:
     return features.new_empty(offsets.shape[0] - 1, dtype=torch.float64)
 
 
 @pair_gradient.register_fake
-def _(target, features, row_weights, centre, coefficients, kind, precision, memory):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _(target: Tensor, *_: object) -> Tensor:
     return torch.empty_like(target)
 
 
 @own_gradient.register_fake
-def _(features, offsets, weights, centre, coefficients, kind, precision, memory):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _(features: Tensor, *_: object) -> Tensor:
     return torch.empty_like(features)
 
 

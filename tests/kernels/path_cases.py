@@ -73,7 +73,7 @@ def test_memory_changes_no_bit_and_tasks_in_pieces_agree(monkeypatch: pytest.Mon
     x, tasks = problem(20)
     whole = energy_distances(x, tasks, precision="bf16")
     monkeypatch.setattr(gpu, "PIECE", 32 if DEVICE == "cpu" else 4096)
-    monkeypatch.setattr(gpu._Setting, "chunks", _pieces(gpu._Setting.chunks))
+    monkeypatch.setattr(gpu.Setting, "chunks", _pieces(gpu.Setting.chunks))
     torch.testing.assert_close(energy_distances(x, tasks, precision="bf16"), whole, rtol=0, atol=1e-6)
 
 
