@@ -1,13 +1,9 @@
 """Energy distances between a target and many ragged tasks."""
 
-import torch
 from torch import Tensor
 
-from headstart.kernels import dispatch
-from headstart.kernels.engine.pairs import own_sums, pair_sums
-from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
-from headstart.kernels.engine.terms import NONE, SelfTerms, check_self_terms, make_self_terms, needed_centre
-from headstart.kernels.ragged import RaggedTasks, check_alike, check_two_rows
+from headstart.kernels.engine.terms import SelfTerms, make_self_terms, means_of_pairs
+from headstart.kernels.ragged import RaggedTasks
 
 
 def energy_self_terms(
@@ -51,27 +47,9 @@ def energy_distances(
     a bound that cannot hold one tile; self terms of other tasks, or of another precision, path or centre; one row with
     `unbiased`; rows so far apart that squares overflow.
     """
-    check_alike(target, tasks)
-    precision = resolve_precision(precision, target.dtype)
-    if unbiased:
-        check_two_rows(target, tasks)
-    path = dispatch.choose(target.device, precision, tasks.num_features)[0]
-    if self_terms is None:
-        centre = needed_centre(tasks, precision, path)
-        task_sums = own_sums(tasks.features, tasks.offsets, centre, NONE, "distance", precision, memory)
-    else:
-        check_self_terms(self_terms, "distance", tasks, precision, path)
-        centre, task_sums = self_terms.centre, self_terms.sums.to(target.device)
-    num_target, sizes = len(target), tasks.sizes.to(target.device, torch.float64)
-    whole = torch.tensor([0, num_target])
-    sums: Tensor = pair_sums(target, tasks.features, tasks.offsets, centre, NONE, "distance", precision, memory)
-    cross = sums / (num_target * sizes)
-    less = 1 if unbiased else 0
-    target_sum: Tensor = own_sums(target, whole, centre, NONE, "distance", precision, memory)
-    target_mean = target_sum / float(num_target * (num_target - less))
-    task_means = task_sums / (sizes * (sizes - less))
+    means = means_of_pairs("distance", target, tasks, unbiased, precision, memory, self_terms)
     # In this order equal terms cancel exactly.
-    distances: Tensor = (cross - target_mean) + (cross - task_means)
+    distances = (means.cross - means.target) + (means.cross - means.tasks)
     if not unbiased:
         distances = distances.clamp(min=0)  # what rounding leaves of a value that cannot be negative
-    return distances.to(PRECISIONS[precision])
+    return distances.to(means.dtype)

@@ -5,11 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.kernels import dispatch, naive
-from headstart.kernels.engine.pairs import own_sums, pair_sums
-from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
-from headstart.kernels.engine.terms import SelfTerms, check_self_terms, coefficients_of, make_self_terms, needed_centre
-from headstart.kernels.ragged import RaggedTasks, check_alike, check_two_rows
+from headstart.kernels import naive
+from headstart.kernels.engine.terms import SelfTerms, make_self_terms, means_of_pairs
+from headstart.kernels.ragged import RaggedTasks, check_alike
 
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Bandwidths, as multiples of the target's median pairwise distance, where none are given."""
@@ -74,44 +72,26 @@ def mmd_distances(
         mmd_distances(target, others, bandwidths=bandwidths)       # on the same scale
 
     Gretton et al., Journal of Machine Learning Research 13 (2012) 723-773; `naive.mmd_distances` is the definition.
-    `bandwidths` sigma [B], in the features' unit; None: those of the self terms, or `median_bandwidths(target)`.
-    The V-statistic by default, 0 for X itself; `unbiased` as for `energy_distances`, and so are `precision`, `memory`,
-    `self_terms` and the errors. Differentiable with respect to the target, with the bandwidths held.
+    `bandwidths` sigma [B], in the features' unit; None: those of the self terms, or `median_bandwidths(target)`, which
+    holds up to 40 MB whatever `memory` says. The V-statistic by default, 0 for X itself; `unbiased` as for
+    `energy_distances`, and so are `precision`, `memory`, `self_terms` and the errors. Differentiable with respect to
+    the target, with the bandwidths held.
 
     Error: that of d^2, some sqrt(D) u (|x|^2 + |y|^2) with norms from the centre, over 2 sigma^2 of the smallest sigma.
     ValueError: as for `energy_distances`, and bandwidths that are not positive and finite.
     """
     check_alike(target, tasks)
-    precision = resolve_precision(precision, target.dtype)
-    if unbiased:
-        check_two_rows(target, tasks)
-    path = dispatch.choose(target.device, precision, tasks.num_features)[0]
     if bandwidths is None:
         kept = None if self_terms is None else self_terms.bandwidths
         bandwidths = _median_bandwidths(target) if kept is None else kept
     else:
         bandwidths = _checked(bandwidths)
-    coefficients = coefficients_of(bandwidths)
-    if self_terms is None:
-        centre = needed_centre(tasks, precision, path)
-        task_sums = own_sums(tasks.features, tasks.offsets, centre, coefficients, "rbf", precision, memory)
-    else:
-        check_self_terms(self_terms, "rbf", tasks, precision, path, bandwidths)
-        centre, task_sums = self_terms.centre, self_terms.sums.to(target.device)
-    num_target, sizes = len(target), tasks.sizes.to(target.device, torch.float64)
-    whole = torch.tensor([0, num_target])
-    sums: Tensor = pair_sums(target, tasks.features, tasks.offsets, centre, coefficients, "rbf", precision, memory)
-    cross = sums / (num_target * sizes)
-    target_sum = own_sums(target, whole, centre, coefficients, "rbf", precision, memory)
-    # A row's kernel with itself is 1, and is left out where the statistic is unbiased.
-    less = 1 if unbiased else 0
-    target_mean = (target_sum - less * num_target) / float(num_target * (num_target - less))
-    task_means = (task_sums - less * sizes) / (sizes * (sizes - less))
+    means = means_of_pairs("rbf", target, tasks, unbiased, precision, memory, self_terms, bandwidths)
     # In this order equal terms cancel exactly.
-    distances = (target_mean - cross) + (task_means - cross)
+    distances = (means.target - means.cross) + (means.tasks - means.cross)
     if not unbiased:
-        distances = distances.clamp(min=0)
-    return MMD(distances.to(PRECISIONS[precision]), bandwidths)
+        distances = distances.clamp(min=0)  # what rounding leaves of a value that cannot be negative
+    return MMD(distances.to(means.dtype), bandwidths)
 
 
 @torch.library.custom_op("headstart::median_bandwidths", mutates_args=())

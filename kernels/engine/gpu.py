@@ -64,7 +64,7 @@ def nearest_rows(
 
     K is `wanted`, or the number of blocks if that is less.
     """
-    setting = Setting(features, centre, Value("squared"), precision, "fused", memory)
+    setting = Setting(features, max(len(target), len(features)), centre, Value("squared"), precision, "fused", memory)
     rows = []
     for part in setting.chunks(torch.tensor([0, len(target)])):
         x = setting.operand(target[part.start : part.end])
@@ -86,8 +86,16 @@ class Setting:
     """What one call computes with."""
 
     def __init__(
-        self, features: Tensor, centre: Tensor | None, value: Value, precision: str, path: str, memory: int | None
+        self,
+        features: Tensor,
+        num_rows: int,
+        centre: Tensor | None,
+        value: Value,
+        precision: str,
+        path: str,
+        memory: int | None,
     ) -> None:
+        """`num_rows`: of the longer side."""
         if centre is None:
             raise ValueError(f"no centre was given; accepted on path {path!r}: one [{features.shape[1]}] for all rows")
         self._centre, self._precision = centre, precision
@@ -98,7 +106,7 @@ class Setting:
         self.memory = memory // 2
         row_bytes = self._pitch * 20 + features.element_size() * features.shape[1]
         self._rows = memory // 4 // row_bytes
-        least = min(PIECE, len(features)) * row_bytes * 4
+        least = min(PIECE, num_rows) * row_bytes * 4
         if memory < least:
             raise ValueError(f"memory is {memory} bytes; accepted on path {path!r}: at least {least}")
         coefficients = torch.tensor(value.coefficients, dtype=torch.float32, device=features.device)

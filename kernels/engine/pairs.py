@@ -41,14 +41,20 @@ def pair_sums(
     value = _value(kind, coefficients)
     path, reason = dispatch.choose(target.device, precision, target.shape[1])
     with dispatch.Watch("pair sums", target.device, path, reason, precision) as watch:
+        largest = int(offsets.diff().max())
         if path == "eager":
+            # What the own sums of the target and of the largest task take is refused here, by one figure.
+            sizes = (len(target), largest)
+            least = max(sweep.Sweep(features, n, value, precision, 2**62, centre).least for n in sizes)
+            if memory is not None and memory < least:
+                raise ValueError(f"memory is {memory} bytes; accepted: at least {least}, which one tile takes")
             engine = sweep.Sweep(features, len(target), value, precision, memory, centre)
             watch.planned = engine.planned
             sums: Tensor = sweep.cross_sums(engine, target, features, offsets)
         else:
             from headstart.kernels.engine import gpu  # Triton, which other paths do not need
 
-            setting = gpu.Setting(features, centre, value, precision, path, memory)
+            setting = gpu.Setting(features, max(len(target), len(features)), centre, value, precision, path, memory)
             sums = gpu.pair_sums(setting, target, features, offsets)
     same = _same_tasks(target, features, offsets)
     if len(same):
@@ -77,7 +83,8 @@ def own_sums(
             return sweep.own_sums(engine, features, offsets)
         from headstart.kernels.engine import gpu
 
-        return gpu.own_sums(gpu.Setting(features, centre, value, precision, path, memory), features, offsets)
+        setting = gpu.Setting(features, len(features), centre, value, precision, path, memory)
+        return gpu.own_sums(setting, features, offsets)
 
 
 @torch.library.custom_op("headstart::pair_gradient", mutates_args=())

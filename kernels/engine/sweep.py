@@ -161,7 +161,7 @@ class Sweep:
         self.stripe = max(64, min(2048, tile // self.panel, operand // self.dim))
         self.pairs = max(16, 2**16 // self.dim)
         self.memory = DEFAULT_MEMORY if memory is None else memory
-        least = self._bytes()
+        least = self.least
         if self.memory < least:
             raise ValueError(f"memory is {self.memory} bytes; accepted: at least {least}, which one tile takes")
         kept = num_columns * (self.dim + 17) * self._copies * self.dtype.itemsize
@@ -173,8 +173,9 @@ class Sweep:
     def _copies(self) -> int:
         return 2 if self.precision == "bf16x3" else 1
 
-    def _bytes(self) -> int:
-        """Most that is held while one tile is worked on."""
+    @property
+    def least(self) -> int:
+        """Most bytes that are held while one tile is worked on."""
         item, wide = self.dtype.itemsize, self.wide.itemsize
         rounding = 2 * item if self.precision in ("bf16", "tf32", "bf16x3") else 0
         converting = 2 * wide if self.wide != self.dtype else 0

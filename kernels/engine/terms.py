@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from headstart.kernels import dispatch
-from headstart.kernels.engine.pairs import own_sums
-from headstart.kernels.engine.precision import ROUNDED, resolve_precision
-from headstart.kernels.ragged import RaggedTasks, common_centre
+from headstart.kernels.engine.pairs import own_sums, pair_sums
+from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, resolve_precision
+from headstart.kernels.ragged import RaggedTasks, check_alike, check_two_rows, common_centre
 
 NONE = torch.empty(0, dtype=torch.float64)
 """No coefficients."""
@@ -60,6 +60,58 @@ class SelfTerms:
             centre=first.centre,
             bandwidths=first.bandwidths,
         )
+
+
+class Means(NamedTuple):
+    """The means of v over pairs that a distance is made of, float64."""
+
+    cross: Tensor
+    """Of rows of the target and of each task, [T]."""
+    target: Tensor
+    """Of the target's own rows, [1]."""
+    tasks: Tensor
+    """Of each task's own rows, [T]."""
+    dtype: torch.dtype
+    """Of the result."""
+
+
+def means_of_pairs(
+    kind: Literal["distance", "rbf"],
+    target: Tensor,
+    tasks: RaggedTasks,
+    unbiased: bool,
+    precision: str | None,
+    memory: int | None,
+    self_terms: SelfTerms | None,
+    bandwidths: Tensor | None = None,
+) -> Means:
+    """The three means for a target x [N, D], checked; `unbiased` leaves the pairs of a row with itself out.
+
+    ValueError: as `energy_distances` says.
+    """
+    check_alike(target, tasks)
+    precision = resolve_precision(precision, target.dtype)
+    if unbiased:
+        check_two_rows(target, tasks)
+    path = dispatch.choose(target.device, precision, tasks.num_features)[0]
+    if self_terms is None:
+        centre = needed_centre(tasks, precision, path)
+    else:
+        check_self_terms(self_terms, kind, tasks, precision, path, bandwidths)
+        centre = self_terms.centre
+    how = (centre, coefficients_of(bandwidths), kind, precision, memory)
+    # The cross terms first: they refuse a bound that is too small for any of the three.
+    cross: Tensor = pair_sums(target, tasks.features, tasks.offsets, *how)
+    own: Tensor = own_sums(target, torch.tensor([0, len(target)]), *how)
+    theirs: Tensor = own_sums(tasks.features, tasks.offsets, *how) if self_terms is None else self_terms.sums
+    num_target, sizes = float(len(target)), tasks.sizes.to(target.device, torch.float64)
+    less, itself = float(unbiased), float(kind == "rbf")  # v of a row and itself: distance 0, kernel 1
+    return Means(
+        cross / (num_target * sizes),
+        (own - less * itself * num_target) / (num_target * (num_target - less)),
+        (theirs.to(target.device) - less * itself * sizes) / (sizes * (sizes - less)),
+        PRECISIONS[precision],
+    )
 
 
 def make_self_terms(

@@ -4,12 +4,14 @@ Collected by test_programs.py in a child process where there is no CUDA device, 
 Triton is imported.
 """
 
+import re
+
 import pytest
 import torch
 
 from headstart.kernels import dispatch, naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
-from headstart.kernels.engine import gpu
+from headstart.kernels.engine import gpu, launch
 from headstart.kernels.engine.ground_cost import Cost, Points, make_costs
 from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.mmd import mmd_distances
@@ -89,6 +91,16 @@ def test_a_bound_that_is_too_small_is_refused():
     x, tasks = problem(20)
     with pytest.raises(ValueError, match="at least"):
         energy_distances(x, tasks, precision="bf16", memory=100)
+
+
+def test_the_least_bound_is_enough_for_a_target_longer_than_the_tasks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "_PARTIALS", 2**10)  # a bound that this small input can meet
+    x, tasks = rows(40, 20, 1), RaggedTasks.from_list([rows(5, 20, 2)])
+    plain = energy_distances(x, tasks, precision="bf16")
+    with pytest.raises(ValueError, match="at least") as refused:
+        energy_distances(x, tasks, precision="bf16", memory=1)
+    least = int(re.search(r"at least (\d+)", str(refused.value))[1])
+    assert torch.equal(energy_distances(x, tasks, precision="bf16", memory=least), plain)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -12,6 +12,7 @@ from headstart.kernels.engine import sweep
 from headstart.kernels.engine.pairs import own_sums, pair_sums
 from headstart.kernels.engine.terms import NONE
 from headstart.kernels.euclidean import euclidean_distances
+from headstart.kernels.mmd import mmd_distances
 from headstart.kernels.ragged import RaggedTasks
 
 U = {"fp32": 2.0**-24, "fp64": 2.0**-53}
@@ -115,6 +116,22 @@ def test_memory_is_held_to(kind: str):
     for memory in (least, 2 * least):
         assert torch.equal(energy_distances(x, ragged, memory=memory), plain)
         assert held(lambda memory=memory: energy_distances(x, ragged, memory=memory)) <= memory
+
+
+@pytest.mark.parametrize("sizes", [(2000, (5, 9)), (5, (2000, 9)), (300, (300, 2))], ids=str)
+@pytest.mark.parametrize("distance", ["energy", "mmd"])
+def test_the_least_bound_that_is_told_is_enough(distance: str, sizes: tuple[int, tuple[int, ...]], device: str):
+    x, tasks = rows(sizes[0], 40, 1, device), RaggedTasks.from_list([rows(n, 40, n, device) for n in sizes[1]])
+    sigma = torch.tensor([1.0, 3.0])
+
+    def call(memory: int | None) -> torch.Tensor:
+        if distance == "energy":
+            return energy_distances(x, tasks, memory=memory)
+        return mmd_distances(x, tasks, bandwidths=sigma, memory=memory).distances
+
+    with pytest.raises(ValueError, match="at least") as refused:
+        call(1)
+    assert torch.equal(call(int(re.search(r"at least (\d+)", str(refused.value))[1])), call(None))
 
 
 def held(call) -> int:
