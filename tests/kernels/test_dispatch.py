@@ -49,7 +49,8 @@ def test_a_report_tells_path_reason_and_memory(device: str):
     with dispatch.report() as report:
         energy_distances(x, tasks, memory=64 * 2**20)
         nearest_neighbours(x, tasks)
-    assert [each.function for each in report] == ["own sums", "pair sums", "own sums", "neighbours"]
+    # Energy distances are cross terms and two sets of self terms, in whichever order.
+    assert sorted(each.function for each in report) == ["neighbours", "own sums", "own sums", "pair sums"]
     for each in report:
         assert each.precision == "fp32"
         assert each.reason
