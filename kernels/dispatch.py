@@ -9,6 +9,9 @@ Paths:
 - `eager`: plain PyTorch, tile by tile, on any device; every precision; near pairs computed again from differences.
 - `streamed` (CUDA): products by cuBLAS into a buffer, then one Triton kernel that reads each tile once.
 - `fused` (CUDA): product and epilogue in one Triton kernel; the matrix of distances never reaches memory.
+
+What is no sum over pairs of rows (means, class means, covariances, transport over costs that fit in memory) has the
+`eager` path alone, and takes it whatever is asked for; its reports say so.
 """
 
 from collections.abc import Iterator
@@ -33,10 +36,11 @@ class _State:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one computation over pairs of rows did."""
+    """What one computation did. A call may be several: an energy distance has cross terms and two sets of own terms."""
 
     function: str
-    """What was computed: pair sums, own sums, neighbours."""
+    """What was computed: pair sums, own sums, neighbours, mean distances, prototype distances, Fréchet distances,
+    transports."""
     path: str
     """One of PATHS."""
     reason: str
@@ -105,7 +109,14 @@ def report() -> Iterator[list[Report]]:
 class Watch:
     """What a computation that runs under it held at most, noted in the report that is being collected, if one is."""
 
-    def __init__(self, function: str, device: torch.device, path: str, reason: str, precision: str) -> None:
+    def __init__(
+        self,
+        function: str,
+        device: torch.device,
+        path: str = "eager",
+        reason: str = "its only path",
+        precision: str = "fp64",
+    ) -> None:
         self._function, self._path, self._reason, self._precision = function, path, reason, precision
         self._cuda = device.type == "cuda"
         self.planned = 0

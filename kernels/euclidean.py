@@ -81,18 +81,20 @@ def _mean_distances(target: Tensor, features: Tensor, offsets: Tensor, precision
     if memory < BLOCK_ROWS * row_bytes:
         raise ValueError(f"memory is {memory} bytes; accepted: at least {BLOCK_ROWS * row_bytes}")
     chunk_rows = max(BLOCK_ROWS, min(memory // row_bytes, _CHUNK // dim))
-    centre = common_centre(target)
-    target_mean = block_means(target, torch.tensor([0, len(target)]), centre, dtype, chunk_rows)[0]
-    distances, low = [], 0
-    while low < num_tasks:
-        # As many tasks as fit, and at least one.
-        high = int(torch.searchsorted(offsets, offsets[low] + chunk_rows, right=True)) - 1
-        high = max(low + 1, high)
-        rows = features[int(offsets[low]) : int(offsets[high])]
-        means = block_means(rows, offsets[low : high + 1] - offsets[low], centre, dtype, chunk_rows)
-        distances.append(torch.linalg.vector_norm(means.sub_(target_mean), dim=1))
-        low = high
-    return torch.cat(distances).to(dtype)
+    with dispatch.Watch("mean distances", target.device, precision=precision) as watch:
+        watch.planned = min(chunk_rows, max(len(target), len(features))) * row_bytes
+        centre = common_centre(target)
+        target_mean = block_means(target, torch.tensor([0, len(target)]), centre, dtype, chunk_rows)[0]
+        distances, low = [], 0
+        while low < num_tasks:
+            # As many tasks as fit, and at least one.
+            high = int(torch.searchsorted(offsets, offsets[low] + chunk_rows, right=True)) - 1
+            high = max(low + 1, high)
+            rows = features[int(offsets[low]) : int(offsets[high])]
+            means = block_means(rows, offsets[low : high + 1] - offsets[low], centre, dtype, chunk_rows)
+            distances.append(torch.linalg.vector_norm(means.sub_(target_mean), dim=1))
+            low = high
+        return torch.cat(distances).to(dtype)
 
 
 @_mean_distances.register_fake

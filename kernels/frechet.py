@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from headstart.kernels import dispatch
 from headstart.kernels.engine.precision import EXACT, PRECISIONS, resolve_precision
 from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.ragged import BLOCK_ROWS, RaggedTasks, block_means, check_alike, check_finite, common_centre
@@ -55,12 +56,13 @@ def frechet_distances(
 def _distances(target: Tensor, features: Tensor, offsets: Tensor, precision: str, memory: int | None) -> Tensor:
     check_finite(target)
     tasks = RaggedTasks(features, offsets)
-    max_rows = _max_rows(target, tasks, DEFAULT_MEMORY if memory is None else memory)
-    centre = common_centre(target).double()
-    mean, factor = _moments(target, centre, max_rows)
-    distances = torch.empty(tasks.num_tasks, dtype=torch.float64, device=target.device)
-    for members in _batches(tasks.sizes, min(max_rows, max(1, _BATCH // tasks.num_features))):
-        distances[members.to(target.device)] = _batch_distances(tasks, members, centre, mean, factor, max_rows)
+    with dispatch.Watch("Fréchet distances", target.device) as watch:
+        max_rows, watch.planned = _max_rows(target, tasks, DEFAULT_MEMORY if memory is None else memory)
+        centre = common_centre(target).double()
+        mean, factor = _moments(target, centre, max_rows)
+        distances = torch.empty(tasks.num_tasks, dtype=torch.float64, device=target.device)
+        for members in _batches(tasks.sizes, min(max_rows, _batch_rows(tasks))):
+            distances[members.to(target.device)] = _batch_distances(tasks, members, centre, mean, factor, max_rows)
     # What rounding leaves of a value that cannot be negative.
     return distances.clamp_(min=0).to(PRECISIONS[precision])
 
@@ -158,8 +160,16 @@ def _batches(sizes: Tensor, max_rows: int) -> Iterator[Tensor]:
         low = high
 
 
-def _max_rows(target: Tensor, tasks: RaggedTasks, memory: int) -> int:
-    """Rows of float64 that are worked on at a time under a bound of so many bytes; ValueError where it is too small."""
+def _batch_rows(tasks: RaggedTasks) -> int:
+    """Rows of a batch of small tasks."""
+    return max(1, _BATCH // tasks.num_features)
+
+
+def _max_rows(target: Tensor, tasks: RaggedTasks, memory: int) -> tuple[int, int]:
+    """Rows of float64 that are worked on at a time under a bound of so many bytes, and the bytes that these take.
+
+    ValueError where the bound is too small.
+    """
     num_features = tasks.num_features
     largest = max(len(target), int(tasks.sizes.max()))
     # Rows, LAPACK's copy of them and the triangle; or rows, their products with the target's factor and a copy.
@@ -171,4 +181,5 @@ def _max_rows(target: Tensor, tasks: RaggedTasks, memory: int) -> int:
     if memory < least:
         raise ValueError(f"memory is {memory} bytes; accepted: at least {least}")
     # Half of what would fit: the allocator keeps up to as much again of what was freed.
-    return max(least_rows, (memory - factor_bytes) // (2 * row_bytes))
+    max_rows = max(least_rows, (memory - factor_bytes) // (2 * row_bytes))
+    return max_rows, factor_bytes + min(max_rows, max(largest, _batch_rows(tasks))) * row_bytes

@@ -1,24 +1,24 @@
 """Label-aware transport distances (OTDD) between a labelled target and many labelled, ragged tasks."""
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from headstart.kernels.engine.ground_cost import Cost, Points
+from headstart.kernels.engine.precision import PRECISIONS
 from headstart.kernels.engine.transport import Settings, check_memory, solve
 from headstart.kernels.frechet import frechet_distances
-from headstart.kernels.ragged import RaggedTasks, check_target
+from headstart.kernels.ragged import RaggedTasks, check_alike, check_finite, check_labels, check_not_negative
 from headstart.kernels.sinkhorn import (
     SinkhornResult,
     SinkhornSelfTerms,
     check_self_terms,
-    debiased,
-    make_settings,
-    precision_of,
-    self_terms_of,
+    checked_options,
+    resolve_epsilon,
     sinkhorn_distances,
+    warn_of,
 )
 
 LabelDistance = Literal["bures", "sinkhorn"]
@@ -31,7 +31,7 @@ def label_aware_distances(
     *,
     labels: Tensor,
     label_distance: LabelDistance = "bures",
-    epsilon: float | None = None,
+    epsilon: float | Tensor | None = None,
     tolerance: float = 1e-3,
     max_iterations: int = 1000,
     precision: str | None = None,
@@ -58,30 +58,74 @@ def label_aware_distances(
     `epsilon` None is that of `sinkhorn_distances`, from the target's rows alone. `tolerance`, `max_iterations`,
     `precision`, `memory`, `self_terms` and the error are as there, c being the largest cost with its label term;
     `memory` leaves out tables as large as the pairs of classes. A label distance "sinkhorn" has the error of
-    `sinkhorn_distances` itself. The value can be negative by the error, and by more where the label term is large and
-    not negative definite, which for Gaussians in two or more dimensions it need not be.
+    `sinkhorn_distances` itself. The value is not clamped at 0: it can be negative by the error, and at a large epsilon
+    by more, because Bures distances in two or more dimensions are not negative definite: two crosses at 45 degrees, a
+    class an arm of length 1, are at -0.19 at epsilon = 10. At epsilon 0.1 and 1.0 that was never seen.
     ValueError: as for `sinkhorn_distances`; tasks without labels; labels of another length, dtype or device, or
     negative; a label distance that is not accepted; a bound that cannot hold four times the largest class.
     """
-    check_target(target, tasks)
-    settings = make_settings(target, 2, epsilon, tolerance, max_iterations, precision, memory)
-    kept = check_self_terms(self_terms, tasks, 2, settings, label_distance)
-    own = _class_rows(RaggedTasks(target, torch.tensor([0, len(target)]), labels), label_distance, settings)
-    sources = _class_rows(tasks, label_distance, settings)
-    if kept is None:
-        kept = _self_terms(sources, label_distance, settings)
+    check_alike(target, tasks)
+    options = checked_options(target.dtype, 2, tolerance, max_iterations, precision, memory)
+    task_labels = _checked_labels(tasks, label_distance)
+    check_labels(labels, target)
+    at = resolve_epsilon(target, 2, epsilon, options.memory, self_terms)
+    kept = check_self_terms(self_terms, tasks, 2, epsilon, options.precision, label_distance)
+    values, errors = (None, None) if kept is None else kept
+    distances, iterations, errors = _distances(
+        target, labels, tasks.features, task_labels, tasks.offsets, values, errors, label_distance, at, *options
+    )
+    return SinkhornResult(distances, at, iterations, errors, errors <= tolerance)
+
+
+@torch.library.custom_op("headstart::label_aware_distances", mutates_args=())
+def _distances(
+    target: Tensor,
+    labels: Tensor,
+    features: Tensor,
+    task_labels: Tensor,
+    offsets: Tensor,
+    values: Tensor | None,
+    errors: Tensor | None,
+    label_distance: str,
+    epsilon: Tensor,
+    tolerance: float,
+    max_iterations: int,
+    precision: str,
+    memory: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(distances, iterations, errors) of T tasks, whose own values and errors are given or computed."""
+    check_finite(target)
+    check_not_negative(labels)
+    settings = Settings(float(epsilon), tolerance, max_iterations, PRECISIONS[precision], memory)
+    own = _class_rows(RaggedTasks(target, torch.tensor([0, len(target)]), labels), settings)
+    sources = _class_rows(RaggedTasks(features, offsets, task_labels), settings)
+    if values is None or errors is None:
+        theirs = solve(sources.points, None, _own_cost(sources, label_distance, settings), settings)
+        values, errors = theirs.values, theirs.errors
     itself = solve(own.points, None, _own_cost(own, label_distance, settings), settings)
     table = torch.cat([torch.stack([_squares(x, some, label_distance, settings) for x in _each(own)], 1)
                        for _, some in _chunks(sources, settings)])  # fmt: skip
     cross = solve(sources.points, own.points, Cost(2, table.div_(2).to(settings.dtype)), settings)
-    return debiased(cross, itself, kept, settings, clamp=False)
+    errors = torch.maximum(torch.maximum(cross.errors, itself.errors), errors)
+    warn_of(errors, settings)
+    return (cross.values - (itself.values + values) / 2).to(settings.dtype), cross.num_iterations, errors
+
+
+@_distances.register_fake
+def _(
+    target: Tensor, labels: Tensor, features: Tensor, task_labels: Tensor, offsets: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    def new(dtype: torch.dtype) -> Tensor:
+        return target.new_empty(len(offsets) - 1, dtype=dtype)
+
+    return new(PRECISIONS[settings[-2]]), new(torch.int64), new(torch.float64)
 
 
 @torch.no_grad()
 def label_aware_self_terms(
     tasks: RaggedTasks,
     *,
-    epsilon: float,
+    epsilon: float | Tensor,
     label_distance: LabelDistance = "bures",
     tolerance: float = 1e-3,
     max_iterations: int = 1000,
@@ -89,8 +133,31 @@ def label_aware_self_terms(
     memory: int | None = None,
 ) -> SinkhornSelfTerms:
     """The self terms of T tasks, for `label_aware_distances(..., self_terms=...)` with many targets at one epsilon."""
-    settings = make_settings(tasks.features, 2, epsilon, tolerance, max_iterations, precision, memory)
-    return _self_terms(_class_rows(tasks, label_distance, settings), label_distance, settings)
+    _checked_labels(tasks, label_distance)
+    options = checked_options(tasks.features.dtype, 2, tolerance, max_iterations, precision, memory)
+    at = float(resolve_epsilon(tasks.features, 2, epsilon, options.memory, None))
+    settings = Settings(at, tolerance, max_iterations, PRECISIONS[options.precision], options.memory)
+    classes = _class_rows(tasks, settings)
+    solution = solve(classes.points, None, _own_cost(classes, label_distance, settings), settings)
+    warn_of(solution.errors, settings)
+    return SinkhornSelfTerms(
+        values=solution.values,
+        errors=solution.errors,
+        sizes=tasks.sizes,
+        precision=options.precision,
+        p=2,
+        epsilon=at,
+        label_distance=label_distance,
+    )
+
+
+def _checked_labels(tasks: RaggedTasks, label_distance: str) -> Tensor:
+    """The tasks' labels, [sum n_t]; ValueError where there are none, or the label distance is not accepted."""
+    if label_distance not in get_args(LabelDistance):
+        raise ValueError(f"label_distance is {label_distance!r}; accepted: {', '.join(get_args(LabelDistance))}")
+    if tasks.labels is None:
+        raise ValueError("tasks have no labels; accepted: RaggedTasks(features, offsets, labels)")
+    return tasks.labels
 
 
 class _ClassRows(NamedTuple):
@@ -110,11 +177,8 @@ class _ClassRows(NamedTuple):
         return RaggedTasks(self.points.features[index], offsets - offsets[0])
 
 
-def _class_rows(tasks: RaggedTasks, label_distance: str, settings: Settings) -> _ClassRows:
-    if label_distance not in ("bures", "sinkhorn"):
-        raise ValueError(f"label_distance is {label_distance!r}; accepted: bures, sinkhorn")
-    if tasks.labels is None:
-        raise ValueError("tasks have no labels; accepted: RaggedTasks(features, offsets, labels)")
+def _class_rows(tasks: RaggedTasks, settings: Settings) -> _ClassRows:
+    assert tasks.labels is not None
     device = tasks.features.device
     task = torch.repeat_interleave(torch.arange(tasks.num_tasks), tasks.sizes).to(device)
     # A class for each label of each task, by task and then by label.
@@ -154,7 +218,7 @@ def _squares(rows: Tensor, classes: RaggedTasks, label_distance: str, settings: 
         return frechet_distances(rows, classes, precision="fp64", memory=settings.memory // 2)
     result = sinkhorn_distances(
         rows, classes, epsilon=settings.epsilon, tolerance=settings.tolerance, memory=settings.memory // 2,
-        max_iterations=settings.max_iterations, precision=precision_of(settings),
+        max_iterations=settings.max_iterations, precision=settings.precision,
     )  # fmt: skip
     return 2 * result.distances.double()
 
@@ -171,7 +235,3 @@ def _own_cost(classes: _ClassRows, label_distance: str, settings: Settings) -> C
             table[c, c + 1 - low : high - low] = found
             table[c + 1 : high, c - low] = found
     return Cost(2, table.div_(2).to(settings.dtype))
-
-
-def _self_terms(classes: _ClassRows, label_distance: str, settings: Settings) -> SinkhornSelfTerms:
-    return self_terms_of(classes.points, _own_cost(classes, label_distance, settings), settings, label_distance)

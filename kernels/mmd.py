@@ -83,7 +83,7 @@ def mmd_distances(
     check_alike(target, tasks)
     if bandwidths is None:
         kept = None if self_terms is None else self_terms.bandwidths
-        bandwidths = _median_bandwidths(target) if kept is None else kept
+        bandwidths = _median_bandwidths(target.detach()) if kept is None else kept
     else:
         bandwidths = _checked(bandwidths)
     means = means_of_pairs("rbf", target, tasks, unbiased, precision, memory, self_terms, bandwidths)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from headstart.kernels import dispatch
 from headstart.kernels.engine.precision import EXACT, PRECISIONS, resolve_precision
 from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.ragged import (
@@ -86,12 +87,34 @@ def _distances(
     check_finite(target)
     check_not_negative(labels)
     tasks = RaggedTasks(features, offsets, task_labels)
+    with dispatch.Watch("prototype distances", target.device) as watch:
+        distances = _matched(target, labels, tasks, _MATCHINGS[form], memory, watch)
+    return torch.tensor(distances, dtype=torch.float64).to(target.device, PRECISIONS[precision])
+
+
+@_distances.register_fake
+def _(target: Tensor, labels: Tensor, features: Tensor, task_labels: Tensor, offsets: Tensor, *settings: Any) -> Tensor:
+    return target.new_empty(len(offsets) - 1, dtype=PRECISIONS[settings[1]])
+
+
+def _matched(
+    target: Tensor,
+    labels: Tensor,
+    tasks: RaggedTasks,
+    match: Callable[[Any], float],
+    memory: int | None,
+    watch: dispatch.Watch,
+) -> list[float]:
+    """The distance to each task, of the matched class means."""
+    assert tasks.labels is not None
     of_target = _sort_by_class(labels, torch.tensor([0, len(target)]))
-    of_tasks = _sort_by_class(task_labels, offsets)
-    chunk_rows, max_blocks = _limits(target, of_target, of_tasks, DEFAULT_MEMORY if memory is None else memory)
+    of_tasks = _sort_by_class(tasks.labels, tasks.offsets)
+    limits = _limits(target, of_target, of_tasks, DEFAULT_MEMORY if memory is None else memory)
+    chunk_rows, max_blocks, watch.planned = limits
     centre = common_centre(target).double()
     target_means = _class_means(target, of_target, 0, of_target.num_classes, centre, chunk_rows)
-    match, distances, low = _MATCHINGS[form], [], 0
+    distances: list[float] = []
+    low = 0
     blocks = of_tasks.first_block[of_tasks.first_class]
     while low < tasks.num_tasks:
         # As many tasks as fit: at least one, by `_limits`.
@@ -103,12 +126,7 @@ def _distances(
         starts = [c - classes[0] for c in classes]
         distances += [match(costs[:, a:b]) for a, b in pairwise(starts)]
         low = high
-    return torch.tensor(distances, dtype=torch.float64).to(target.device, PRECISIONS[precision])
-
-
-@_distances.register_fake
-def _(target: Tensor, labels: Tensor, features: Tensor, task_labels: Tensor, offsets: Tensor, *settings: Any) -> Tensor:
-    return target.new_empty(len(offsets) - 1, dtype=PRECISIONS[settings[1]])
+    return distances
 
 
 def _assignment(costs: Any) -> float:
@@ -158,12 +176,14 @@ def _sort_by_class(labels: Tensor, offsets: Tensor) -> _Classes:
     changes = (label[1:] != label[:-1]) | (task[1:] != task[:-1])
     starts = torch.cat([offsets[:1], changes.nonzero().flatten().cpu() + 1, offsets[-1:]])
     blocks = make_blocks(starts, BLOCK_ROWS)
-    ends = torch.tensor([*blocks.starts, int(offsets[-1])])
-    return _Classes(order, ends, blocks.first_of_task, torch.searchsorted(starts, offsets))
+    return _Classes(order, blocks.ends, blocks.first_of_task, torch.searchsorted(starts, offsets))
 
 
-def _limits(target: Tensor, of_target: _Classes, of_tasks: _Classes, memory: int) -> tuple[int, int]:
-    """Rows and blocks to take at a time under a bound of so many bytes; ValueError where it cannot be kept."""
+def _limits(target: Tensor, of_target: _Classes, of_tasks: _Classes, memory: int) -> tuple[int, int, int]:
+    """Rows and blocks to take at a time under a bound of so many bytes, and the bytes that these take.
+
+    ValueError where the bound cannot be kept.
+    """
     num_classes, num_features = of_target.num_classes, target.shape[1]
     # Rows as gathered and in float64, their block sums (of blocks of one row) and their places.
     row_bytes = num_features * (target.element_size() + 16) + 48
@@ -176,7 +196,10 @@ def _limits(target: Tensor, of_target: _Classes, of_tasks: _Classes, memory: int
         raise ValueError(f"memory is {memory} bytes; accepted: at least {least}")
     half = (memory - least) // 2
     chunk_rows = max(BLOCK_ROWS, min(BLOCK_ROWS + half // row_bytes, _CHUNK // num_features))
-    return chunk_rows, largest + half // block_bytes
+    max_blocks = largest + half // block_bytes
+    most_rows = min(chunk_rows, max(len(of_target.order), len(of_tasks.order)))
+    most_blocks = min(max_blocks, max(largest, len(of_tasks.ends) - 1))
+    return chunk_rows, max_blocks, 8 * num_features * num_classes + most_rows * row_bytes + most_blocks * block_bytes
 
 
 @torch.no_grad()

@@ -101,10 +101,10 @@ class RaggedTasks:
 
 
 class Blocks(NamedTuple):
-    """Runs of at most `rows` rows, each inside one task: the fixed grid of every sweep. Lists of equal length."""
+    """Runs of rows, each inside one task: the fixed grid in which rows are summed. On the CPU."""
 
-    starts: list[int]
-    sizes: list[int]
+    ends: Tensor
+    """[B + 1] int64: block b has the rows ends[b] up to ends[b + 1]."""
     first_of_task: Tensor
     """[T + 1] int64: the blocks of task t are first_of_task[t] up to first_of_task[t + 1]."""
 
@@ -113,12 +113,12 @@ def make_blocks(offsets: Tensor, rows: int) -> Blocks:
     """Cut the tasks of offsets [T + 1] into blocks that start at a task's first row and every `rows` rows after."""
     sizes = offsets.diff()
     if int(sizes.max()) <= rows:
-        return Blocks(offsets[:-1].tolist(), sizes.tolist(), torch.arange(len(offsets)))
+        return Blocks(offsets, torch.arange(len(offsets)))
     counts = (sizes + rows - 1) // rows
     first_of_task = torch.cat([offsets.new_zeros(1), counts.cumsum(0)])
     task = torch.repeat_interleave(torch.arange(len(counts)), counts)
     starts = offsets[task] + rows * (torch.arange(len(task)) - first_of_task[task])
-    return Blocks(starts.tolist(), (offsets[task + 1] - starts).clamp(max=rows).tolist(), first_of_task)
+    return Blocks(torch.cat([starts, offsets[-1:]]), first_of_task)
 
 
 def block_means(
@@ -136,17 +136,15 @@ def block_means(
     if centre is not None:
         centre = centre.to(torch.promote_types(centre.dtype, dtype))
     blocks = make_blocks(offsets, BLOCK_ROWS)
-    ends = [*blocks.starts, int(offsets[-1])]
     sums, low = [], 0
-    while low < len(blocks.starts):
-        high = len(blocks.starts) if ends[-1] - ends[low] <= chunk_rows else low + 1
-        while high < len(blocks.starts) and ends[high + 1] - ends[low] <= chunk_rows:
-            high += 1
-        rows = features[ends[low] : ends[high]]
+    while low < len(blocks.ends) - 1:
+        # As many blocks as fit, and at least one.
+        high = int(torch.searchsorted(blocks.ends, blocks.ends[low] + chunk_rows, right=True)) - 1
+        ends = blocks.ends[low : max(low + 1, high) + 1]
+        rows = features[int(ends[0]) : int(ends[-1])]
         rows = rows.to(dtype) if centre is None else (rows - centre).to(dtype)
-        starts = torch.tensor(ends[low:high], device=features.device) - ends[low]
-        sums.append(_run_sums(rows, starts).double())
-        low = high
+        sums.append(_run_sums(rows, (ends[:-1] - ends[0]).to(features.device)).double())
+        low += len(ends) - 1
     block_sums = torch.cat(sums)
     if len(block_sums) > len(offsets) - 1:
         block_sums = _run_sums(block_sums, blocks.first_of_task[:-1].to(features.device))

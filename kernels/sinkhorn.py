@@ -1,6 +1,5 @@
 """Sinkhorn divergences between a target and many ragged tasks."""
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -11,7 +10,8 @@ from torch import Tensor
 from headstart.kernels.engine.ground_cost import Cost, Points, add_gradient
 from headstart.kernels.engine.precision import EXACT, PRECISIONS, exact_products, resolve_precision
 from headstart.kernels.engine.sweep import DEFAULT_MEMORY
-from headstart.kernels.engine.transport import Settings, Solution, check_memory, solve
+from headstart.kernels.engine.terms import terms_of_tasks
+from headstart.kernels.engine.transport import Settings, solve
 from headstart.kernels.ragged import RaggedTasks, check_alike, check_finite
 
 _SAMPLE = 1024
@@ -23,8 +23,9 @@ class SinkhornResult(NamedTuple):
 
     distances: Tensor
     """[T], in the dtype of the precision."""
-    epsilon: float
-    """The regularisation, in units of the cost |x - y|^p / p: distances at another cannot be compared with these."""
+    epsilon: Tensor
+    """The regularisation, [] float64 on the CPU, in units of the cost |x - y|^p / p: distances at another cannot be
+    compared with these."""
     num_iterations: Tensor
     """Of the cross terms at that epsilon, [T] int64."""
     errors: Tensor
@@ -57,7 +58,7 @@ def sinkhorn_distances(
     tasks: RaggedTasks,
     *,
     p: Literal[1, 2] = 2,
-    epsilon: float | None = None,
+    epsilon: float | Tensor | None = None,
     tolerance: float = 1e-3,
     max_iterations: int = 1000,
     precision: str | None = None,
@@ -75,10 +76,10 @@ def sinkhorn_distances(
         result.distances, result.converged          # a warning says so where an iteration did not converge
         sinkhorn_distances(target, tasks, epsilon=result.epsilon)
 
-    `epsilon` None takes (median / 10)^p of the target's own pairwise distances (`default_epsilon`), one value for all
-    tasks: about a fiftieth of a typical cost for p = 2. The time grows as it shrinks. The iteration ends when the L1
-    error of a plan's marginals is at most `tolerance`, or after `max_iterations` at epsilon (those of the annealing,
-    log4(largest cost / epsilon), not counted).
+    `epsilon` None takes that of the self terms or, without them, (median / 10)^p of the target's own pairwise distances
+    (`default_epsilon`), one value for all tasks: about a fiftieth of a typical cost for p = 2. The time grows as it
+    shrinks. The iteration ends when the L1 error of a plan's marginals is at most `tolerance`, or after
+    `max_iterations` at epsilon (those of the annealing, log4(largest cost / epsilon), not counted).
     `precision` is "fp32" or "fp64" (default: as the features, and fp32 for 16-bit ones), and is the dtype of the
     distances. `memory` bounds, in bytes, what is held beside the inputs and what is as long as T, N or the sum of n_t
     (default 256 MiB). Costs that fit are held, others are computed again in every iteration; that changes the result
@@ -95,19 +96,15 @@ def sinkhorn_distances(
     p or epsilon; rows so far apart that squares overflow.
     """
     check_alike(target, tasks)
-    settings = make_settings(target, p, epsilon, tolerance, max_iterations, precision, memory)
-    kept = check_self_terms(self_terms, tasks, p, settings)
-    options = (p, settings.epsilon, tolerance, max_iterations, precision_of(settings), settings.memory)
-    if kept is None:
-        values, errors = _self_values(tasks.features, tasks.offsets, *options)
-    else:
-        values, errors = kept.values.to(target.device), kept.errors.to(target.device)
-    cross, own, iterations, cross_errors, own_errors, *_ = _transports(target, tasks.features, tasks.offsets, *options)
+    options = checked_options(target.dtype, p, tolerance, max_iterations, precision, memory)
+    at = resolve_epsilon(target, p, epsilon, options.memory, self_terms)
+    how = (p, at, *options)
+    kept = check_self_terms(self_terms, tasks, p, epsilon, options.precision)
+    values, errors = _self_values(tasks.features, tasks.offsets, *how) if kept is None else kept
+    cross, own, iterations, cross_errors, own_errors, *_ = _transports(target, tasks.features, tasks.offsets, *how)
     distances = (cross - (own + values) / 2).clamp(min=0)  # what the errors leave of a value that cannot be negative
     errors = torch.maximum(torch.maximum(cross_errors, own_errors), errors)
-    return SinkhornResult(
-        distances.to(settings.dtype), settings.epsilon, iterations, errors, errors <= settings.tolerance
-    )
+    return SinkhornResult(distances.to(PRECISIONS[options.precision]), at, iterations, errors, errors <= tolerance)
 
 
 @torch.library.custom_op("headstart::sinkhorn_transports", mutates_args=())
@@ -116,7 +113,7 @@ def _transports(
     features: Tensor,
     offsets: Tensor,
     p: int,
-    epsilon: float,
+    epsilon: Tensor,
     tolerance: float,
     max_iterations: int,
     precision: str,
@@ -124,7 +121,7 @@ def _transports(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(OT(x, y) [T], OT(x, x) [1], iterations [T], the errors of both, the potentials of y [M] and of x [N])."""
     check_finite(target)
-    settings = Settings(epsilon, tolerance, max_iterations, PRECISIONS[precision], memory)
+    settings = Settings(float(epsilon), tolerance, max_iterations, PRECISIONS[precision], memory)
     cost, own = Cost(p), as_points(target)
     itself, cross = solve(own, None, cost, settings), solve(Points(features, offsets), own, cost, settings)
     warn_of(torch.maximum(cross.errors, itself.errors), settings)
@@ -161,20 +158,20 @@ def _gradient(
     weights: Tensor,
     own_weight: Tensor,
     p: int,
-    epsilon: float,
+    epsilon: Tensor,
     precision: str,
     memory: int,
 ) -> Tensor:
     """sum_t w_t dOT(x, y_t)/dx + w dOT(x, x)/dx at the potentials of the optimum, [N, D] as the target."""
-    cost, sources, own = Cost(p), Points(features, offsets), as_points(target)
+    cost, sources, own, at = Cost(p), Points(features, offsets), as_points(target), float(epsilon)
     out, cuts = torch.zeros(target.shape, dtype=PRECISIONS[precision], device=target.device), offsets.tolist()
     with exact_products(target.device):
         for t, weight in enumerate(weights.tolist()):
             if weight:
                 rows, part = sources.only(t), potentials[cuts[t] : cuts[t + 1]]
-                add_gradient(out, weight, rows, own, part, epsilon, cost, memory)
+                add_gradient(out, weight, rows, own, part, at, cost, memory)
         # Both sides of OT(x, x) move: each has the gradient of one.
-        add_gradient(out, 2 * float(own_weight), own, own, own_potentials, epsilon, cost, memory)
+        add_gradient(out, 2 * float(own_weight), own, own, own_potentials, at, cost, memory)
     return out.to(target.dtype)
 
 
@@ -184,12 +181,13 @@ def _(target: Tensor, *_: object) -> Tensor:
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    target, features, offsets, ctx.p, ctx.epsilon, _, _, ctx.precision, ctx.memory = inputs
-    ctx.save_for_backward(target, features, offsets, *output[5:])
+    target, features, offsets, ctx.p, epsilon, _, _, ctx.precision, ctx.memory = inputs
+    ctx.save_for_backward(target, features, offsets, *output[5:], epsilon)
 
 
 def _backward(ctx: Any, weights: Tensor, own_weight: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    moved = _gradient(*ctx.saved_tensors, weights, own_weight, ctx.p, ctx.epsilon, ctx.precision, ctx.memory)
+    *saved, epsilon = ctx.saved_tensors
+    moved = _gradient(*saved, weights, own_weight, ctx.p, epsilon, ctx.precision, ctx.memory)
     return moved, *[None] * 8
 
 
@@ -201,14 +199,14 @@ def _self_values(
     features: Tensor,
     offsets: Tensor,
     p: int,
-    epsilon: float,
+    epsilon: Tensor,
     tolerance: float,
     max_iterations: int,
     precision: str,
     memory: int,
 ) -> tuple[Tensor, Tensor]:
     """OT(y, y) of each task and its error, [T] float64 both."""
-    settings = Settings(epsilon, tolerance, max_iterations, PRECISIONS[precision], memory)
+    settings = Settings(float(epsilon), tolerance, max_iterations, PRECISIONS[precision], memory)
     solution = solve(Points(features, offsets), None, Cost(p), settings)
     warn_of(solution.errors, settings)
     return solution.values, solution.errors
@@ -223,7 +221,7 @@ def _(features: Tensor, offsets: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 def sinkhorn_self_terms(
     tasks: RaggedTasks,
     *,
-    epsilon: float,
+    epsilon: float | Tensor,
     p: Literal[1, 2] = 2,
     tolerance: float = 1e-3,
     max_iterations: int = 1000,
@@ -231,8 +229,17 @@ def sinkhorn_self_terms(
     memory: int | None = None,
 ) -> SinkhornSelfTerms:
     """The self terms of T tasks, for `sinkhorn_distances(..., self_terms=...)` with many targets at one epsilon."""
-    settings = make_settings(tasks.features, p, epsilon, tolerance, max_iterations, precision, memory)
-    return self_terms_of(Points(tasks.features, tasks.offsets), Cost(p), settings, None)
+    options = checked_options(tasks.features.dtype, p, tolerance, max_iterations, precision, memory)
+    at = resolve_epsilon(tasks.features, p, epsilon, options.memory, None)
+    values, errors = _self_values(tasks.features, tasks.offsets, p, at, *options)
+    return SinkhornSelfTerms(
+        values=values,
+        errors=errors,
+        sizes=tasks.sizes,
+        precision=options.precision,
+        p=p,
+        epsilon=float(at),
+    )
 
 
 @torch.no_grad()
@@ -256,72 +263,90 @@ def default_epsilon(target: Tensor, p: Literal[1, 2] = 2, memory: int | None = N
     return ((float(apart.median()) if len(apart) else 1.0) / 10) ** p
 
 
-def make_settings(
-    features: Tensor,
-    p: int,
-    epsilon: float | None,
-    tolerance: float,
-    max_iterations: int,
-    precision: str | None,
-    memory: int | None,
-) -> Settings:
-    """The settings as checked, with what None stands for in its place."""
+class Options(NamedTuple):
+    """What the iteration is told beside p and epsilon, in the order in which operators take it."""
+
+    tolerance: float
+    max_iterations: int
+    precision: str
+    memory: int
+
+
+def checked_options(
+    dtype: torch.dtype, p: int, tolerance: float, max_iterations: int, precision: str | None, memory: int | None
+) -> Options:
+    """The options as checked, with what None stands for in its place."""
     if p not in (1, 2):
         raise ValueError(f"p is {p!r}; accepted: 1, 2")
-    precision = resolve_precision(precision, features.dtype, EXACT)
+    precision = resolve_precision(precision, dtype, EXACT)
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance is {tolerance}; accepted: more than 0 and less than 1, the sum of the weights")
     if max_iterations < 1:
         raise ValueError(f"max_iterations is {max_iterations}; accepted: at least 1")
-    bound = DEFAULT_MEMORY if memory is None else memory
+    return Options(tolerance, max_iterations, precision, DEFAULT_MEMORY if memory is None else memory)
+
+
+def resolve_epsilon(
+    target: Tensor, p: int, epsilon: float | Tensor | None, memory: int, kept: SinkhornSelfTerms | None
+) -> Tensor:
+    """Epsilon as given, else that of the self terms, else the target's default; [] float64 on the CPU."""
     if epsilon is None:
-        epsilon = default_epsilon(features, 1 if p == 1 else 2, bound)
-    if not (epsilon > 0 and math.isfinite(epsilon)):
-        raise ValueError(f"epsilon is {epsilon}; accepted: a positive number, or None to take it from the target")
-    settings = Settings(float(epsilon), tolerance, max_iterations, PRECISIONS[precision], bound)
-    check_memory(features, Cost(p), settings)
-    return settings
+        epsilon = _default_epsilon(target.detach(), p, memory) if kept is None else kept.epsilon
+    checked: Tensor = _checked_epsilon(torch.as_tensor(epsilon, dtype=torch.float64))
+    return checked
+
+
+# Operators, because what follows from values would break a compiled graph.
+@torch.library.custom_op("headstart::default_epsilon", mutates_args=())
+def _default_epsilon(target: Tensor, p: int, memory: int) -> Tensor:
+    return torch.tensor(default_epsilon(target, 1 if p == 1 else 2, memory), dtype=torch.float64)
+
+
+@_default_epsilon.register_fake
+def _(target: Tensor, p: int, memory: int) -> Tensor:
+    return torch.empty((), dtype=torch.float64)
+
+
+@torch.library.custom_op("headstart::checked_epsilon", mutates_args=())
+def _checked_epsilon(epsilon: Tensor) -> Tensor:
+    given = epsilon.to("cpu", copy=True)
+    if given.ndim or not (given > 0 and given.isfinite()):
+        raise ValueError(f"epsilon is {given.tolist()}; accepted: a positive number, or None to take the target's")
+    return given
+
+
+@_checked_epsilon.register_fake
+def _(epsilon: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.float64)
 
 
 def check_self_terms(
-    kept: SinkhornSelfTerms | None, tasks: RaggedTasks, p: int, settings: Settings, label_distance: str | None = None
-) -> SinkhornSelfTerms | None:
-    """The self terms as given, or a ValueError where they are those of something else."""
+    kept: SinkhornSelfTerms | None,
+    tasks: RaggedTasks,
+    p: int,
+    epsilon: float | Tensor | None,
+    precision: str,
+    label_distance: str | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Values and errors of the self terms, [T] each, or a ValueError where they are those of something else."""
     if kept is None:
         return None
-    wanted = (precision_of(settings), p, settings.epsilon, label_distance)
+    wanted = (precision, p, kept.epsilon if epsilon is None else float(epsilon), label_distance)
     given = (kept.precision, kept.p, kept.epsilon, kept.label_distance)
-    if given != wanted or not torch.equal(kept.sizes, tasks.sizes):
+    if given != wanted:
         names = "precision {}, p {}, epsilon {}, label distance {}"
         raise ValueError(
             f"self terms are those of {len(kept.sizes)} tasks with {names.format(*given)}; accepted: those of these "
             f"{tasks.num_tasks} tasks with {names.format(*wanted)}"
         )
-    return kept
-
-
-def precision_of(settings: Settings) -> str:
-    """The name of the settings' dtype."""
-    return "fp64" if settings.dtype == torch.float64 else "fp32"
+    device = tasks.features.device
+    values, errors = (terms_of_tasks(v.to(device), kept.sizes, tasks.offsets) for v in (kept.values, kept.errors))
+    return values, errors
 
 
 def as_points(features: Tensor) -> Points:
     """One set."""
     return Points(features.detach(), torch.tensor([0, len(features)]))
-
-
-def debiased(
-    cross: Solution, itself: Solution, kept: SinkhornSelfTerms, settings: Settings, *, clamp: bool
-) -> SinkhornResult:
-    """OT(x, y) - (OT(x, x) + OT(y, y)) / 2, and a warning where one of them did not converge."""
-    device = cross.values.device
-    distances = cross.values - (itself.values + kept.values.to(device)) / 2
-    if clamp:
-        distances.clamp_(min=0)  # what the errors leave of a value that cannot be negative
-    errors = torch.maximum(torch.maximum(cross.errors, itself.errors), kept.errors.to(device))
-    warn_of(errors, settings)
-    converged = errors <= settings.tolerance
-    return SinkhornResult(distances.to(settings.dtype), settings.epsilon, cross.num_iterations, errors, converged)
 
 
 def warn_of(errors: Tensor, settings: Settings) -> None:
@@ -335,17 +360,3 @@ def warn_of(errors: Tensor, settings: Settings) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
-
-
-def self_terms_of(points: Points, cost: Cost, settings: Settings, label_distance: str | None) -> SinkhornSelfTerms:
-    """OT of each set with itself."""
-    solution = solve(points, None, cost, settings)
-    return SinkhornSelfTerms(
-        values=solution.values,
-        errors=solution.errors,
-        sizes=points.offsets.diff(),
-        precision=precision_of(settings),
-        p=cost.p,
-        epsilon=settings.epsilon,
-        label_distance=label_distance,
-    )

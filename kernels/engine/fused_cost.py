@@ -18,6 +18,7 @@ class FusedCosts(Recomputed):
     def __init__(self, rows: Points, columns: Points, cost: Cost, memory: int) -> None:
         super().__init__(rows, columns, cost, torch.float32, memory)
         self._memory = memory // 2
+        self.planned = memory
         pitch = (rows.features.shape[1] + 63) // 64 * 64
         self._operands = [make_operand(side.features, self._centre[0], "fp32", pitch) for side in (rows, columns)]
 

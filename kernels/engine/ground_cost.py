@@ -80,6 +80,8 @@ class Costs(ABC):
     dtype: torch.dtype
     sweeps: int
     """Iterations worth doing before the error is looked at."""
+    planned: int
+    """Bytes that they will hold at most, beside what is as long as the sets."""
 
     @abstractmethod
     def largest(self) -> Tensor:
@@ -104,6 +106,34 @@ class Costs(ABC):
         """`count` over-relaxed iterations: f, g, and the sum of both marginal errors as the last one found it, [B]."""
 
 
+def choose_path(
+    rows: Points,
+    columns: Points | None,
+    members: list[int],
+    width: int | None,
+    cost: Cost,
+    dtype: torch.dtype,
+    memory: int,
+) -> tuple[str, str]:
+    """The path of `dispatch` on which the costs of these sets are made, and the reason."""
+    if width is not None:
+        return "eager", "costs fit in the memory"
+    # The rule of what is recomputed: with D below it, products in registers are cheaper than what they would be read.
+    path, reason = dispatch.choose(rows.features.device, "bf16", rows.features.shape[1])
+    if path == "fused":
+        from headstart.kernels.engine.fused_cost import FusedCosts  # Triton, which other paths do not need
+
+        pair = rows.only(members[0])
+        if not FusedCosts.fit(pair, columns or pair, cost, dtype, memory):
+            return (
+                "eager",
+                "costs do not fit in the memory; fused has none of p = 1, labels, fp64 or so many rows",
+            )
+    elif path == "streamed":
+        path, reason = "eager", f"streamed has no costs; {reason}"
+    return path, f"costs do not fit in the memory; {reason}"
+
+
 def make_costs(
     rows: Points,
     columns: Points | None,
@@ -112,20 +142,19 @@ def make_costs(
     cost: Cost,
     dtype: torch.dtype,
     memory: int,
+    path: str = "eager",
 ) -> Costs:
-    """Costs of the sets `members` to the one set of columns (None: each to itself).
+    """Costs of the sets `members` to the one set of columns (None: each to itself), on the path of `choose_path`.
 
     Held and padded to `width` rows; or, where that is None, of the one member, recomputed within the memory.
     """
     if width is not None:
         return _Held(rows, columns, members, width, cost, dtype)
     pair = rows.only(members[0])
-    path = dispatch.choose(pair.features.device, "bf16", pair.features.shape[1])[0]  # the rule of what is recomputed
     if path == "fused":
-        from headstart.kernels.engine.fused_cost import FusedCosts  # Triton, which other paths do not need
+        from headstart.kernels.engine.fused_cost import FusedCosts
 
-        if FusedCosts.fit(pair, columns or pair, cost, dtype, memory):
-            return FusedCosts(pair, columns or pair, cost, memory)
+        return FusedCosts(pair, columns or pair, cost, memory)
     return Recomputed(pair, columns or pair, cost, dtype, memory)
 
 
@@ -156,6 +185,8 @@ class _Held(Costs):
         self, rows: Points, columns: Points | None, members: list[int], width: int, cost: Cost, dtype: torch.dtype
     ) -> None:
         self.dtype = dtype
+        fixed, each = held_bytes(rows.features, width, None if columns is None else len(columns.features), dtype, cost)
+        self.planned = fixed + len(members) * each
         offsets = rows.offsets.tolist()
         starts, sizes = [offsets[t] for t in members], [offsets[t + 1] - offsets[t] for t in members]
         if columns is None:
@@ -237,6 +268,7 @@ class Recomputed(Costs):
         self._size = _CHUNK_ROWS
         while self._size > LEAST_CHUNK and chunk_bytes(rows.features, self._size, dtype, self._cost) > memory:
             self._size //= 2
+        self.planned = chunk_bytes(rows.features, self._size, dtype, self._cost)
         counts, device = [len(side.features) for side in self._sides], rows.features.device
         weights = [torch.full((1, n), -math.log(n), dtype=dtype, device=device) for n in counts]
         self.row_log_weights, self.column_log_weights = weights

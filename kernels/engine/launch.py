@@ -103,42 +103,6 @@ def row_logsumexp(
     return torch.cat(results)
 
 
-def task_logsumexp(
-    x: Operand, y: Operand, offsets: Tensor, h: Tensor, *,
-    inv_epsilon: float, p: Literal[1, 2], precision: str, path: Path, memory: int,
-) -> Tensor:  # fmt: skip
-    """The other way round: over the rows i of x, with h [T, N], for each row of y of task t, [offsets[-1]] float32."""
-    job = _Job("lse", precision, inv_epsilon=inv_epsilon, p=p)
-    num_blocks = -(-len(x.squares) // _bn(x, job, path))
-    results = []
-    for low, high in _byte_chunks(offsets.diff() * num_blocks * 8, memory, 2):
-        some = offsets[low : high + 1]
-        part = job._replace(h=h[low:high].flatten(), h_stride=len(x.squares))
-        sweep = _Sweep(y, x, some, _whole(x), part, path, memory, share=2)
-        values = torch.empty(num_blocks, int(some[-1] - some[0]), dtype=torch.float32, device=h.device)
-        sweep.rows(values)
-        results.append(torch.logsumexp(values, 0))
-    return torch.cat(results)
-
-
-def own_logsumexp(
-    y: Operand, offsets: Tensor, h: Tensor, *,
-    inv_epsilon: float, p: Literal[1, 2], precision: str, path: Path, memory: int,
-) -> Tensor:  # fmt: skip
-    """As `row_logsumexp` for each task of y with itself: h [offsets[-1]], result [offsets[-1]] float32."""
-    job = _Job("lse", precision, h=h.contiguous(), inv_epsilon=inv_epsilon, p=p)
-    num_blocks = -(-offsets.diff() // _bn(y, job, path))
-    results = []
-    for low, high in _byte_chunks(offsets.diff() * num_blocks.max() * 8, memory, 2):
-        some = offsets[low : high + 1]
-        sweep = _Sweep(y, y, some, some, job, path, memory, share=2, own=True)
-        shape = (int(num_blocks[low:high].max()), int(some[-1] - some[0]))
-        values = torch.full(shape, float("-inf"), dtype=torch.float32, device=h.device)
-        sweep.rows(values)
-        results.append(torch.logsumexp(values, 0))
-    return torch.cat(results)
-
-
 class _Job(NamedTuple):
     """An epilogue with its parameters."""
 
@@ -146,8 +110,6 @@ class _Job(NamedTuple):
     precision: str
     coefficients: Tensor | None = None
     h: Tensor | None = None
-    h_stride: int = 0
-    """h of a pair is h[y row + h_stride * the task of the x row]."""
     inv_epsilon: float = 0.0
     p: int = 2
 
@@ -190,11 +152,10 @@ class _Sweep:
         self, x: Operand, y: Operand, x_offsets: Tensor, y_offsets: Tensor, job: _Job, path: Path, memory: int,
         *, share: int = 1, own: bool = False,
     ) -> None:  # fmt: skip
-        self.x, self.y, self.job, self.path, self.own = x, y, job, path, own
+        self.x, self.y, self.job, self.path = x, y, job, path
         self.memory, self.share = memory, share  # of the memory, one part in `share` is for this
         self.device, self.pitch = x.high.device, x.high.shape[1]
         self.config = _config(x, job.precision, path)
-        self.x_low, self.width = int(x_offsets[0]), int(x_offsets[-1] - x_offsets[0])
         for operand in (x, y):
             if self.pitch % 64 or operand.high.shape[1] != self.pitch or not operand.high.is_contiguous():
                 raise ValueError(
@@ -230,11 +191,11 @@ class _Sweep:
         return _run_sums(torch.cat(sums), self.y_units.first_of_task.diff())
 
     def rows(self, values: Tensor, indices: Tensor | None = None) -> None:
-        """A number for each row of x and block of y into values [R, width], R = num_blocks or, own, a task's most."""
+        """A number for each block of y and row of x, all of them, into values [num_blocks, N]."""
         # The row of `values` at which a unit's first block belongs.
         units = self.y_units
         within = (torch.arange(len(units.starts)) - units.first_of_task[units.tasks]) * self.blocks_of_unit
-        places = (within if self.own else within + self.first_block[units.tasks]) * self.width - self.x_low
+        places = (within + self.first_block[units.tasks]) * len(self.x.squares)
         with _on(self.device):
             if self.path == "fused":
                 places = places.to(self.device)
@@ -267,7 +228,7 @@ class _Sweep:
         return values, lengths
 
     def _tables(self, low: int, high: int, places: Tensor) -> Iterator[Tensor]:
-        """The tiles of units low up to high of y, [num_tiles, 6] int64, one table for each group of x in the cache.
+        """The tiles of units low up to high of y, [num_tiles, 5] int64, one table for each group of x in the cache.
 
         `places` [U]: where the results of a unit of y start.
         """
@@ -288,11 +249,10 @@ class _Sweep:
             number = torch.arange(total, device=self.device) - starts[unit]  # of x among those that this unit meets
             unit += low
             other = firsts[unit] + number
-            table = torch.empty(total, 6, dtype=torch.int64, device=self.device)
+            table = torch.empty(total, 5, dtype=torch.int64, device=self.device)
             table[:, 0], table[:, 1] = x.starts[other], x.sizes[other]
             table[:, 2], table[:, 3] = y.starts[unit], y.sizes[unit]
-            table[:, 4] = y.starts[unit] + self.job.h_stride * x.tasks[other]
-            table[:, 5] = places[unit] + (number if sums else x.starts[other])
+            table[:, 4] = places[unit] + (number if sums else x.starts[other])
             yield table
 
     def _launch(self, table: Tensor, values: Tensor, indices: Tensor | None) -> None:
@@ -324,7 +284,7 @@ class _Sweep:
 
     def _products(self, low: int, high: int) -> Iterator["_Product"]:
         """The products of units low up to high of y: each good until the next is asked for."""
-        x_starts, x_sizes, x_tasks = (part.tolist() for part in self.x_units[:3])
+        x_starts, x_sizes = (part.tolist() for part in self.x_units[:2])
         y_starts, y_sizes = (part.tolist() for part in self.y_units[:2])
         firsts, counts = self.firsts.tolist(), self.counts.tolist()
         buffer = torch.empty(self._buffer_size(), dtype=torch.float32, device=self.device)
@@ -342,8 +302,7 @@ class _Sweep:
                         torch.mm(x_side, y_side.T, out_dtype=torch.float32, out=values)
                     else:
                         torch.mm(x_side, y_side.T, out=values)
-                    h_start = y_starts[b] + self.job.h_stride * x_tasks[i]
-                    yield _Product(values, b, x_starts[i], y_starts[b], h_start)
+                    yield _Product(values, b, x_starts[i], y_starts[b])
 
     def _buffer_size(self) -> int:
         """Numbers in the largest product; ValueError if that and the operands beside it pass the bound."""
@@ -362,11 +321,11 @@ class _Sweep:
         """The tiles of one product into values, which start at its first result."""
         job, config = self.job, self.config
         num_rows, num_columns = product.values.shape
-        h = None if job.h is None else job.h[product.h_start :]
+        h = None if job.h is None else job.h[product.y_start :]
         finish_kernel[(-(-num_rows // config.bm), -(-num_columns // config.bn))](
             product.values, self.x.squares[product.x_start :], self.y.squares[product.y_start :], h, job.coefficients,
-            values, indices, num_rows, num_columns, product.y_start, product.values.stride(0) // 256, self.width,
-            job.inv_epsilon, **job.constants(self.pitch), BM=config.bm, BN=config.bn,
+            values, indices, num_rows, num_columns, product.y_start, product.values.stride(0) // 256,
+            len(self.x.squares), job.inv_epsilon, **job.constants(self.pitch), BM=config.bm, BN=config.bn,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -379,7 +338,6 @@ class _Product(NamedTuple):
     y_unit: int
     x_start: int
     y_start: int
-    h_start: int
 
 
 def _config(operand: Operand, precision: str, path: Path) -> Config:

@@ -104,7 +104,7 @@ def tile_kernel(
     y_high,
     y_low,
     y_squares,
-    table,  # [num_tiles, 6] int64: start and rows in x, start and rows in y, start in h, start in the result
+    table,  # [num_tiles, 5] int64: start and rows in x, start and rows in y (and in h), start in the result
     h,
     coefficients,
     values,
@@ -122,11 +122,11 @@ def tile_kernel(
     INTERPRET: tl.constexpr,
 ):
     """One program a tile. PITCH is a multiple of BK."""
-    table += tl.program_id(0).to(tl.int64) * 6
+    table += tl.program_id(0).to(tl.int64) * 5
     # int64, all of them: a start times PITCH passes 2^31 at 2 million rows of 1024.
     x_start, x_rows = tl.load(table), tl.load(table + 1).to(tl.int32)
     y_start, y_rows = tl.load(table + 2), tl.load(table + 3).to(tl.int32)
-    h_start, out_start = tl.load(table + 4), tl.load(table + 5)
+    out_start = tl.load(table + 4)
 
     # A row beyond the block is read as the block's last one, so that no load leaves the tensor and none has a mask.
     rows = tl.minimum(tl.arange(0, BM), x_rows - 1)
@@ -146,7 +146,7 @@ def tile_kernel(
     weights = None
     if h is not None:
         every = tl.arange(0, BN)
-        weights = tl.load(h + h_start + every, mask=every < y_rows, other=float("-inf"))
+        weights = tl.load(h + y_start + every, mask=every < y_rows, other=float("-inf"))
     products = tl.zeros([BM, BN], tl.float32)
     for k in range(0, PITCH, BK):
         x, y = tl.load(x_pointers + k), tl.load(y_pointers + k)

@@ -98,18 +98,22 @@ def means_of_pairs(
         centre = needed_centre(tasks, precision, path)
     else:
         check_self_terms(self_terms, kind, tasks, precision, path, bandwidths)
-        centre = self_terms.centre
+        centre = None if self_terms.centre is None else self_terms.centre.to(target.device)
     how = (centre, coefficients_of(bandwidths), kind, precision, memory)
     # The cross terms first: they refuse a bound that is too small for any of the three.
     cross: Tensor = pair_sums(target, tasks.features, tasks.offsets, *how)
     own: Tensor = own_sums(target, torch.tensor([0, len(target)]), *how)
-    theirs: Tensor = own_sums(tasks.features, tasks.offsets, *how) if self_terms is None else self_terms.sums
+    theirs: Tensor
+    if self_terms is None:
+        theirs = own_sums(tasks.features, tasks.offsets, *how)
+    else:
+        theirs = terms_of_tasks(self_terms.sums.to(target.device), self_terms.sizes, tasks.offsets)
     num_target, sizes = float(len(target)), tasks.sizes.to(target.device, torch.float64)
     less, itself = float(unbiased), float(kind == "rbf")  # v of a row and itself: distance 0, kernel 1
     return Means(
         cross / (num_target * sizes),
         (own - less * itself * num_target) / (num_target * (num_target - less)),
-        (theirs.to(target.device) - less * itself * sizes) / (sizes * (sizes - less)),
+        (theirs - less * itself * sizes) / (sizes * (sizes - less)),
         PRECISIONS[precision],
     )
 
@@ -149,7 +153,9 @@ def needed_centre(tasks: RaggedTasks, precision: str, path: str) -> Tensor | Non
 def check_self_terms(
     terms: SelfTerms, kind: str, tasks: RaggedTasks, precision: str, path: str, bandwidths: Tensor | None = None
 ) -> None:
-    """Refuse, with a ValueError, self terms of other tasks or that were computed otherwise."""
+    """Refuse, with a ValueError, self terms that were computed otherwise."""
+    if terms.centre is not None and terms.centre.shape != tasks.features.shape[1:]:
+        raise ValueError(f"self terms have a centre {list(terms.centre.shape)}; accepted: [{tasks.num_features}]")
     for name, given, accepted in (
         ("kind", terms.kind, kind),
         ("precision", terms.precision, precision),
@@ -158,13 +164,26 @@ def check_self_terms(
     ):
         if not _same(given, accepted):
             raise ValueError(f"self terms have {name} {given}; accepted: {accepted}")
-    if len(terms.sizes) != tasks.num_tasks:
-        raise ValueError(f"self terms are of {len(terms.sizes)} tasks; accepted: those of these {tasks.num_tasks}")
-    if not torch.equal(terms.sizes, tasks.sizes):
-        t = int((terms.sizes != tasks.sizes).nonzero()[0])
-        raise ValueError(
-            f"the self term of task {t} is that of {int(terms.sizes[t])} rows; accepted: of its {int(tasks.sizes[t])}"
-        )
+
+
+@torch.library.custom_op("headstart::terms_of_tasks", mutates_args=())
+def terms_of_tasks(terms: Tensor, sizes: Tensor, offsets: Tensor) -> Tensor:
+    """Terms [T] that were kept for tasks of these sizes [T], or a ValueError where the tasks of offsets have others.
+
+    An operator, because what follows from values would break a compiled graph.
+    """
+    now = offsets.diff()
+    if len(sizes) != len(now):
+        raise ValueError(f"self terms are of {len(sizes)} tasks; accepted: those of these {len(now)}")
+    if not torch.equal(sizes, now):
+        t = int((sizes != now).nonzero()[0])
+        raise ValueError(f"the self term of task {t} is that of {int(sizes[t])} rows; accepted: of its {int(now[t])}")
+    return terms.clone()
+
+
+@terms_of_tasks.register_fake
+def _(terms: Tensor, sizes: Tensor, offsets: Tensor) -> Tensor:
+    return torch.empty_like(terms)
 
 
 def coefficients_of(bandwidths: Tensor | None) -> Tensor:
@@ -173,6 +192,8 @@ def coefficients_of(bandwidths: Tensor | None) -> Tensor:
 
 
 def _same(one: object, other: object) -> bool:
+    if one is other:  # a comparison of values would break a compiled graph
+        return True
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
-    return one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other)
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other

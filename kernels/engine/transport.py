@@ -25,7 +25,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, Costs, Points, chunk_bytes, held_bytes, make_costs
+from headstart.kernels import dispatch
+from headstart.kernels.engine.ground_cost import (
+    LEAST_CHUNK,
+    Cost,
+    Costs,
+    Points,
+    choose_path,
+    chunk_bytes,
+    held_bytes,
+    make_costs,
+)
 from headstart.kernels.engine.precision import exact_products
 
 _ANNEALING = 0.25
@@ -50,6 +60,11 @@ class Settings(NamedTuple):
     """Of costs and potentials."""
     memory: int
     """Bytes that may be held beside inputs and what is as long as they are."""
+
+    @property
+    def precision(self) -> str:
+        """The name of the dtype."""
+        return "fp64" if self.dtype == torch.float64 else "fp32"
 
 
 class Solution(NamedTuple):
@@ -76,11 +91,18 @@ def solve(rows: Points, columns: Points | None, cost: Cost, settings: Settings) 
         torch.zeros(num_sets, dtype=torch.float64, device=device),
         torch.zeros(len(rows.features), dtype=settings.dtype, device=device),
     )
-    with exact_products(device):
-        for members, width in _batches(rows, columns, cost, settings):
-            costs = make_costs(rows, columns, members, width, cost, settings.dtype, settings.memory)
-            _iterate(costs, rows.offsets, torch.tensor(members), columns is None, settings, solution)
-            del costs  # before its successor is there
+    # What each path takes is watched, and reported, by itself.
+    paths: dict[tuple[str, str], list[tuple[list[int], int | None]]] = {}
+    for batch in _batches(rows, columns, cost, settings):
+        how = choose_path(rows, columns, *batch, cost, settings.dtype, settings.memory)
+        paths.setdefault(how, []).append(batch)
+    for (path, reason), batches in paths.items():
+        with dispatch.Watch("transports", device, path, reason, settings.precision) as watch, exact_products(device):
+            for members, width in batches:
+                costs = make_costs(rows, columns, members, width, cost, settings.dtype, settings.memory, path)
+                watch.planned = max(watch.planned, costs.planned)
+                _iterate(costs, rows.offsets, torch.tensor(members), columns is None, settings, solution)
+                del costs  # before its successor is there
     return solution
 
 

@@ -1,10 +1,12 @@
 """Inputs at odd sizes and where arithmetic is hard, and a list of cases that holds every pair of their values."""
 
+from collections.abc import Callable
 from itertools import combinations, product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import profile
 
 from headstart.kernels.engine.precision import stated_error
 from headstart.kernels.ragged import RaggedTasks
@@ -121,3 +123,16 @@ HALF_STEP = {"bf16": 2.0**-8, "tf32": 2.0**-11, "bf16x3": 2.0**-17}
 def rounding_error(x: Tensor, y: Tensor, precision: str, num_means: int) -> float:
     """The stated error, from the exact mean distance."""
     return stated_error(x, y, float(torch.cdist(x.double(), y.double()).mean()), precision, num_means=num_means)
+
+
+def held(call: Callable[[], Any]) -> tuple[Any, int]:
+    """What a call gives, and the most bytes that it holds on the CPU."""
+    with profile(profile_memory=True) as profiled:
+        result = call()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    assert most > 0
+    return result, most

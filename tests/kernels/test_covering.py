@@ -28,7 +28,11 @@ def where(request: pytest.FixtureRequest) -> Iterator[str]:
         yield device
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Many stripes, panels and batches.
+LARGE = pytest.param(Case(1500, 2500, 64, 300, "plain"), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", [*CASES, LARGE], ids=str)
 def test_fp32_against_the_definitions(case: Case, where: str):
     target, tasks = case.make(where)
     x, exact = target.double(), double(tasks)
@@ -56,7 +60,7 @@ def test_fp32_against_the_definitions(case: Case, where: str):
     _close(found.double(), naive.mmd_distances(x, exact, bandwidths), errors)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, LARGE], ids=str)
 def test_neighbours_against_the_definition(case: Case, where: str):
     target, tasks = case.make(where)
     k = min(3, len(tasks.features))
@@ -67,23 +71,6 @@ def test_neighbours_against_the_definition(case: Case, where: str):
     assert bool(((found.distances.double() - distances).abs() <= allowed + 1e-300).all())
     chosen = (target.double()[:, None] - tasks.features.double()[found.rows]).norm(dim=2)
     assert bool(((chosen - distances).abs() <= 2 * allowed + 1e-300).all())
-
-
-@pytest.mark.slow
-def test_a_large_case_of_each(where: str):
-    target, tasks = Case(5000, 6000, 200, 300, "plain").make(where)
-    x, exact = target.double(), double(tasks)
-    # The errors are those of the covering cases, at sizes of many stripes, panels and batches: 1e-5 of a distance.
-    for ours, definition in (
-        (energy_distances(target, tasks), naive.energy_distances(x, exact)),
-        (euclidean_distances(target, tasks), naive.euclidean_distances(x, exact)),
-        (euclidean_distances(target, tasks, form="pairs"), naive.euclidean_distances(x, exact, form="pairs")),
-    ):
-        torch.testing.assert_close(ours.double(), definition, rtol=1e-5, atol=1e-4)
-    found, bandwidths = mmd_distances(target, tasks)
-    torch.testing.assert_close(found.double(), naive.mmd_distances(x, exact, bandwidths), rtol=1e-4, atol=1e-6)
-    nearest = nearest_neighbours(target[::10], tasks, 5)
-    assert torch.equal(nearest.rows, naive.nearest_neighbours(x[::10], exact.features, 5)[1])
 
 
 def _distance_error(x: torch.Tensor, y: torch.Tensor, eager: bool) -> float:

@@ -5,8 +5,16 @@ import torch
 
 from headstart.kernels import dispatch
 from headstart.kernels.energy import energy_distances
+from headstart.kernels.engine.sweep import DEFAULT_MEMORY
+from headstart.kernels.euclidean import euclidean_distances
+from headstart.kernels.frechet import frechet_distances
+from headstart.kernels.label_aware import label_aware_distances
+from headstart.kernels.mmd import mmd_distances
 from headstart.kernels.neighbours import nearest_neighbours
+from headstart.kernels.prototype import prototype_distances
 from headstart.kernels.ragged import RaggedTasks
+from headstart.kernels.sinkhorn import sinkhorn_distances
+from tests.kernels.cases import held
 
 CUDA = torch.device("cuda")
 
@@ -43,19 +51,74 @@ def test_a_gpu_path_on_the_cpu_is_refused():
         energy_distances(x, RaggedTasks.from_list([x]))
 
 
-def test_a_report_tells_path_reason_and_memory(device: str):
-    x = torch.randn(300, 40, device=device)
-    tasks = RaggedTasks.from_list([x[:5], x[5:]])
-    with dispatch.report() as report:
-        energy_distances(x, tasks, memory=64 * 2**20)
-        nearest_neighbours(x, tasks)
-    # Energy distances are cross terms and two sets of self terms, in whichever order.
-    assert sorted(each.function for each in report) == ["neighbours", "own sums", "own sums", "pair sums"]
-    for each in report:
-        assert each.precision == "fp32"
+FUNCTIONS = {
+    "mean distances": euclidean_distances,
+    "pair sums": lambda x, t, **how: euclidean_distances(x, t, form="pairs", **how),
+    "energy": energy_distances,
+    "mmd": mmd_distances,
+    "neighbours": nearest_neighbours,
+    "prototype distances": lambda x, t, **how: prototype_distances(x, t, labels=thirds(x), **how),
+    "Fréchet distances": frechet_distances,
+    "transports": sinkhorn_distances,
+    "label-aware": lambda x, t, **how: label_aware_distances(x, t, labels=thirds(x), **how),
+}
+"""By what they report, where that is one thing."""
+
+
+def thirds(x: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(x), device=x.device) % 3
+
+
+def problem(device: str) -> tuple[torch.Tensor, RaggedTasks]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(700, 40, generator=generator).to(device)
+    sizes = torch.tensor([1, 5, 900, 64, 64, 300, 9])
+    features = torch.randn(int(sizes.sum()), 40, generator=generator).to(device)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    return x, RaggedTasks(features, offsets, thirds(features))
+
+
+@pytest.mark.parametrize("memory", [None, 3 * 2**22, 2**25], ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_reports_its_path_and_keeps_to_the_memory(name: str, memory: int | None, device: str):
+    x, tasks = problem(device)
+    with dispatch.report() as reports:
+        _, most = held(lambda: FUNCTIONS[name](x, tasks, memory=memory))
+    assert reports
+    names = {each.function for each in reports}
+    # Terms of a distance over pairs come in whichever order; label distances are Fréchet distances.
+    expected = {
+        "energy": {"pair sums", "own sums"},
+        "mmd": {"pair sums", "own sums"},
+        "label-aware": {"Fréchet distances", "transports"},
+    }
+    assert names == expected.get(name, {name})
+    bound = DEFAULT_MEMORY if memory is None else memory
+    for each in reports:
+        assert each.path == "eager"
         assert each.reason
-        assert 0 < each.peak_bytes <= 64 * 2**20
-    with dispatch.report() as report:
+        assert each.precision in ("fp32", "fp64")
+        assert 0 < each.peak_bytes <= bound
+    if device == "cpu" and name not in ("mmd", "label-aware"):
+        # Of a default bandwidth and of label distances more is held between the parts that report.
+        # What is as long as T, N or the sum of n_t comes on top: up to ten numbers of 8 bytes at a time, here.
+        assert most <= max(each.peak_bytes for each in reports) + 80 * (len(x) + len(tasks.features))
+
+
+def test_sinkhorn_tells_which_costs_it_holds(device: str):
+    x, tasks = problem(device)
+    fit, not_fit = "costs fit in the memory", "costs do not fit in the memory"
+    for memory, reasons in ((None, {fit}), (2**23, {fit, not_fit})):
+        with dispatch.report() as reports:
+            _, most = held(lambda memory=memory: sinkhorn_distances(x, tasks, epsilon=9.0, memory=memory))
+        assert {each.reason.split(";")[0] for each in reports} == reasons
+        if device == "cpu":
+            assert most <= max(each.peak_bytes for each in reports) + 80 * (len(x) + len(tasks.features))
+
+
+def test_nothing_is_reported_outside(device: str):
+    x, tasks = problem(device)
+    with dispatch.report() as reports:
         pass
     energy_distances(x, tasks)
-    assert report == []
+    assert reports == []

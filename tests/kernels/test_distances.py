@@ -157,20 +157,3 @@ def test_topk_takes_ties_by_index(device: str):
     for k in (0, 6):
         with pytest.raises(ValueError, match="accepted"):
             topk(torch.arange(5.0, device=device), k)
-
-
-@pytest.mark.parametrize("distance", [energy_distances, euclidean_distances], ids=["energy", "euclidean"])
-def test_bad_targets_are_refused(distance, device: str):
-    tasks = ragged((3, 5), 4, device)
-    bad = features(3, 4, 0, device)
-    bad[1, 2] = float("nan")
-    for target, said in (
-        (features(3, 5, 0, device), r"\[N, 4\]"),
-        (features(3, 4, 0, device)[:0], "no rows"),
-        (features(3, 4, 0, device, torch.float64), "float"),
-        (bad, "row 1"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            distance(target, tasks)
-    with pytest.raises(ValueError, match="precision"):
-        distance(features(3, 4, 0, device), tasks, precision="bf8")

@@ -40,7 +40,14 @@ def bound(c: float, epsilon: float, d: int, precision: str, tolerance: float) ->
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("n", "d", "sizes"),
-    [(40, 8, (1, 2, 23, 50)), (63, 64, (63, 5)), (2, 3, (1, 9)), (30, 1, (40,)), (20, 512, (1, 33))],
+    [
+        (40, 8, (1, 2, 23, 50)),
+        (63, 64, (63, 5)),
+        (2, 3, (1, 9)),
+        (30, 1, (40,)),
+        (20, 512, (1, 33)),
+        pytest.param(700, 64, (1, 1000, 257), marks=pytest.mark.slow),
+    ],
 )
 def test_parity_with_the_definition(n: int, d: int, sizes: tuple[int, ...], form: str, device: str):
     x, y = labelled(n, d, 4, 1, device)
@@ -143,9 +150,9 @@ def test_self_terms_can_be_kept_and_those_of_something_else_are_refused(device: 
     tasks = ragged([labelled(n, 6, 3, n, device) for n in (7, 30)])
     kept = label_aware_self_terms(tasks, epsilon=2.0)
     plain = label_aware_distances(x, tasks, labels=y, epsilon=2.0)
-    assert torch.equal(
-        label_aware_distances(x, tasks, labels=y, epsilon=2.0, self_terms=kept).distances, plain.distances
-    )
+    for epsilon in (2.0, None):  # None: that of the self terms
+        found = label_aware_distances(x, tasks, labels=y, epsilon=epsilon, self_terms=kept)
+        assert torch.equal(found.distances, plain.distances)
     with pytest.raises(ValueError, match="label distance sinkhorn"):
         label_aware_distances(x, tasks, labels=y, epsilon=2.0, self_terms=kept, label_distance="sinkhorn")
     with pytest.raises(ValueError, match="label distance None"):
@@ -175,3 +182,16 @@ def test_what_does_not_converge_is_reported(device: str):
     with pytest.warns(RuntimeWarning, match="did not converge"):
         found = label_aware_distances(x, ragged([labelled(60, 3, 2, 2, device)]), labels=y, max_iterations=1)
     assert not bool(found.converged[0])
+
+
+def test_below_0_it_is_the_definition_that_is():
+    # Two crosses, one turned by 45 degrees, an arm a class: their means agree, and the squared Bures distances of arms
+    # (1 - |cos|) are not negative definite. At an epsilon far above the costs what is left is half of their mean over
+    # pairs less that within: a clamp at 0 would hide it.
+    x = torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]], dtype=torch.float64)
+    turned = torch.tensor([[1, 1], [-1, -1], [-1, 1], [1, -1]], dtype=torch.float64) / 2**0.5
+    y, tasks = torch.tensor([0, 0, 1, 1]), RaggedTasks.from_list([turned], [torch.tensor([0, 0, 1, 1])])
+    found = float(label_aware_distances(x, tasks, labels=y, epsilon=10.0, tolerance=1e-9).distances[0])
+    assert found < -0.19
+    expected = naive.label_aware_distances(x, y, tasks, epsilon=10.0, num_iterations=100)
+    assert found == pytest.approx(float(expected[0]), abs=bound(2.0, 10.0, 2, "fp64", 1e-9))

@@ -10,7 +10,7 @@ from headstart.kernels.energy import energy_distances, energy_self_terms
 from headstart.kernels.engine.terms import SelfTerms
 from headstart.kernels.mmd import MEDIAN_ROWS, MULTIPLES, median_bandwidths, mmd_distances, mmd_self_terms
 from headstart.kernels.ragged import RaggedTasks
-from tests.kernels.cases import KINDS, change
+from tests.kernels.cases import KINDS, change, double, rounding_error
 
 
 def rows(n: int, d: int, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -83,11 +83,13 @@ def test_self_terms_join_where_they_agree(device: str):
         # What is rounded needs one centre; what is not has each its own.
         centre = whole.features.mean(0) if precision == "bf16" else None
         joined = SelfTerms.join([energy_self_terms(part, precision=precision, centre=centre) for part in parts])
+        kept = energy_self_terms(whole, precision=precision, centre=centre)
+        assert torch.equal(joined.sums, kept.sums)
         found = energy_distances(x, whole, precision=precision, self_terms=joined)
-        assert torch.equal(joined.sums, energy_self_terms(whole, precision=precision, centre=centre).sums)
-        torch.testing.assert_close(
-            found, energy_distances(x, whole), rtol=0, atol=1e-5 if precision == "fp32" else 0.02
-        )
+        assert torch.equal(found, energy_distances(x, whole, precision=precision, self_terms=kept))
+        off = (found.double() - naive.energy_distances(x.double(), double(whole))).abs().cpu()
+        stated = [rounding_error(x, whole.task(t), precision, 4) for t in range(whole.num_tasks)]
+        assert bool((off <= torch.tensor(stated)).all())
     with pytest.raises(ValueError, match="centre"):
         SelfTerms.join([energy_self_terms(part, precision="bf16") for part in parts])
 

@@ -9,11 +9,12 @@ from headstart.kernels.engine import pairs
 from headstart.kernels.engine.terms import NONE
 from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.frechet import frechet_distances
-from headstart.kernels.mmd import mmd_distances
+from headstart.kernels.label_aware import label_aware_distances, label_aware_self_terms
+from headstart.kernels.mmd import mmd_distances, mmd_self_terms
 from headstart.kernels.neighbours import nearest_neighbours
 from headstart.kernels.prototype import prototype_distances
 from headstart.kernels.ragged import RaggedTasks
-from headstart.kernels.sinkhorn import sinkhorn_distances
+from headstart.kernels.sinkhorn import sinkhorn_distances, sinkhorn_self_terms
 
 SIGMA = torch.tensor([0.8, 3.0], dtype=torch.float64)
 
@@ -26,10 +27,6 @@ def problem(n: int, d: int, device: str, dtype: torch.dtype) -> tuple[torch.Tens
     return rows(n, d, 1, device, dtype), RaggedTasks.from_list(
         [rows(m, d, m, device, dtype) + 0.3 for m in (1, 40, 300)]
     )
-
-
-def sinkhorn(x: torch.Tensor, tasks: RaggedTasks) -> torch.Tensor:
-    return sinkhorn_distances(x, tasks, epsilon=3.0).distances
 
 
 FUNCTIONS = {
@@ -116,6 +113,8 @@ def test_the_others_pass_opcheck(device: str):
     x, tasks = problem(7, 5, device, torch.float32)
     rest = (tasks.features, tasks.offsets)
     labels, own = classes(len(tasks.features), device), classes(7, device)
+    epsilon = torch.tensor(3.0, dtype=torch.float64)
+    how = (2, epsilon, 1e-3, 1000, "fp32", 2**24)
     for operator, arguments in (
         (torch.ops.headstart.mean_distances, (x, *rest, "fp32", None)),
         (torch.ops.headstart.frechet_distances, (x, *rest, "fp32", None)),
@@ -125,39 +124,78 @@ def test_the_others_pass_opcheck(device: str):
         ),
         (torch.ops.headstart.nearest_neighbours, (x, *rest, 2, False, "fp32", None)),
         (torch.ops.headstart.median_bandwidths, (x,)),
-        (torch.ops.headstart.sinkhorn_self_values, (*rest, 2, 3.0, 1e-3, 1000, "fp32", 2**24)),
+        (torch.ops.headstart.checked_bandwidths, (SIGMA,)),
+        (torch.ops.headstart.terms_of_tasks, (SIGMA, torch.tensor([2, 5]), torch.tensor([0, 2, 7]))),
+        (torch.ops.headstart.default_epsilon, (x, 2, 2**24)),
+        (torch.ops.headstart.checked_epsilon, (epsilon,)),
+        (torch.ops.headstart.sinkhorn_self_values, (*rest, *how)),
+        (torch.ops.headstart.sinkhorn_transports, (x.clone().requires_grad_(), *rest, *how)),
         (
-            torch.ops.headstart.sinkhorn_transports,
-            (x.clone().requires_grad_(), *rest, 2, 3.0, 1e-3, 1000, "fp32", 2**24),
+            torch.ops.headstart.label_aware_distances,
+            (x, own, tasks.features, labels, tasks.offsets, None, None, "bures", *how[1:]),
         ),
     ):
         torch.library.opcheck(operator.default, arguments)
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, "neighbours", "mean", "median mmd", "frechet", "prototypes", "sinkhorn"])
+def labelled(function, **options):
+    return lambda x, t: function(x, t, labels=classes(len(x), str(x.device)), **options)
+
+
+OTHERS = {
+    "neighbours": lambda x, t: nearest_neighbours(x, t, 2).distances,
+    "mean": euclidean_distances,
+    "frechet": frechet_distances,
+    "prototypes": labelled(prototype_distances),
+    "median mmd": lambda x, t: mmd_distances(x, t).distances,
+    "sinkhorn": lambda x, t: sinkhorn_distances(x, t, epsilon=3.0).distances,
+    "sinkhorn, default epsilon": lambda x, t: torch.stack([*(r := sinkhorn_distances(x, t)).distances, r.epsilon]),
+    "label-aware": lambda x, t: labelled(label_aware_distances)(x, t).distances,
+}
+DIFFERENTIABLE = (*FUNCTIONS, "median mmd", "sinkhorn", "sinkhorn, default epsilon")
+
+
+# An epsilon that follows from rows so unlike the tasks' makes for a long way.
+@pytest.mark.filterwarnings("ignore:.*did not converge")
+@pytest.mark.parametrize("name", [*FUNCTIONS, *OTHERS])
 def test_compiled_without_a_break_they_give_the_same(name: str, device: str):
     x, tasks = problem(30, 8, device, torch.float32)
-    others = {
-        "neighbours": lambda x, t: nearest_neighbours(x, t, 2).distances,
-        "mean": euclidean_distances,
-        "frechet": frechet_distances,
-        "sinkhorn": sinkhorn,
-        "prototypes": lambda x, t: prototype_distances(x, t, labels=classes(len(x), device)),
-        "median mmd": lambda x, t: mmd_distances(x, t).distances,
-    }
-    function = others[name] if name in others else FUNCTIONS[name][0]
+    function = OTHERS[name] if name in OTHERS else FUNCTIONS[name][0]
     if name == "energy, unbiased":
         tasks, function = _two(tasks), lambda x, t: energy_distances(x, t, unbiased=True)
     tasks = RaggedTasks(tasks.features, tasks.offsets, classes(len(tasks.features), device))
+    agree_compiled(lambda x: function(x, tasks) * 2, x, name in DIFFERENTIABLE)
+
+
+def agree_compiled(function, x: torch.Tensor, differentiable: bool) -> None:
     torch._dynamo.reset()
     # The compiler's front and middle; its back would need a C++ compiler on the CPU and adds nothing to ours.
-    compiled = torch.compile(lambda x: function(x, tasks) * 2, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), function(x, tasks) * 2)
-    if name in FUNCTIONS or name == "sinkhorn":
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), function(x))
+    if differentiable:
         x.requires_grad_()
         (gradient,) = torch.autograd.grad(compiled(x).sum(), x)
-        (plain,) = torch.autograd.grad((function(x, tasks) * 2).sum(), x)
+        (plain,) = torch.autograd.grad(function(x).sum(), x)
         torch.testing.assert_close(gradient, plain)
+
+
+@pytest.mark.parametrize("name", ["energy", "mmd", "sinkhorn", "label-aware"])
+def test_compiled_without_a_break_with_kept_self_terms(name: str, device: str):
+    x, tasks = problem(30, 8, device, torch.float32)
+    tasks = RaggedTasks(tasks.features, tasks.offsets, classes(len(tasks.features), device))
+    function, kept = {
+        "energy": (energy_distances, energy_self_terms(tasks)),
+        "mmd": (lambda x, t, **how: mmd_distances(x, t, **how).distances, mmd_self_terms(tasks, SIGMA)),
+        "sinkhorn": (
+            lambda x, t, **how: sinkhorn_distances(x, t, **how).distances,
+            sinkhorn_self_terms(tasks, epsilon=3.0),
+        ),
+        "label-aware": (
+            lambda x, t, **how: labelled(label_aware_distances, **how)(x, t).distances,
+            label_aware_self_terms(tasks, epsilon=3.0),
+        ),
+    }[name]
+    agree_compiled(lambda x: function(x, tasks, self_terms=kept), x, name != "label-aware")
 
 
 def test_kept_self_terms_take_part_in_gradients(device: str):

@@ -22,6 +22,7 @@ CASES = [
                  f"-T{TASKS[(i + 2 * j) % 3]}")
     for i, n in enumerate(SIZES) for j, d in enumerate(DIMENSIONS)
 ]  # fmt: skip
+CASES.append(pytest.param(5000, 200, 6000, 300, marks=pytest.mark.slow))
 
 
 def features(n: int, d: int, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -6,11 +6,11 @@ import re
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import profile
 
 from headstart.kernels import naive
 from headstart.kernels.ragged import RaggedTasks
-from headstart.kernels.sinkhorn import SinkhornResult, default_epsilon, sinkhorn_distances
+from headstart.kernels.sinkhorn import default_epsilon, sinkhorn_distances
+from tests.kernels.cases import held
 from tests.kernels.test_sinkhorn import bound, costs, features, largest
 
 
@@ -21,48 +21,35 @@ def test_a_small_memory_recomputes_the_costs_and_is_held_to(p: int):
     sets = [features(n, 24, n, dtype=torch.float32) for n in (1, 700, 64)]
     tasks = RaggedTasks.from_list([*sets, x[:300], near])
     epsilon = default_epsilon(x, p) * 10
-    held = sinkhorn_distances(x, tasks, p=p, epsilon=epsilon)
+    plain = sinkhorn_distances(x, tasks, p=p, epsilon=epsilon)
     with pytest.raises(ValueError, match="at least") as refused:
         sinkhorn_distances(x, tasks, p=p, epsilon=epsilon, memory=1)
     least = int(re.search(r"at least (\d+)", str(refused.value))[1])
     assert least < 4 * 600 * 700  # less than the costs of one pair
     allowed = bound(largest(x, tasks, p), epsilon, 24, p, "fp32", 1e-3)
     for memory in (least + 2**18, 2 * least, 5 * least):
-        found, most = peak(lambda memory=memory: sinkhorn_distances(x, tasks, p=p, epsilon=epsilon, memory=memory))
+        found, most = held(lambda memory=memory: sinkhorn_distances(x, tasks, p=p, epsilon=epsilon, memory=memory))
         assert most <= memory
         assert bool(found.converged.all())
-        torch.testing.assert_close(found.distances, held.distances, rtol=0, atol=allowed)
+        torch.testing.assert_close(found.distances, plain.distances, rtol=0, atol=allowed)
 
 
 def test_batch_after_batch_memory_is_held_to():
     x = features(500, 32, 1, dtype=torch.float32)
     tasks = RaggedTasks.from_list([x[i : i + 40] for i in range(100)])
     for memory in (3 * 2**20, 6 * 2**20):  # a few batches of the 100 tasks, whose costs alone are 8 MB
-        _, most = peak(lambda memory=memory: sinkhorn_distances(x, tasks, epsilon=20.0, memory=memory))
+        _, most = held(lambda memory=memory: sinkhorn_distances(x, tasks, epsilon=20.0, memory=memory))
         assert memory / 3 < most <= memory
 
 
 @pytest.mark.slow
 def test_five_thousand_rows_in_32_mib():
     x, y = features(5000, 64, 1, dtype=torch.float32), features(5000, 64, 2, dtype=torch.float32)
-    found, most = peak(lambda: sinkhorn_distances(x, RaggedTasks.from_list([y, x]), memory=32 * 2**20))
+    found, most = held(lambda: sinkhorn_distances(x, RaggedTasks.from_list([y, x]), memory=32 * 2**20))
     assert most <= 32 * 2**20
     assert bool(found.converged.all())
     allowed = bound(float(costs(x[:1000], y, 2).amax()) * 1.5, found.epsilon, 64, 2, "fp32", float(found.errors[1]))
     assert float(found.distances[1]) <= allowed
-
-
-def peak(call) -> tuple[SinkhornResult, int]:
-    """Most bytes that a call holds on the CPU."""
-    with profile(profile_memory=True) as profiled:
-        result = call()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    assert most > 0
-    return result, most
 
 
 @pytest.mark.parametrize("memory", [None, 2_300_000], ids=["held", "recomputed"])
