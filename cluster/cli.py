@@ -113,13 +113,23 @@ def evaluate(run_directory: RunArgument, address: Address = None, as_json: Json 
 
 
 @app.command()
-def export(run_directory: RunArgument, address: Address = None, as_json: Json = False) -> None:
+def export(
+    run_directory: RunArgument,
+    variant: Annotated[str | None, typer.Option(help="fp16 or int8: that package as well, beside the other.")] = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
     """Write a run's package, proven against PyTorch; stages it lacks are done first."""
-    outcome = _again(run_directory, address, "export")
-    if as_json:
-        _print_json(outcome.manifest)
-    else:
+    outcome = _again(run_directory, address, "export", variant)
+    refused = outcome.variants[variant]["refused"] if variant else None
+    if not as_json:
         _show(outcome, as_json)
+    elif not refused:
+        _print_json(outcome.variants[variant]["manifest"] if variant else outcome.manifest)
+    if refused:
+        from headstart.serving.errors import PackageError
+
+        raise PackageError(refused)
 
 
 @app.command()
@@ -145,7 +155,9 @@ def predict(
 
 @app.command()
 def serve(
-    repository: Annotated[Path, typer.Argument(metavar="REPOSITORY", help="A folder of NAME/VERSION/ packages.")],
+    repository: Annotated[
+        str, typer.Argument(metavar="REPOSITORY", help="A folder of NAME/VERSION/ packages, or its URL (s3://...).")
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port for HTTP; 0 takes a free one.")] = 8000,
     grpc_port: Annotated[int | None, typer.Option(help="Port for gRPC as well; 0 takes a free one.")] = None,
@@ -161,6 +173,18 @@ def serve(
         list[str] | None,
         typer.Option(help="[NAME=]latest, pinned:VERSION or canary:VERSION:SHARE; may be given several times."),
     ] = None,
+    public_key: Annotated[Path | None, typer.Option(help="PEM of the key that must have signed each package.")] = None,
+    drift: Annotated[
+        float, typer.Option(help="Share of executions to compare with the training images, 0 to 1.")
+    ] = 0.0,
+    provider_option: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE for the CUDA or TensorRT provider; may be given several times.")
+    ] = None,
+    max_memory: Annotated[str | None, typer.Option(help="What all models may take, as 4G; none by default.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that share the ports, on a CPU.")] = 1,
+    log_format: Annotated[str, typer.Option(help="text, or json for one object a line.")] = "text",
+    access_log: Annotated[bool, typer.Option("--access-log", help="A line in the log for each request.")] = False,
+    otel: Annotated[bool, typer.Option("--otel", help="Send OpenTelemetry spans, as OTEL_* say.")] = False,
 ) -> None:
     """Serve packages over HTTP and gRPC by the Open Inference Protocol; needs neither torch nor ray."""
     from headstart.serving.server import command
@@ -179,33 +203,60 @@ def serve(
         max_batch=max_batch,
         max_delay_ms=max_delay_ms,
         policy=policy or (),
+        public_key=public_key,
+        drift=drift,
+        provider_options=provider_option or (),
+        max_memory=max_memory,
+        workers=workers,
+        log_format=log_format,
+        access_log=access_log,
+        otel=otel,
         say=typer.echo,
     )
     raise typer.Exit(code)
 
 
 @package_app.command("verify")
-def verify_package(package: PackageArgument, as_json: Json = False) -> None:
-    """Check a package's digests, files and parity record."""
+def verify_package(
+    package: PackageArgument,
+    public_key: Annotated[Path | None, typer.Option(help="PEM of the key that must have signed it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a package's digests, files, parity record and accuracy, and with a key its signature."""
     from headstart.serving.server import command
 
-    found = command.verify_package(package)
+    found = command.verify_package(package, public_key)
     if as_json:
         _print_json(found)
     else:
-        parity = found["parity"]
+        parity, variant = found["parity"], found["variant"]
+        plain = variant["name"] == "fp32"
         typer.echo(
-            f"{package} holds: {found['files']} files have their digests, and PyTorch and ONNX Runtime agree to "
+            f"{package} holds: {found['files']} files have their digests, and "
+            f"{'PyTorch and ONNX Runtime' if plain else 'fp32 and ' + variant['name']} agree to "
             f"{parity['relative_difference']:.2g} (tolerance {parity['tolerance']:g})"
+            + ("" if plain else f", with accuracies {variant['fp32_accuracy']:.4f} and {variant['accuracy']:.4f}")
+            + ("; signed with this key" if found["signed"] else "")
         )
 
 
 @package_app.command("show")
 def show_package(package: PackageArgument) -> None:
-    """Print a package's manifest as JSON; its files are not read."""
+    """Print a package's manifest and whether it is signed, as JSON; its files are not read."""
     from headstart.serving.server import command
 
     _print_json(command.show_package(package))
+
+
+@package_app.command("sign")
+def sign_package(
+    package: PackageArgument,
+    key: Annotated[Path, typer.Option(help="Elliptic-curve private key, unencrypted PEM.")],
+) -> None:
+    """Sign a package with a key of your own; the signature lies in it as package.sig."""
+    from headstart.serving.signing import sign
+
+    typer.echo(f"{package} is signed: {sign(package, key)}")
 
 
 @app.command()
@@ -321,13 +372,18 @@ def _run(
         return run_pipeline(loaded, out or Path("runs") / loaded.name, connection=connection, fresh=fresh, until=until)
 
 
-def _again(run_directory: Path, address: str | None, until: "Until") -> "Outcome":
+def _again(run_directory: Path, address: str | None, until: "Until", variant: str | None = None) -> "Outcome":
+    from headstart.cluster.recipe_file import load_recipe
     from headstart.trainer.errors import RunError
 
     recipe = run_directory / "recipe.yaml"
     if not recipe.is_file():
         raise RunError(f"{run_directory} is no run directory: it has no recipe.yaml. Make one: headstart run RECIPE")
-    return _run(str(recipe), None, run_directory, address, False, until)
+    overrides = None
+    if variant is not None:  # the run's recipe keeps it
+        known = load_recipe(str(recipe), ()).export.variants
+        overrides = [f"export.variants={json.dumps(list(dict.fromkeys([*known, variant])))}"]
+    return _run(str(recipe), overrides, run_directory, address, False, until)
 
 
 def _show(outcome: "Outcome", as_json: bool) -> None:

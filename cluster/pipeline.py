@@ -6,7 +6,8 @@
 Each stage is a function of the recipe and of the stages before it, and is skipped when these have not changed.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,8 @@ from headstart.cluster.stages.choose import (
     write_training_csv,
 )
 from headstart.cluster.stages.context import Context, Reporter, cache_root
-from headstart.cluster.stages.finish import evaluate, export, register_source
+from headstart.cluster.stages.export import export, export_variants
+from headstart.cluster.stages.finish import evaluate, register_source
 from headstart.cluster.stages.run_directory import Result, RunDirectory, Stage, fingerprint, write_json
 from headstart.trainer.files import write_atomically
 from headstart.trainer.inputs.readers import load_images
@@ -48,6 +50,8 @@ class Outcome:
     """The document of evaluation.json."""
     manifest: Result | None = None
     """The document of package/manifest.json."""
+    variants: dict[str, Result] = field(default_factory=dict)
+    """By name: `manifest`, the document of package-NAME/manifest.json, or None and why it was `refused`."""
 
 
 def run(
@@ -121,9 +125,10 @@ def _stages(context: Context, until: Until) -> Outcome:
     if until == "evaluate":
         return _outcome(context, ranked, chosen, evaluated)
     exported = export(context, model, chosen, evaluated)
+    variants = export_variants(context, exported)
     if until == "register":
         register_source(context, model, chosen)
-    return _outcome(context, ranked, chosen, evaluated, exported)
+    return _outcome(context, ranked, chosen, evaluated, exported, variants)
 
 
 def _outcome(
@@ -132,6 +137,7 @@ def _outcome(
     chosen: Stage | None = None,
     evaluated: Stage | None = None,
     exported: Stage | None = None,
+    variants: Mapping[str, Stage] | None = None,
 ) -> Outcome:
     fields = ("source", "distance", "score", "audition_accuracy", "seconds", "available", "reason", "licence")
     evaluation = evaluated.result if evaluated else {}
@@ -147,6 +153,7 @@ def _outcome(
         "verdict": evaluation.get("verdict"),
         "verdict_interval": evaluation.get("verdict_interval"),
         "package": "package" if exported else None,
+        "variants": {name: _variant(name, stage.result) for name, stage in (variants or {}).items()},
         "stages": {
             name: {"seconds": stage.seconds, "skipped": stage.skipped} for name, stage in context.run.stages.items()
         },
@@ -159,4 +166,13 @@ def _outcome(
         choice=chosen.result if chosen else None,
         evaluation=evaluated.result if evaluated else None,
         manifest=exported.result["manifest"] if exported else None,
+        variants={name: stage.result for name, stage in (variants or {}).items()},
     )
+
+
+def _variant(name: str, result: Result) -> Result:
+    """What the summary says of a variant; its figures are None where it was refused."""
+    found = result["manifest"]["variant"] if result["manifest"] else {}
+    figures = ("accuracy", "fp32_accuracy", "max_loss", "num_images", "latency_ms", "fp32_latency_ms")
+    package = None if result["refused"] else f"package-{name}"
+    return {"package": package, "refused": result["refused"], **{figure: found.get(figure) for figure in figures}}

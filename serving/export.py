@@ -20,14 +20,13 @@ import torch
 from torch import nn
 
 from headstart.serving.errors import PackageError, first_line
-from headstart.serving.graph import OnnxStage, convert, cut, inlined, join, opsets
-from headstart.serving.package import MANIFEST, MODEL, Latency, Manifest, digest, new_package, verify
-from headstart.serving.parity import Images, Logits, prove_parity, same_size
+from headstart.serving.graph import MAX_INLINE_BYTES, OnnxStage, convert, cut, inlined, join, opsets, save
+from headstart.serving.package import MANIFEST, MODEL, Drift, Latency, Manifest, digest, new_package, verify
+from headstart.serving.parity import Images, Logits, prove_parity, prove_providers, same_size
 from headstart.serving.runtime import Predictor, describe, measure_latency, open_session
 
 __all__ = ["MAX_INLINE_BYTES", "OnnxStage", "export_graph", "export_package", "prove_parity"]
 
-MAX_INLINE_BYTES = 1 << 30  # protobuf ends at 2 GiB; weights of larger graphs lie in model.onnx.data
 _SMALLEST_OPSET = 18  # the first whose Resize has antialias
 _PROBES = (2, 3, 2)  # images in each of the batches that are traced
 
@@ -58,6 +57,7 @@ def export_package(
     preprocessing: Mapping[str, Any],
     licence: str,
     provenance: Mapping[str, Any],
+    drift: Drift | None = None,
     opset: int = 20,
     tolerance: float = 1e-3,
     latency_runs: int = 0,
@@ -84,6 +84,8 @@ def export_package(
         preprocessing: what the first stage does, for the manifest.
         licence: licence of the weights as found.
         provenance: fingerprints for the manifest; the versions of the libraries are added.
+        drift: moments of the training images' features; with it the graph also gives `features`, float32 [batch, D]:
+            what the last stage takes.
         opset: of the graph; raised to that of an ONNX stage that is newer.
         tolerance: bound on the difference of a logit, relative to the largest absolute logit.
         latency_runs: timed calls for the manifest's latency record; 0 leaves it out.
@@ -102,10 +104,12 @@ def export_package(
         raise ValueError("samples must be at least one uint8 image [H, W, 3]")
     if not labels or len(set(labels)) != len(labels):
         raise ValueError(f"labels are {list(labels)}; accepted: distinct names")
-    graph = export_graph(stages, temperature, same_size(samples, 2), len(labels), opset)
+    num_features = len(drift.mean) if drift else None
+    graph = export_graph(stages, temperature, same_size(samples, 2), len(labels), opset, num_features)
     with new_package(directory) as folder:
-        _save(graph, folder / MODEL, max_inline_bytes)
+        save(graph, folder / MODEL, max_inline_bytes)
         session = open_session(folder / MODEL)
+        proof = reference, samples, temperature, len(labels), tolerance
         manifest = Manifest(
             name=name,
             inputs=describe(session.get_inputs()),
@@ -113,7 +117,9 @@ def export_package(
             labels=tuple(labels),
             preprocessing=dict(preprocessing),
             temperature=float(temperature),
-            parity=prove_parity(session, reference, samples, temperature, len(labels), tolerance),
+            parity=prove_parity(session, *proof),
+            provider_parity=prove_providers(folder / MODEL, *proof),
+            drift=drift,
             licence=licence,
             provenance={**provenance, "versions": {**_versions(graph), **provenance.get("versions", {})}},
             files={path.name: digest(path) for path in sorted(folder.iterdir())},
@@ -133,8 +139,9 @@ def export_graph(
     sample: Images,
     num_labels: int,
     opset: int = 20,
+    num_features: int | None = None,
 ) -> onnx.ModelProto:
-    """One graph of all stages: `images` uint8 [batch, height, width, 3] -> `logits`, `probabilities`.
+    """One graph of all stages: `images` uint8 [batch, height, width, 3] -> `logits`, `probabilities`, maybe `features`.
 
     Neighbouring modules are exported together; ONNX stages are cut out of their files, brought to the common
     opset and joined. Nothing in the graph tells of the machine it was exported on.
@@ -150,6 +157,7 @@ def export_graph(
         sample: uint8 [2, H, W, 3].
         num_labels: C.
         opset: the smallest to use.
+        num_features: D, where what the last stage takes is to be the output `features`, float32 [batch, D].
     """
     if not stages:
         raise ValueError("stages is empty; accepted: modules and ONNX stages from images to logits")
@@ -161,7 +169,8 @@ def export_graph(
         if isinstance(stage, OnnxStage):
             pieces.append(_Piece(probes=probes, graph=convert(cuts[index], opset, stage)))
         else:
-            if not pieces or pieces[-1].graph or _is_free(pieces[-1].probes) != _is_free(probes):
+            apart = num_features is not None and index == len(stages) - 1
+            if not pieces or apart or pieces[-1].graph or _is_free(pieces[-1].probes) != _is_free(probes):
                 pieces.append(_Piece(probes=probes))
             pieces[-1].modules.append(copy.deepcopy(stage).cpu().eval())
         probes = [_pass(stage, pieces[-1], probe) for probe in probes]
@@ -170,13 +179,16 @@ def export_graph(
             f"the stages turn {_PROBES[0]} images into logits {list(probes[0].shape)}; "
             f"accepted: [{_PROBES[0]}, {num_labels}], one column for each of the labels"
         )
+    head = len(pieces) - 1
+    if num_features is not None:
+        _check_features(pieces[head].probes[0], num_features)
     if pieces[-1].graph:
         pieces.append(_Piece(probes=probes))
     for piece in pieces:
         piece.graph = piece.graph or _export(piece, temperature if piece is pieces[-1] else None, opset)
     graphs = [piece.graph for piece in pieces if piece.graph]
     inputs = [(piece.probes[0].numpy().dtype, _sizes(piece.probes)) for piece in pieces]
-    return join(graphs, inputs, opset, num_labels)
+    return join(graphs, inputs, opset, num_labels, head if num_features is not None else None)
 
 
 @dataclass(kw_only=True)
@@ -238,6 +250,14 @@ def _pass(stage: nn.Module | OnnxStage, piece: _Piece, probe: torch.Tensor) -> t
     return output
 
 
+def _check_features(probe: torch.Tensor, num_features: int) -> None:
+    if probe.dtype != torch.float32 or tuple(probe.shape[1:]) != (num_features,):
+        raise PackageError(
+            f"the last stage takes {probe.dtype} {list(probe.shape)}; accepted, to record drift: features float32 "
+            f"[{len(probe)}, {num_features}], as many as the drift record has means"
+        )
+
+
 def _export(piece: _Piece, temperature: float | None, opset: int) -> onnx.ModelProto:
     """The graph of a piece of modules."""
     free = {axis: torch.export.Dim(size) for axis, size in enumerate(_sizes(piece.probes)) if isinstance(size, str)}
@@ -269,20 +289,6 @@ def _latency(folder: Path, image: Images, runs: int) -> Latency:
     predictor = Predictor(folder)
     predictor.warm_up()
     return measure_latency(predictor, image, runs)
-
-
-def _save(graph: onnx.ModelProto, path: Path, max_inline_bytes: int) -> None:
-    # Not graph.ByteSize(), which serialises the graph and fails beyond 2 GiB.
-    num_bytes = sum(
-        math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        for tensor in graph.graph.initializer
-    )
-    if num_bytes <= max_inline_bytes:
-        path.write_bytes(graph.SerializeToString(deterministic=True))
-    else:
-        data = f"{path.name}.data"
-        onnx.save_model(graph, path, save_as_external_data=True, location=data, size_threshold=1024)
-        path.with_name(data).chmod(0o644)  # onnx makes it readable by its owner alone
 
 
 def _versions(graph: onnx.ModelProto) -> dict[str, str]:

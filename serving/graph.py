@@ -3,6 +3,7 @@
 Imports onnx and not torch: what PyTorch computes comes here as a graph.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,10 @@ import onnx.inliner
 import onnx.version_converter
 
 from headstart.serving.errors import PackageError, first_line
+from headstart.serving.package import FEATURES
 from headstart.serving.runtime import INPUT, OUTPUTS
+
+MAX_INLINE_BYTES = 1 << 30  # protobuf ends at 2 GiB; weights of larger graphs lie in model.onnx.data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,7 @@ def cut(stage: OnnxStage) -> onnx.ModelProto:
         tensor = pending.pop()
         if tensor not in needed:
             needed.add(tensor)
-            pending.extend(_reads(producers[tensor]) if tensor in producers else ())
+            pending.extend(reads(producers[tensor]) if tensor in producers else ())
     constants = {tensor.name for tensor in graph.initializer}
     outside = {value.name for value in graph.input} - constants - {stage.input}
     if unbound := sorted(needed & outside):
@@ -85,14 +89,14 @@ def inlined(graph: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.inliner.inline_local_functions(graph) if graph.functions else graph
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
+def reads(node: onnx.NodeProto) -> Iterator[str]:
     """Names of the tensors that a node, or a body within it, reads."""
     yield from filter(None, node.input)
     for body in _bodies(node):
         for value in body.output:
             yield value.name
         for inner in body.node:
-            yield from _reads(inner)
+            yield from reads(inner)
 
 
 def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
@@ -129,6 +133,7 @@ def join(
     inputs: Sequence[tuple[np.dtype[Any], Sequence[int | str]]],
     opset: int,
     num_labels: int,
+    features: int | None = None,
 ) -> onnx.ModelProto:
     """Graphs in a row as one, free of everything that is not computed with; the given ones are used up.
 
@@ -140,6 +145,7 @@ def join(
         inputs: dtype and sizes of what each graph takes; a word is a free size.
         opset: of all graphs.
         num_labels: C.
+        features: number of the graph whose input becomes the output `features`; None leaves it out.
     """
     versions: dict[str, int] = {}
     for graph in graphs:
@@ -149,10 +155,10 @@ def join(
     joined.graph.name = "headstart"
     feeds = INPUT
     for number, (graph, (dtype, sizes)) in enumerate(zip(graphs, inputs, strict=True)):
-        outputs = OUTPUTS if graph is graphs[-1] else [f"{number}/out"]
+        outputs = OUTPUTS if graph is graphs[-1] else [FEATURES if number + 1 == features else f"{number}/out"]
         names = {value.name: name for value, name in zip(graph.graph.output, outputs, strict=True)}
         names[graph.graph.input[0].name] = feeds
-        _rename(graph.graph, f"{number}/" if len(graphs) > 1 else "", names)
+        rename(graph.graph, f"{number}/" if len(graphs) > 1 else "", names)
         if number:  # the sizes that are fixed from here on; ONNX Runtime infers the others
             element = onnx.helper.np_dtype_to_tensor_dtype(dtype)
             joined.graph.value_info.append(onnx.helper.make_tensor_value_info(feeds, element, sizes))
@@ -162,13 +168,31 @@ def join(
         feeds = outputs[0]
     images = onnx.helper.make_tensor_value_info(INPUT, onnx.TensorProto.UINT8, ["batch", "height", "width", 3])
     joined.graph.input.append(images)
-    for name in OUTPUTS:
-        row = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", num_labels])
+    columns: dict[str, int | str] = dict.fromkeys(OUTPUTS, num_labels)
+    if features is not None:
+        columns[FEATURES] = inputs[features][1][1]
+    for name, width in columns.items():
+        row = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", width])
         joined.graph.output.append(row)
     return joined
 
 
-def _rename(graph: onnx.GraphProto, prefix: str, names: Mapping[str, str]) -> None:
+def save(graph: onnx.ModelProto, path: Path, max_inline_bytes: int = MAX_INLINE_BYTES) -> None:
+    """Write a graph to `path`; weights of more than `max_inline_bytes` go to a file beside it."""
+    # Not graph.ByteSize(), which serialises the graph and fails beyond 2 GiB.
+    num_bytes = sum(
+        math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in graph.graph.initializer
+    )
+    if num_bytes <= max_inline_bytes:
+        path.write_bytes(graph.SerializeToString(deterministic=True))
+    else:
+        data = f"{path.name}.data"
+        onnx.save_model(graph, path, save_as_external_data=True, location=data, size_threshold=1024)
+        path.with_name(data).chmod(0o644)  # onnx makes it readable by its owner alone
+
+
+def rename(graph: onnx.GraphProto, prefix: str, names: Mapping[str, str]) -> None:
     """Give every tensor its name in `names`, or else the prefix, and drop remarks and metadata."""
 
     def renamed(name: str) -> str:
@@ -181,7 +205,7 @@ def _rename(graph: onnx.GraphProto, prefix: str, names: Mapping[str, str]) -> No
         node.ClearField("doc_string")
         node.ClearField("metadata_props")
         for body in _bodies(node):
-            _rename(body, prefix, names)
+            rename(body, prefix, names)
     for tensor in (*graph.initializer, *(sparse.values for sparse in graph.sparse_initializer)):
         tensor.name = renamed(tensor.name)
         tensor.ClearField("doc_string")

@@ -14,17 +14,21 @@ import types
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from headstart.serving.errors import PackageError
 
-SCHEMA = 1
+SCHEMA = 2
 MODEL = "model.onnx"
 MANIFEST = "manifest.json"
+SIGNATURE = "package.sig"  # covers the manifest and what it lists, which therefore cannot list it
+FEATURES = "features"
 PARITY_BATCHES = (1, 2, 16)
+VARIANTS = ("fp32", "fp16", "int8")
 _MEND = "export the run again: headstart export RUN"
+_SINCE = {"variant": 2, "provider_parity": 2, "drift": 2}  # the schema that brought a field of the manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,7 @@ class ParityRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """The proof that the graph computes what PyTorch computed."""
+    """The proof that the graph computes what PyTorch, or for a variant the fp32 graph, computed."""
 
     tolerance: float
     """Bound on `relative_difference`."""
@@ -113,6 +117,63 @@ class Latency:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Variant:
+    """In which arithmetic the graph computes, and what that costs in accuracy and saves in time."""
+
+    name: str = "fp32"
+    """`fp32`, `fp16` or `int8`."""
+    accuracy: float | None = None
+    """Share of labelled validation images that this graph has right; None for fp32, which nothing is compared with."""
+    fp32_accuracy: float | None = None
+    """The same of the fp32 graph on the same images."""
+    max_loss: float | None = None
+    """How far `accuracy` may lie below `fp32_accuracy`."""
+    num_images: int = 0
+    """Validation images that both were measured on."""
+    calibration_images: int = 0
+    """Training images whose activations gave int8 its ranges, and fp16 the proof that it can hold them."""
+    latency_ms: float | None = None
+    """Median of `session.run` on one image in milliseconds, where it was timed."""
+    fp32_latency_ms: float | None = None
+    """The same of the fp32 graph, timed in turns with this one."""
+
+    def failure(self) -> str:
+        """What does not hold, or an empty string; written so that a NaN fails."""
+        if self.name not in VARIANTS:
+            return f"its name is {self.name!r}; accepted: {', '.join(VARIANTS)}"
+        if self.name == "fp32":
+            return ""
+        if self.accuracy is None or self.fp32_accuracy is None or self.max_loss is None or self.num_images < 1:
+            return f"{self.name} was not compared with fp32 on validation images"
+        if not self.accuracy >= self.fp32_accuracy - self.max_loss - 1e-9:  # shares of a count, rounded
+            return (
+                f"{self.name} has {self.accuracy:.4f} of {self.num_images} validation images right and fp32 "
+                f"{self.fp32_accuracy:.4f}: more than {self.max_loss:g} is lost"
+            )
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """The training images' features, for comparison with those of live images."""
+
+    output: str = "features"
+    """Output of the graph that gives features, float32 [batch, D]: what the head takes."""
+    mean: tuple[float, ...]
+    """Their mean, [D]."""
+    spread: float
+    """Root mean square distance of a training image's features from that mean."""
+    num_images: int
+    """Training images."""
+
+    def failure(self) -> str:
+        """What cannot be, or an empty string."""
+        if self.output != FEATURES or not self.mean or self.num_images < 1 or not all(map(math.isfinite, self.mean)):
+            return f"its output is {self.output!r}, with {len(self.mean)} means of {self.num_images} images"
+        return "" if 0 < self.spread < math.inf else f"its spread is {self.spread}; accepted: a number above 0"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything that a package says about itself."""
 
@@ -123,15 +184,21 @@ class Manifest:
     inputs: tuple[Tensor, ...]
     """`images`, uint8 [batch, height, width, 3]."""
     outputs: tuple[Tensor, ...]
-    """`logits` and `probabilities`, float32 [batch, C]."""
+    """`logits` and `probabilities`, float32 [batch, C]; with a `drift` record also `features`, float32 [batch, D]."""
     labels: tuple[str, ...]
     """Class names in the order of the outputs' columns."""
     preprocessing: dict[str, Any]
     """What the graph does to the pixels; for reading only, since it is inside the graph."""
     temperature: float
     """probabilities = softmax(logits / temperature)."""
+    variant: Variant = field(default_factory=Variant)
+    """In which arithmetic the graph computes."""
     parity: Parity
-    """Comparison with PyTorch."""
+    """Comparison of fp32 with PyTorch, of another variant with the fp32 graph, on the CPU provider."""
+    provider_parity: tuple[Parity, ...] = ()
+    """The same on every other provider that loaded where the package was made."""
+    drift: Drift | None = None
+    """The training images' features, where the graph gives features."""
     latency: Latency | None = None
     """Timing on the exporting machine, where it was taken."""
     licence: str
@@ -142,6 +209,11 @@ class Manifest:
     """SHA-256 of every other file of the package, by its path in the folder."""
     created: str
     """When, as ISO 8601 in UTC."""
+
+    @property
+    def proven_on(self) -> tuple[str, ...]:
+        """Execution providers with a parity record."""
+        return tuple(parity.provider for parity in (self.parity, *self.provider_parity))
 
     def to_json(self) -> str:
         """The text of `manifest.json`."""
@@ -191,7 +263,7 @@ def verify(directory: Path) -> Manifest:
     for path in directory.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise PackageError(f"{path} is a link or not a plain file; a package holds plain files: copy it there")
-        if path.is_file() and path != directory / MANIFEST:
+        if path.is_file() and path not in (directory / MANIFEST, directory / SIGNATURE):
             present.add(path.relative_to(directory).as_posix())
     if missing := sorted(set(manifest.files) - present):
         raise PackageError(f"{directory} lacks {', '.join(missing)}; copy the whole folder again, or {_MEND}")
@@ -221,8 +293,13 @@ def _inconsistencies(manifest: Manifest) -> Iterator[str]:
         plain = PurePosixPath(name)
         if plain.is_absolute() or ".." in plain.parts or plain.as_posix() != name or "\\" in name:
             yield f"the file {name!r} leads out of the package; a path inside the folder is accepted"
-    if failure := manifest.parity.failure():
-        yield f"the parity with PyTorch does not hold: {failure}"
+    if failure := manifest.variant.failure():
+        yield f"the variant does not hold: {failure}"
+    if failure := manifest.drift.failure() if manifest.drift else "":
+        yield f"the drift record does not hold: {failure}"
+    for parity in (manifest.parity, *manifest.provider_parity):
+        if failure := parity.failure():
+            yield f"the parity on {parity.provider} does not hold: {failure}"
 
 
 def digest(path: Path) -> str:
@@ -298,9 +375,10 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(value, dict):
             raise ValueError(f"{where} is not an object")
-        known = {field.name: field for field in dataclasses.fields(kind)}
+        schema = value.get("schema") if kind is Manifest else SCHEMA
+        known = [one.name for one in dataclasses.fields(kind) if schema not in range(1, _SINCE.get(one.name, 1))]
         if unknown := sorted(set(value) - set(known)):
-            raise ValueError(f"{where}.{unknown[0]} is not known to schema {SCHEMA}")
+            raise ValueError(f"{where}.{unknown[0]} is not known to schema {schema}")
         if missing := [name for name in known if name not in value]:
             raise ValueError(f"{where}.{missing[0]} is missing")
         hints = typing.get_type_hints(kind)

@@ -1,10 +1,15 @@
 """Proof that a graph computes what PyTorch does: both run on real images and every difference is recorded.
 
-PyTorch comes as a function from images to logits, so neither torch nor onnx is imported.
+A variant is held against the fp32 graph in the same way. Either comes as a function from images to logits, so neither
+torch nor onnx is imported.
 """
 
+import contextlib
+import io
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -13,11 +18,19 @@ from numpy.typing import NDArray
 
 from headstart.serving.errors import PackageError, first_line
 from headstart.serving.package import PARITY_BATCHES, Parity, ParityRow
-from headstart.serving.runtime import INPUT, OUTPUTS
+from headstart.serving.runtime import CPU, INPUT, OUTPUTS
+from headstart.serving.server.device import Device, open_on
 
 Images: TypeAlias = NDArray[np.uint8]
 Logits: TypeAlias = NDArray[np.float32]
 
+_LOG = logging.getLogger(__name__)
+_MEND = {
+    "PyTorch": "choose another source, or raise export.tolerance if that difference is acceptable",
+    "fp32": "leave this variant out of export.variants",
+}
+# TensorRT plans anew for every size of an image, minutes each; Azure's runs nothing itself.
+_NOT_PROVEN = {CPU, "TensorrtExecutionProvider", "AzureExecutionProvider"}
 _PROBABILITY_TOLERANCE = 1e-5  # of a float32 softmax over up to thousands of classes
 
 
@@ -28,11 +41,12 @@ def prove_parity(
     temperature: float,
     num_labels: int,
     tolerance: float = 1e-3,
+    against: str = "PyTorch",
 ) -> Parity:
-    """Compare a session with PyTorch on real images at batches 1, 2 and 16.
+    """Compare a session with PyTorch, or with what `against` names, on real images at batches 1, 2 and 16.
 
     At least 8 images go through at each batch size; single images keep their own sizes. A difference is
-    measured against the largest absolute logit of PyTorch; the class may differ only where PyTorch's two best
+    measured against the largest absolute logit of `reference`; the class may differ only where its two best
     logits are closer than the tolerance. The probabilities are held to be softmax(logits / temperature).
 
     Raises:
@@ -48,24 +62,65 @@ def prove_parity(
             except Exception as error:
                 raise PackageError(
                     f"the exported graph does not run on images {list(images.shape)}: {first_line(error)}; "
-                    f"choose another source"
+                    f"{_MEND[against]}"
                 ) from error
             _check_probabilities(logits, probabilities, temperature)
             ours.append(logits)
             theirs.append(np.asarray(reference(images), np.float32))
             if theirs[-1].shape != (len(images), num_labels) or logits.shape != theirs[-1].shape:
                 raise PackageError(
-                    f"PyTorch's logits are {list(theirs[-1].shape)} and the graph's {list(logits.shape)}; "
+                    f"{against}'s logits are {list(theirs[-1].shape)} and the graph's {list(logits.shape)}; "
                     f"accepted: [{len(images)}, {num_labels}], one column for each of the labels"
                 )
         rows.append(_compare(np.concatenate(ours), np.concatenate(theirs), size, tolerance))
     parity = Parity(tolerance=tolerance, provider=session.get_providers()[0], rows=tuple(rows))
     if failure := parity.failure():
         raise PackageError(
-            f"the exported graph does not compute what PyTorch does: {failure}; nothing was written: choose "
-            f"another source, or raise export.tolerance if that difference is acceptable"
+            f"the exported graph does not compute what {against} does: {failure}; nothing was written: {_MEND[against]}"
         )
     return parity
+
+
+def prove_providers(
+    model: Path,
+    reference: Callable[[Images], Logits],
+    samples: Sequence[Images],
+    temperature: float,
+    num_labels: int,
+    tolerance: float = 1e-3,
+    against: str = "PyTorch",
+    *,
+    providers: Sequence[str] | None = None,
+) -> tuple[Parity, ...]:
+    """`prove_parity` on every provider beside the CPU that loads on this machine, opened as the server opens it.
+
+    One that does not agree has no record and a warning in the log: the package is good on the others.
+    """
+    found = []
+    for provider in onnxruntime.get_available_providers() if providers is None else providers:
+        if providers is None and provider in _NOT_PROVEN:
+            continue
+        try:
+            with _silence():
+                session = open_on(Device(provider=provider), model)
+        except PackageError:
+            continue  # it is compiled in and its libraries, or the device, are missing here
+        try:
+            found.append(prove_parity(session, reference, samples, temperature, num_labels, tolerance, against))
+        except PackageError as error:
+            _LOG.warning("no parity on %s, and so no record of it: %s", provider, error)
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without what ONNX Runtime and its search for CUDA's libraries say of a provider that does not load."""
+    onnxruntime.set_default_logger_severity(4)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        onnxruntime.set_default_logger_severity(2)  # ONNX Runtime's default
 
 
 def _compare(ours: Logits, theirs: Logits, size: int, tolerance: float) -> ParityRow:

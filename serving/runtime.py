@@ -1,7 +1,7 @@
 """Predictions from a package by ONNX Runtime, with hardly anything around `session.run`."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from headstart.serving.errors import PackageError
 from headstart.serving.images import read_image
-from headstart.serving.package import MODEL, Latency, Tensor, verify
+from headstart.serving.package import MODEL, Latency, Manifest, Tensor, verify
 
 INPUT = "images"
 OUTPUTS = ["logits", "probabilities"]
@@ -61,7 +61,7 @@ def open_session(model: Path | bytes, provider: str = CPU, threads: int | None =
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its errors come as exceptions as well, and its own lines would tear a log of JSON
     try:
         session = onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model),
@@ -118,7 +118,7 @@ class Predictor:
         self.threads = threads
         self.session = open_session(self.directory / MODEL, provider, threads)
         found = describe(self.session.get_inputs()), describe(self.session.get_outputs())
-        expected = _signature(len(self.labels))
+        expected = _signature(self.manifest)
         for what, tensors in (
             ("graph has", found),
             ("manifest says", (self.manifest.inputs, self.manifest.outputs)),
@@ -197,25 +197,9 @@ def measure_latency(predictor: Predictor, image: NDArray[np.uint8], runs: int = 
     Returns:
         the medians in milliseconds and their ratio.
     """
-    if runs < 1:
-        raise ValueError(f"runs is {runs}; accepted: at least 1")
     images = np.ascontiguousarray(image if image.ndim == 4 else image[None])
     feed, session = {INPUT: images}, predictor.session
-
-    def predict() -> None:
-        predictor.predict(images)
-
-    def bare() -> None:
-        session.run(OUTPUTS, feed)
-
-    seconds: dict[Any, list[float]] = {predict: [], bare: []}
-    for turn in range(-(runs // 10 + 1), runs):
-        for call in (predict, bare) if turn % 2 else (bare, predict):  # neither always profits from the other's cache
-            started = time.perf_counter()
-            call()
-            if turn >= 0:
-                seconds[call].append(time.perf_counter() - started)
-    ours, theirs = (float(np.median(seconds[call])) * 1000 for call in (predict, bare))
+    ours, theirs = medians_ms([lambda: predictor.predict(images), lambda: session.run(OUTPUTS, feed)], runs)
     return Latency(
         batch=images.shape[0],
         shape=images.shape,
@@ -228,6 +212,21 @@ def measure_latency(predictor: Predictor, image: NDArray[np.uint8], runs: int = 
     )
 
 
+def medians_ms(calls: Sequence[Callable[[], object]], runs: int) -> list[float]:
+    """Median milliseconds of each call, timed in turns `runs` times after a tenth as many untimed ones."""
+    if runs < 1:
+        raise ValueError(f"runs is {runs}; accepted: at least 1")
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(-(runs // 10 + 1), runs):
+        order = range(len(calls)) if turn % 2 else reversed(range(len(calls)))
+        for index in order:  # none always profits from another's cache
+            started = time.perf_counter()
+            calls[index]()
+            if turn >= 0:
+                seconds[index].append(time.perf_counter() - started)
+    return [float(np.median(times)) * 1000 for times in seconds]
+
+
 def _refusal(images: Any, error: Exception) -> str:
     """Say what was wrong with a batch that ONNX Runtime did not run."""
     shape, dtype = getattr(images, "shape", None), getattr(images, "dtype", None)
@@ -237,10 +236,14 @@ def _refusal(images: Any, error: Exception) -> str:
     return f"ONNX Runtime could not run images of shape {list(shape)}: {error}"
 
 
-def _signature(num_labels: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The one form of inputs and outputs that a package has."""
+def _signature(manifest: Manifest) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The inputs and outputs that a package must have: features exactly where drift is recorded."""
     images = Tensor(name=INPUT, dtype="uint8", shape=("batch", "height", "width", 3))
-    return (images,), tuple(Tensor(name=name, dtype="float32", shape=("batch", num_labels)) for name in OUTPUTS)
+    columns = dict.fromkeys(OUTPUTS, len(manifest.labels))
+    if manifest.drift:
+        columns[manifest.drift.output] = len(manifest.drift.mean)
+    outputs = (Tensor(name=name, dtype="float32", shape=("batch", number)) for name, number in columns.items())
+    return (images,), tuple(outputs)
 
 
 def _words(tensors: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]) -> str:

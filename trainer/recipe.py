@@ -164,10 +164,19 @@ class Export:
     """ONNX operator set, 18 (the first with antialiased resize) to 23."""
     tolerance: float = 1e-3
     """Largest difference of a logit between PyTorch and ONNX Runtime, relative to the largest logit."""
+    features: bool = True
+    """Whether the graph also gives the features, and the manifest the training features' mean, to watch for drift."""
+    variants: tuple[Literal["fp16", "int8"], ...] = ()
+    """Packages beside the fp32 one, smaller and in other arithmetic."""
+    max_loss: float = 0.01
+    """How far a variant's accuracy on the validation images may lie below that of fp32."""
 
     def __post_init__(self) -> None:
         _require(18 <= self.opset <= 23, "export.opset", self.opset, "18 to 23")
         _require(0 < self.tolerance <= 0.1, "export.tolerance", self.tolerance, "above 0, up to 0.1")
+        distinct = len(set(self.variants)) == len(self.variants)
+        _require(distinct, "export.variants", self.variants, "fp16 and int8, each once at most")
+        _require(0 <= self.max_loss < 1, "export.max_loss", self.max_loss, "0 up to 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """A run in words and tables, for a terminal."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -100,7 +101,22 @@ def _print_package(outcome: Outcome, console: Console) -> None:
             f"Prediction p50 {latency['predict_p50_ms']:.3f} ms, bare session.run {latency['session_run_p50_ms']:.3f} "
             f"ms (ratio {latency['ratio']:.3f}), one {shape} image, {latency['provider']}."
         )
+    for name, result in outcome.variants.items():
+        _print_variant(path / f"package-{name}", name, result, console)
     console.print(f"Source: {path / 'source'}. Summary: {path / 'summary.json'}")
+
+
+def _print_variant(path: Path, name: str, result: dict[str, Any], console: Console) -> None:
+    if result["refused"]:
+        console.print(f"[bold]No {name} package[/bold]: {escape(result['refused'])}")
+        return
+    variant, parity = result["manifest"]["variant"], result["manifest"]["parity"]
+    agreement = min(row["top1_agreement"] for row in parity["rows"])
+    console.print(
+        f"[bold]{name}: {path}[/bold]: accuracy {variant['accuracy']:.4f} on {variant['num_images']} validation images "
+        f"(fp32 {variant['fp32_accuracy']:.4f}, {variant['max_loss']:g} may be lost), top-1 agreement {agreement:.4f}; "
+        f"p50 {variant['latency_ms']:.3f} ms (fp32 {variant['fp32_latency_ms']:.3f} ms, in turns)."
+    )
 
 
 def _share(value: float | None) -> str:

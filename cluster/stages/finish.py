@@ -1,18 +1,16 @@
-"""The stages that conclude: evaluation with its controls, the package, and the way back into the list of sources."""
+"""The stages that conclude: evaluation with its controls, and the way back into the list of sources."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from headstart.cluster.report.plots import plot_confusion, plot_learning
 from headstart.cluster.stages.choose import Model, fitted_model, load_probe, validation_logits
 from headstart.cluster.stages.context import Context
-from headstart.cluster.stages.run_directory import Result, Stage, fingerprint, write_json
-from headstart.serving.export import OnnxStage, export_package
+from headstart.cluster.stages.run_directory import Result, Stage, write_json
 from headstart.trainer.errors import SourceError
 from headstart.trainer.evaluation import (
     bootstrap_interval,
@@ -23,7 +21,7 @@ from headstart.trainer.evaluation import (
     verdict,
 )
 from headstart.trainer.features import CachedFeatures, extract_features
-from headstart.trainer.inputs.batches import pixel_batches, to_pixels
+from headstart.trainer.inputs.batches import pixel_batches
 from headstart.trainer.inputs.dataset import LabelledImages
 from headstart.trainer.inputs.preprocessing import Preprocess, Preprocessing
 from headstart.trainer.inputs.split import duplicates_between
@@ -37,8 +35,6 @@ from headstart.trainer.selection.sources import (
 )
 
 RAW_SIDE = 16
-NUM_PARITY_SAMPLES = 16
-LATENCY_RUNS = 200
 
 
 def evaluate(context: Context, model: Model, chosen: Stage, control: Stage | None, tuned: Stage | None) -> Stage:
@@ -152,61 +148,6 @@ def _conclude(
 
 def _accuracy(correct: np.ndarray, seed: int) -> dict[str, Any]:
     return {"accuracy": float(correct.mean()), "interval": list(bootstrap_interval(correct, seed=seed))}
-
-
-def export(context: Context, model: Model, chosen: Stage, evaluated: Stage) -> Stage:
-    """Write the package: one ONNX graph from uint8 images to probabilities, proven against PyTorch."""
-    package = context.run.path / "package"
-    recipe = context.recipe
-    inputs = {
-        "model": chosen.key,
-        "temperature": evaluated.result["temperature"],
-        "export": asdict(recipe.export),
-        "name": recipe.name,
-    }
-    card = find_source(model.source, recipe.sources, context.cache)
-
-    def reference(images: np.ndarray) -> np.ndarray:
-        pixels = to_pixels(list(images), model.backbone.preprocess)
-        logits: np.ndarray = model.logits(model.backbone.features(pixels)).numpy()
-        return logits
-
-    def make() -> tuple[Result, list[CachedFeatures]]:
-        validation = context.target.part("validation")
-        samples = [validation.image(i) for i in range(min(len(validation), NUM_PARITY_SAMPLES))]
-        backbone = model.backbone
-        middle: nn.Module | OnnxStage
-        if backbone.onnx is None:
-            assert backbone.module is not None  # a backbone has a module or a graph
-            middle = backbone.module
-        else:
-            graph = backbone.onnx
-            middle = OnnxStage(path=graph.path, input=graph.input_name, output=graph.output_name)
-        with context.reporter.bar("export"):
-            manifest = export_package(
-                package,
-                name=recipe.name,
-                stages=[backbone.preprocess, middle, model.head],
-                labels=context.target.images.classes,
-                temperature=evaluated.result["temperature"],
-                reference=reference,
-                samples=samples,
-                preprocessing=asdict(backbone.preprocessing),
-                licence=card.licence,
-                opset=recipe.export.opset,
-                tolerance=recipe.export.tolerance,
-                latency_runs=LATENCY_RUNS,
-                provenance={
-                    "recipe": fingerprint(inputs),
-                    "data": context.target.images.fingerprint,
-                    "source": model.source,
-                    "mode": model.mode,
-                    "backbone": backbone.fingerprint,
-                },
-            )
-        return {"manifest": asdict(manifest)}, []
-
-    return context.run.stage("export", inputs, lambda: [p for p in package.iterdir() if p.is_file()], make)
 
 
 def register_source(context: Context, model: Model, chosen: Stage) -> Stage:

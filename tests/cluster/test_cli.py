@@ -16,7 +16,7 @@ FLAGS = {
     "rank": RECIPE_COMMAND,
     "fit": RECIPE_COMMAND | {"address"},
     "evaluate": {"address"} | COMMON,
-    "export": {"address"} | COMMON,
+    "export": {"address", "variant"} | COMMON,
     "predict": {"provider"} | COMMON,
     "serve": {
         "host",
@@ -30,8 +30,10 @@ FLAGS = {
         "max-queue",
         "max-batch",
     }
-    | {"max-delay-ms", "policy", "help"},
-    "package verify": COMMON,
+    | {"max-delay-ms", "policy", "public-key", "drift", "provider-option", "help"}
+    | {"max-memory", "workers", "log-format", "access-log", "otel"},
+    "package verify": {"public-key"} | COMMON,
+    "package sign": {"key", "help"},
     "package show": COMMON - {"json"},
     "tune": {"set", "out", "address"} | COMMON,
     "submit": {"set", "out", "address"} | COMMON,

@@ -18,6 +18,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from headstart.serving.runtime import Predictor
+
 Run = Callable[..., Any]
 KILL_TIMEOUT = 240
 RECIPE = {
@@ -26,6 +28,8 @@ RECIPE = {
     "sources": ["mtcnn-onet", "mobilenet-v2-imagenet"],
     "train": {"epochs": 2, "batch_size": 20},
     "search": {"epochs": 30},
+    # Generous: of 60 validation images one more that is wrong is 0.017.
+    "export": {"variants": ["int8"], "max_loss": 0.1},
 }
 
 
@@ -71,7 +75,7 @@ def test_the_summary_says_everything(house: House, summary: Any):
     assert json.loads((house.run_directory / "summary.json").read_text()) == summary
     assert set(summary) == {
         "schema", "name", "target", "source", "mode", "ranking", "test", "controls", "verdict", "verdict_interval",
-        "package", "stages", "num_backbone_images",
+        "package", "variants", "stages", "num_backbone_images",
     }  # fmt: skip
     assert summary["schema"] == 1
     assert summary["mode"] in ("feature", "finetune")
@@ -90,22 +94,51 @@ def test_the_summary_says_everything(house: House, summary: Any):
     auditions = [entry["audition_accuracy"] for entry in summary["ranking"]]
     assert auditions == sorted(auditions, reverse=True)
     assert list(summary["stages"]) == [
-        "data", "rank", "fit", "choose", "control", "evaluate", "export", "register"
+        "data", "rank", "fit", "choose", "control", "evaluate", "export", "export-int8", "register"
     ]  # fmt: skip
     assert not any(stage["skipped"] for stage in summary["stages"].values())
 
 
 def test_only_the_chosen_one_sees_the_test_images(summary: Any):
     # 260 known images under each of two sources, of which one is the probe; 60 for validation under the fine-tuned
-    # backbone; the 80 for test under the chosen one, and under the control.
-    assert summary["num_backbone_images"] == 2 * 260 + 60 + 80 + 80
+    # backbone; the 80 for test under the chosen one, and under the control. A fine-tuned one also sees the 200 that it
+    # was trained on, for the drift record.
+    tuned = 200 if summary["mode"] == "finetune" else 0
+    assert summary["num_backbone_images"] == 2 * 260 + 60 + 80 + 80 + tuned
+
+
+def test_the_package_records_drift_and_has_a_variant_beside_it(house: House, summary: Any):
+    package, int8 = (house.run_directory / name for name in ("package", "package-int8"))
+    drift = json.loads((package / "manifest.json").read_text())["drift"]
+    assert (drift["output"], drift["num_images"]) == ("features", 200)
+    predictor = Predictor(package)
+    # The 340 images were divided without looking, so that all of them are like those for training.
+    images = np.stack(
+        [np.asarray(Image.open(p).convert("RGB")) for p in sorted((house.root / "images").glob("*/*.png"))]
+    )
+    features = np.concatenate(
+        [predictor.session.run(["features"], {"images": part})[0] for part in np.split(images, 20)]
+    )
+    assert np.linalg.norm(features.mean(0) - drift["mean"]) < 0.15 * drift["spread"]
+    assert np.linalg.norm(features - drift["mean"], axis=1).mean() == pytest.approx(drift["spread"], rel=0.1)
+    found = summary["variants"]["int8"]
+    assert (found["package"], found["refused"], found["num_images"], found["max_loss"]) == (
+        "package-int8",
+        None,
+        60,
+        0.1,
+    )
+    manifest = Predictor(int8).manifest
+    assert manifest.variant.accuracy == found["accuracy"] > found["fp32_accuracy"] - 0.1
+    assert manifest.provenance["source"] == summary["source"]
+    assert (int8 / "model.onnx").stat().st_size < 0.5 * (package / "model.onnx").stat().st_size
 
 
 def test_the_run_directory_holds_what_it_should(house: House, summary: Any):
     names = {path.name for path in house.run_directory.iterdir() if not path.name.startswith(".")}
     assert names == {
-        "recipe.yaml", "ranking.json", "training.csv", "evaluation.json", "package", "source", "confusion.png",
-        "learning.png", "summary.json",
+        "recipe.yaml", "ranking.json", "training.csv", "evaluation.json", "package", "package-int8", "source",
+        "confusion.png", "learning.png", "summary.json",
     }  # fmt: skip
     assert {path.name for path in (house.run_directory / "package").iterdir()} >= {"model.onnx", "manifest.json"}
     assert {path.name for path in (house.run_directory / "source").iterdir()} == {
@@ -176,18 +209,31 @@ def test_evaluate_and_export_take_a_run_directory(house: House, summary: Any):
     assert manifest["labels"] == list("0123456789")
     assert [row["batch"] for row in manifest["parity"]["rows"]] == [1, 2, 16]
     assert (house.run_directory / "package/model.onnx").is_file()
+    assert (house.run_directory / "package-int8/model.onnx").is_file()
+
+
+def test_a_variant_is_exported_afterwards_and_kept(house: House, summary: Any):
+    manifest = house("export", house.run_directory, "--variant", "fp16")
+    assert manifest["variant"]["name"] == "fp16"
+    assert manifest["variant"]["num_images"] == 60
+    recipe = yaml.safe_load((house.run_directory / "recipe.yaml").read_text())
+    assert recipe["export"]["variants"] == ["int8", "fp16"]
+    assert (house.run_directory / "package-fp16/model.onnx").is_file()
 
 
 def without_timings(summary: Any) -> Any:
     kept = {key: value for key, value in summary.items() if key not in ("stages", "num_backbone_images", "target")}
     kept["ranking"] = [{k: v for k, v in entry.items() if k != "seconds"} for entry in summary["ranking"]]
+    kept["variants"] = {
+        name: {k: v for k, v in found.items() if not k.endswith("_ms")} for name, found in summary["variants"].items()
+    }
     return kept
 
 
 def disturbed_stage(house: House) -> str:
     """The stage at work: the one after the last record."""
     done = {path.stem for path in (house.run_directory / ".stages").glob("*.json")}
-    order = ["data", "rank", "fit", "choose", "control", "evaluate", "export", "register"]
+    order = ["data", "rank", "fit", "choose", "control", "evaluate", "export", "export-int8", "register"]
     return next((name for name in order if name not in done), "")
 
 
@@ -199,6 +245,7 @@ def wait_until(house: House, process: subprocess.Popen[str], stage: str) -> None
         "fit": lambda: any((private / "ray").glob("fit-*/attempt-*/rows.jsonl")),
         "control": lambda: any((private / "ray").glob("control-*/attempt-*/rows.jsonl")),
         "export": lambda: True,
+        "export-int8": lambda: True,
     }
     while disturbed_stage(house) != stage or not inside[stage]():
         assert process.poll() is None, process.communicate()[1][-3000:]
@@ -219,7 +266,7 @@ def full(summary: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3 * KILL_TIMEOUT)
-@pytest.mark.parametrize("stage", ["rank", "fit", "control", "export"])
+@pytest.mark.parametrize("stage", ["rank", "fit", "control", "export", "export-int8"])
 def test_a_killed_run_ends_with_the_summary_of_an_undisturbed_one(fresh_house: House, summary: Any, stage: str):
     process = fresh_house.start("run", "recipe.yaml", "--json")
     wait_until(fresh_house, process, stage)

@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.serving.errors import PackageError
-from headstart.serving.package import MANIFEST, MODEL, Manifest, digest, load_manifest, new_package, verify
+from headstart.serving.package import MANIFEST, MODEL, Manifest, Variant, digest, load_manifest, new_package, verify
+from headstart.serving.runtime import Predictor
 
 
 def edit(package: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -45,7 +48,7 @@ def set_row(row: int, **values: Any) -> Callable[[dict[str, Any]], None]:
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer schema": (lambda d: d.update(schema=2), "schema 2.*newer headstart"),
+    "newer schema": (lambda d: d.update(schema=3), "schema 3.*newer headstart"),
     "no schema": (lambda d: d.pop("schema"), "manifest.schema is missing"),
     "schema 0": (lambda d: d.update(schema=0), "schema is 0"),
     "unknown key": (lambda d: d.update(extra=1), "manifest.extra is not known"),
@@ -66,6 +69,19 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no batch 16": (lambda d: d["parity"]["rows"].pop(), "batch 16 was not compared"),
     "too few images": (set_row(2, num_images=3), "batch 16 was not compared"),
     "no tolerance": (lambda d: d["parity"].update(tolerance=0), "tolerance is 0"),
+    "on another provider": (
+        lambda d: d["provider_parity"].append({**d["parity"], "provider": "CUDA", "tolerance": 0}),
+        "parity on CUDA does not hold",
+    ),
+    "drift": (
+        lambda d: d.update(drift={"output": "features", "mean": [0.5], "spread": 0, "num_images": 9}),
+        "drift record does not hold: its spread is 0",
+    ),
+    "drift of nothing": (
+        lambda d: d.update(drift={"output": "features", "mean": [], "spread": 1, "num_images": 9}),
+        "drift record does not hold",
+    ),
+    "schema 1 with more": (lambda d: d.update(schema=1), "manifest.drift is not known to schema 1"),
     "nan": (set_row(0, relative_difference=float("nan")), "NaN"),
 }
 
@@ -76,6 +92,22 @@ def test_a_manifest_that_cannot_be_is_refused(package: Path, name: str):
     edit(package, change)
     with pytest.raises(PackageError, match=reason):
         verify(package)
+
+
+def test_a_package_of_schema_1_is_what_it_was(package: Path):
+    """It says nothing of variants, of other providers and of drift."""
+
+    def older(document: dict[str, Any]) -> None:
+        document["schema"] = 1
+        for name in ("variant", "provider_parity", "drift"):
+            del document[name]
+
+    now = verify(package)
+    edit(package, older)
+    assert verify(package) == replace(now, schema=1)
+    assert verify(package).variant == Variant(name="fp32")
+    image = np.zeros((1, 40, 48, 3), np.uint8)
+    assert Predictor(package).predict(image)[0].shape == (1, 5)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000], ids=repr)

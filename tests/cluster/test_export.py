@@ -1,0 +1,95 @@
+"""Variants that lose too much: the run says so, goes on with fp32, and leaves no stale package behind."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from headstart.serving.runtime import Predictor
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def outlier(tmp_path: Path) -> Path:
+    """A graph one of whose channels is enormous between two layers: fp32 computes on, fp16 and int8 cannot."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second, self.head = nn.Conv2d(3, 16, 16, 8), nn.Conv2d(16, 48, 5, 2), nn.Linear(48, 2)
+            with torch.no_grad():
+                self.first.weight[0], self.first.bias[0] = 1e4, 0
+                self.second.weight[:, 0] *= 1e-8
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.head(self.second(self.first(pixels).relu()).relu().amax((2, 3)))
+            return logits
+
+    path = tmp_path / "outlier.onnx"
+    torch.onnx.export(
+        Net().eval(), (torch.zeros(2, 3, 224, 224),), path, dynamo=True, external_data=False, verbose=False,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )  # fmt: skip
+    return path
+
+
+def test_variants_that_lose_too_much_are_told_and_left_out(
+    headstart: Run, write_digits: Run, outlier: Path, tmp_path: Path
+):
+    data = write_digits(tmp_path / "images", 20)
+    arguments = (
+        "run", "folder", "--set", f"data.path={data}", "--set", "name=digits", "--set", "mode=feature",
+        "--set", f"sources=['onnx:{outlier}']", "--set", "search.epochs=60",
+    )  # fmt: skip
+    ended = headstart(*arguments, "--set", "export.variants=[fp16, int8]", "--json")
+    assert ended.code == 0, ended.stderr
+    summary, run = ended.json(), tmp_path / "runs/digits"
+    assert summary["package"] == "package"
+    assert set(summary["variants"]) == {"fp16", "int8"}
+    for name, reason in (("fp16", "fp16 ends at 65504"), ("int8", "more than 0.01 is lost")):
+        found = summary["variants"][name]
+        assert (found["package"], found["accuracy"]) == (None, None)
+        assert reason in found["refused"]
+        assert f"No {name} package" in ended.stderr
+        assert not (run / f"package-{name}").exists()
+    assert Predictor(run / "package").manifest.variant.name == "fp32"
+
+    again = headstart("export", run)  # nothing is done again, and nothing is hidden
+    assert again.code == 0, again.stderr
+    assert "No int8 package" in again.stdout
+    assert "more than 0.01 is lost" in " ".join(again.stdout.split())
+    asked = headstart("export", run, "--variant", "int8", "--json")
+    assert asked.code == 2
+    assert asked.stdout == ""
+    assert "error: int8 has" in asked.stderr
+
+    # A new fp32 package takes the variants of the old one with it.
+    shutil.copytree(run / "package", run / "package-int8")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["export"] |= {"variants": [], "features": False}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    plain = headstart("export", run, "--json").json()
+    assert plain["drift"] is None
+    assert [output["name"] for output in plain["outputs"]] == ["logits", "probabilities"]
+    assert not (run / "package-int8").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("export.variants=[int4]", "export.variants"),
+        ("export.variants=[int8, int8]", "each once at most"),
+        ("export.max_loss=1", "export.max_loss is 1"),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused(headstart: Run, tmp_path: Path, setting: str, reason: str):
+    ended = headstart("run", "folder", "--set", f"data.path={tmp_path}", "--set", setting)
+    assert ended.code == 2
+    assert reason in ended.stderr
