@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 GPU_PYTHON := PYTHONPATH=.typing:. python3
 
-.PHONY: gpu-python help install demo test test-slow lint bench gpu-check bench-gpu clean
+.PHONY: gpu-python help install demo test test-slow fuzz soak lint bench gpu-check bench-gpu clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -27,6 +27,14 @@ test: $(INSTALLED)  ## all tests but the slow ones and those that need a GPU
 
 test-slow: $(INSTALLED)  ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+SECONDS_EACH ?= 60
+SECONDS ?= 600
+fuzz: $(INSTALLED)  ## fuzz all that reads what a client sent, guided by coverage: SECONDS_EACH=60, in turn
+	$(BIN)/python -m tests.serving.fuzz --seconds $(SECONDS_EACH)
+
+soak: $(INSTALLED)  ## ten minutes of the server under overload and faults: SECONDS=600
+	$(BIN)/python -m tests.serving.soak --seconds $(SECONDS)
 
 lint: $(INSTALLED)  ## ruff, and mypy --strict on the four rooms
 	$(BIN)/ruff check .

@@ -19,8 +19,9 @@ from headstart.serving.package import Tensor
 from headstart.serving.server.errors import ServeError, internal, timeout, too_many, unavailable
 from headstart.serving.server.metrics import Statistics
 from headstart.serving.server.protocol import InferResponse
-from headstart.serving.server.queueing import Queue, Waiting
+from headstart.serving.server.queueing import Budget, Queue, Waiting
 from headstart.serving.server.signature import Signature
+from headstart.serving.server.watch import CLIENT_GONE
 
 if TYPE_CHECKING:
     from headstart.serving.server.protocol import InferRequest
@@ -29,7 +30,6 @@ SHORT_NS = 2_000_000
 """A model that takes less on average may hold up the event loop; other connections wait as long."""
 _KNOWN_AFTER = 3  # calls of a size before its average is believed
 _CALM_AFTER = 8  # turns with a single request before the next may run where it arrived
-_CLIENT_GONE = 499
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Scheduler:
         max_batch: rows of one execution, and of one request.
         max_delay_s: seconds that a batch may wait to be filled; 0 starts it at once.
         max_queue: requests that may wait.
-        max_queue_bytes: bytes of their inputs; one request may be larger when nothing waits.
+        budget: of the bytes of their inputs, which other models may share.
         threads: batches that may run at once, each in a thread.
         statistics: where to count.
         known: (bytes of the input, ns) of calls already timed, such as the warm-up's.
@@ -105,7 +105,7 @@ class Scheduler:
         max_batch: int,
         max_queue: int,
         max_delay_s: float = 0.0,
-        max_queue_bytes: int = 1 << 30,
+        budget: Budget | None = None,
         threads: int = 1,
         statistics: Statistics | None = None,
         known: Iterable[tuple[int, int]] = (),
@@ -118,7 +118,8 @@ class Scheduler:
         self.statistics = statistics or Statistics(model.name, model.version)
         self.statistics.depth = lambda: self._queue.depth
         self._run = model.run
-        self._queue = Queue(max_requests=max_queue, max_bytes=max_queue_bytes)
+        self._budget = budget or Budget(1 << 30)
+        self._queue = Queue(max_requests=max_queue, budget=self._budget)
         self._max_delay_ns = int(max_delay_s * 1e9)
         self._loop = asyncio.get_running_loop()
         self._running = 0
@@ -210,7 +211,7 @@ class Scheduler:
         try:
             outputs = self._run(request.inputs, names)
         except Exception as error:  # anything that a graph can raise
-            raise self._failure(error) from error
+            raise self._failure(error, request.request_id) from error
         ended = perf_counter_ns()
         self._costs.learn(num_bytes, ended - started)
         self.statistics.executed(rows, ended - started)
@@ -230,7 +231,8 @@ class Scheduler:
         depth = self._queue.depth
         wait_s = min(max(depth * self._seconds_per_request, 0.001), 60.0) if self._seconds_per_request else 1.0
         raise too_many(
-            f"the queue of {self.model.name} is full ({depth} requests wait); try again in {wait_s:.3g} s",
+            f"the queue of {self.model.name} is full ({depth} requests wait, {self._budget.held >> 20} MiB with those "
+            f"of other models); try again in {wait_s:.3g} s",
             retry_after=wait_s,
         )
 
@@ -281,7 +283,7 @@ class Scheduler:
         return _Batch(items)
 
     def _drop(self, item: Waiting) -> None:
-        self.statistics.failed(_CLIENT_GONE, perf_counter_ns() - item.arrived)
+        self.statistics.failed(CLIENT_GONE, perf_counter_ns() - item.arrived)
         item.future.cancel()
 
     def _refuse(self, item: Waiting, error: ServeError) -> None:
@@ -308,9 +310,9 @@ class Scheduler:
         self._seconds_per_request += (0.2 if self._seconds_per_request else 1.0) * (spent - self._seconds_per_request)
         for item, answer in zip(batch.items, batch.answers, strict=True):
             if isinstance(answer, Exception):
-                self._refuse(item, self._failure(answer))
+                self._refuse(item, self._failure(answer, item.request.request_id))
             elif item.gone:
-                self.statistics.failed(_CLIENT_GONE, batch.ended - item.arrived)
+                self.statistics.failed(CLIENT_GONE, batch.ended - item.arrived)
                 item.future.cancel()
             else:
                 response = self._response(item.request, answer, item.rows, item.arrived, batch.started, batch.ended)
@@ -335,11 +337,12 @@ class Scheduler:
             timings_ns={"queue": queue_ns, "compute": compute_ns},
         )
 
-    def _failure(self, error: Exception) -> ServeError:
+    def _failure(self, error: Exception, request_id: str) -> ServeError:
         """What a client is told of an error that the model raised: the log has its words, which may hold paths."""
         if isinstance(error, ServeError):
             return error
-        _LOG.error("%s version %s failed", self.model.name, self.model.version, exc_info=error)
+        extra = {"request_id": request_id, "model": self.model.name, "version": self.model.version}
+        _LOG.error("%s version %s failed", self.model.name, self.model.version, exc_info=error, extra=extra)
         return internal(f"{self.model.name} failed on this request; the server's log says why")
 
     # In a thread, or on the event loop when it is short --------------------------------------------------------

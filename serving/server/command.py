@@ -1,20 +1,25 @@
 """What `headstart serve` and `headstart package` do; the command line only reads their options."""
 
 import dataclasses
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headstart.serving.errors import PackageError
-from headstart.serving.package import load_manifest, verify
+from headstart.serving.package import SIGNATURE, load_manifest, verify
 from headstart.serving.runtime import CPU
+from headstart.serving.server.errors import StartError
+from headstart.serving.signing import verify_signature
 
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+if TYPE_CHECKING:
+    from headstart.serving.server.mirror import Mirror
+    from headstart.serving.server.repository import Repository
+    from headstart.serving.server.watch import Watch
+    from headstart.serving.server.worker import Link
 
 
 def serve(
-    repository: Path,
+    repository: Path | str,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -28,14 +33,23 @@ def serve(
     max_batch: int | None = None,
     max_delay_ms: float = 0.0,
     policy: Sequence[str] = (),
+    public_key: Path | None = None,
+    drift: float = 0.0,
+    provider_options: Sequence[str] = (),
+    max_memory: str | None = None,
+    workers: int = 1,
+    log_format: str = "text",
+    access_log: bool = False,
+    otel: bool = False,
     say: Callable[[str], None] = print,
+    link: "Link | None" = None,
 ) -> int:
     """Serve a repository until SIGTERM or SIGINT; returns the exit code.
 
         serve(Path("models"), port=8000, policy=["latest", "demo=canary:3:10%"])
 
     Args:
-        repository: the folder NAME/VERSION/ of packages.
+        repository: the folder NAME/VERSION/ of packages, or a URL of one that fsspec understands.
         host, port: where to listen; port 0 takes a free one.
         grpc_port: where to speak gRPC as well, at the same host; None is HTTP alone.
         token_file: holds what every request must bring as `Authorization: Bearer TOKEN`.
@@ -46,21 +60,26 @@ def serve(
         max_batch: rows of one execution; None, and at most, the largest batch whose parity a package proves.
         max_delay_ms: milliseconds that a batch may wait to be filled.
         policy: `latest`, `pinned:VERSION` or `canary:VERSION:SHARE` for all models, or `NAME=` and one of these.
+        public_key: PEM of the key that must have signed every package; None asks for no signatures.
+        drift: share of executions whose features are compared with those of the training images, 0 to 1.
+        provider_options: `KEY=VALUE` each, of ONNX Runtime's CUDA or TensorRT provider; see `device.Device`.
+        max_memory: what all models together may take, as `4G`; None is no limit. Workers have equal shares of it.
+        workers: processes that share the ports, each with its own sessions and its share of the cores; for CPUs.
+        log_format: `text`, or `json` for one object a line; on stderr.
+        access_log: whether each request is a line in the log.
+        otel: whether each inference is a span that OpenTelemetry's exporter sends; OTEL_* in the environment say where.
         say: is given one line when the server is ready.
+        link: to the supervisor, in a worker.
 
     Raises:
         PackageError: an option cannot be, or the server cannot start; its exit code is 2.
     """
-    from headstart.serving.server.device import Device, check
+    options = {name: value for name, value in locals().items() if name not in ("workers", "say", "link")}
+    from headstart.serving.server.logs import FORMATS, configure
     from headstart.serving.server.main import Ports, run
-    from headstart.serving.server.repository import Repository, Scheduling
     from headstart.serving.server.service import Service
     from headstart.serving.server.settings import HttpSettings, read_token, tls_context
 
-    everywhere, by_model = _policies(policy)
-    if not 0 <= max_delay_ms <= 10_000:
-        raise PackageError(f"max_delay_ms is {max_delay_ms:g}; accepted: 0 to 10000")
-    scheduling = Scheduling(max_batch=max_batch, max_delay_s=max_delay_ms / 1000, max_queue=max_queue)
     token = read_token(token_file) if token_file is not None else None
     try:
         settings = HttpSettings(
@@ -68,14 +87,35 @@ def serve(
         )
     except ValueError as error:
         raise PackageError(str(error)) from error
+    if workers < 1 or (workers > 1 and provider != CPU):
+        raise PackageError(f"workers is {workers} with {provider}; accepted: at least 1, and 1 where it is not {CPU}")
+    if log_format not in FORMATS:
+        raise PackageError(f"log_format is {log_format!r}; accepted: {', '.join(FORMATS)}")
     tls_context(settings)
-    check(Device(provider=provider, threads=threads))
-    service = Service(
-        Repository(
-            repository, provider=provider, threads=threads, policy=everywhere, policies=by_model, scheduling=scheduling
-        )
+    kept = open_repository(
+        repository,
+        provider=provider,
+        threads=threads,
+        max_queue=max_queue,
+        max_batch=max_batch,
+        max_delay_ms=max_delay_ms,
+        policy=policy,
+        public_key=public_key,
+        drift=drift,
+        provider_options=provider_options,
+        max_memory=max_memory,
     )
-    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
+    mirror = kept.mirror
+    configure(log_format, None if link is None else link.number)
+    if workers > 1:
+        return _supervise(options, workers, say, mirror)
+    if link is None:
+        service = Service(kept)
+    else:
+        from headstart.serving.server.worker import SharedService
+
+        service = SharedService(kept, link)
+        settings = dataclasses.replace(settings, reuse_port=True)
 
     def ready(ports: Ports) -> None:
         rows = service.repository_index(False)
@@ -84,37 +124,137 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         beside = "" if ports.grpc_port is None else f" (gRPC at {shown}:{ports.grpc_port})"
         url = f"{scheme}://{shown}:{ports.port}"
-        say(f"ready: {url}{beside} serves {serving} of {len(rows)} versions in {repository}")
+        where = mirror.url if mirror else repository
+        line = f"ready: {url}{beside} serves {serving} of {len(rows)} versions in {where}"
+        (say if link is None else link.ready)(line)
 
-    return run(settings, service, on_ready=ready)
+    return run(settings, service, on_ready=ready, link=link, watch=_watch(access_log, otel))
 
 
-def verify_package(path: Path) -> dict[str, Any]:
-    """Check a package: digests, files, links, parity. The answer is for `--json`.
+def open_repository(
+    repository: Path | str,
+    *,
+    provider: str = CPU,
+    threads: int | None = None,
+    max_queue: int = 256,
+    max_batch: int | None = None,
+    max_delay_ms: float = 0.0,
+    policy: Sequence[str] = (),
+    public_key: Path | None = None,
+    drift: float = 0.0,
+    provider_options: Sequence[str] = (),
+    max_memory: str | None = None,
+) -> "Repository":
+    """The repository of these options, which are those of `serve`, once the provider was seen to load.
+
+    Raises:
+        PackageError: an option cannot be.
+    """
+    from headstart.serving.server.device import Device, check, read_options
+    from headstart.serving.server.memory import read_size
+    from headstart.serving.server.mirror import Mirror, is_url
+    from headstart.serving.server.repository import Repository, Scheduling
+
+    everywhere, by_model = _policies(policy)
+    if not 0 <= max_delay_ms <= 10_000:
+        raise PackageError(f"max_delay_ms is {max_delay_ms:g}; accepted: 0 to 10000")
+    scheduling = Scheduling(max_batch=max_batch, max_delay_s=max_delay_ms / 1000, max_queue=max_queue)
+    device = Device(provider=provider, threads=threads, options=read_options(provider_options))
+    check(device)
+    mirror = Mirror(str(repository)) if is_url(str(repository)) else None
+    return Repository(
+        mirror.folder if mirror else Path(repository),
+        provider=provider,
+        threads=threads,
+        provider_options=device.options,
+        policy=everywhere,
+        policies=by_model,
+        scheduling=scheduling,
+        public_key=public_key,
+        mirror=mirror,
+        drift=drift,
+        max_memory=None if max_memory is None else read_size(max_memory),
+    )
+
+
+def _watch(access_log: bool, otel: bool) -> "Watch | None":
+    """Who is shown the requests; nobody, unless it is asked for.
+
+    Raises:
+        StartError: OpenTelemetry is asked for and not installed, or its environment asks for what is not there.
+    """
+    from headstart.serving.server.watch import AccessLog, Watches
+
+    watches: list[Watch] = [AccessLog()] if access_log else []
+    if otel:
+        try:
+            from headstart.serving.server.tracing import Tracing
+        except ImportError as error:
+            if (error.name or "").partition(".")[0] != "opentelemetry":
+                raise
+            raise StartError(
+                "OpenTelemetry is asked for and not installed; run `pip install -e '.[otel]'`, or in a serving "
+                "environment `pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http`"
+            ) from error
+        watches.append(Tracing())
+    return Watches(watches) if watches else None
+
+
+def _supervise(options: dict[str, Any], workers: int, say: Callable[[str], None], mirror: "Mirror | None") -> int:
+    """Serve with several processes; a repository behind a URL is copied once, for all of them."""
+    from headstart.serving.server.memory import read_size
+    from headstart.serving.server.supervisor import supervise
+
+    if options["max_memory"] is not None:
+        options = {**options, "max_memory": str(read_size(options["max_memory"]) // workers)}
+    if mirror is None:
+        return supervise(options, workers, say)
+    mirror.start()
+    try:
+        return supervise(
+            {**options, "repository": mirror.folder},
+            workers,
+            lambda line: say(line.replace(str(mirror.folder), mirror.url)),
+        )
+    finally:
+        mirror.close()
+
+
+def verify_package(path: Path, public_key: Path | None = None) -> dict[str, Any]:
+    """Check a package: digests, files, links, parity, accuracy, with a key its signature. The answer is for `--json`.
 
     Raises:
         PackageError: it does not hold; the message says what and what mends it.
     """
     manifest = verify(path)
+    if public_key is not None:
+        verify_signature(path, public_key)
     return {
         "package": str(path),
         "name": manifest.name,
         "files": len(manifest.files),
+        "variant": {
+            "name": manifest.variant.name,
+            "accuracy": manifest.variant.accuracy,
+            "fp32_accuracy": manifest.variant.fp32_accuracy,
+            "max_loss": manifest.variant.max_loss,
+        },
         "parity": {
             "tolerance": manifest.parity.tolerance,
             "relative_difference": max(row.relative_difference for row in manifest.parity.rows),
         },
+        "signed": public_key is not None,
         "verified": True,
     }
 
 
 def show_package(path: Path) -> dict[str, Any]:
-    """All that a package's manifest says; its files are not read, so nothing of it is proven.
+    """All that a package's manifest says, and whether there is a signature; nothing of it is proven.
 
     Raises:
         PackageError: there is no package, or its manifest is damaged.
     """
-    return dataclasses.asdict(load_manifest(path))
+    return {**dataclasses.asdict(load_manifest(path)), "signed": (path / SIGNATURE).is_file()}
 
 
 def _policies(texts: Sequence[str]) -> tuple[Any, dict[str, Any]]:

@@ -7,9 +7,9 @@ answered without a task. A head whose bytes equal the last one's is not parsed a
 
 import asyncio
 import logging
-import secrets
 from enum import Enum, auto
 from functools import partial
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -19,6 +19,7 @@ from headstart.serving.server.errors import ServeError, bad_request, internal, t
 from headstart.serving.server.exchange import STATUS_LINES, Exchange, Later, Response, error_response
 from headstart.serving.server.head import Head, HeadParser, too_many_headers
 from headstart.serving.server.routes import HEALTH
+from headstart.serving.server.watch import CLIENT_GONE, Outcome, Seen
 
 if TYPE_CHECKING:
     from headstart.serving.server.http import HttpServer
@@ -51,6 +52,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, server: "HttpServer") -> None:
         self._server = server
+        self._choose_id, self._watch = server.request_ids.choose, server.watch
         self._settings = server.settings
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._parser = HeadParser(server.settings.max_headers)
@@ -121,9 +123,12 @@ class Connection(asyncio.BufferedProtocol):
         """The client sends no more. What it has asked and was not answered yet is dropped, as if it had gone."""
         if self._state is _State.BODY:
             declared, missing = len(self._body), len(self._rest)
-            self._refuse(bad_request(f"Content-Length is {declared}, the body ended after {declared - missing} bytes"))
+            self._refuse(
+                bad_request(f"Content-Length is {declared}, the body ended after {declared - missing} bytes"),
+                self._head,
+            )
         elif self._state is _State.CHUNKS:
-            self._refuse(bad_request(f"the chunked body was cut off after {len(self._chunks)} bytes"))
+            self._refuse(bad_request(f"the chunked body was cut off after {len(self._chunks)} bytes"), self._head)
         return False
 
     def pause_writing(self) -> None:
@@ -152,7 +157,7 @@ class Connection(asyncio.BufferedProtocol):
         elif self._state is _State.HEAD:
             self._refuse(_too_slow(f"the headers took longer than {settings.header_timeout:g} s"))
         elif self._state is not _State.BUSY:
-            self._refuse(_too_slow(f"the body took longer than {settings.body_timeout:g} s"))
+            self._refuse(_too_slow(f"the body took longer than {settings.body_timeout:g} s"), self._head)
 
     def wind_down(self, deadline: float) -> None:
         """Serve what has come, and close by `deadline` where nothing does."""
@@ -217,7 +222,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._read_head(raw)
             self._begin(self._head)
         except ServeError as error:
-            self._refuse(error)
+            self._refuse(error, self._head if self._trusted else None)
         return True
 
     def _read_head(self, raw: bytes) -> None:
@@ -230,6 +235,7 @@ class Connection(asyncio.BufferedProtocol):
             if not (self._settings.open_health and head.path in _HEALTH_PATHS):
                 raise unauthenticated()
             self._trusted = True
+        self._head = head
         try:
             self._server.routes.resolve(head)
         except ServeError as error:
@@ -238,7 +244,6 @@ class Connection(asyncio.BufferedProtocol):
             head.handler = partial(_refused, error)
         if head.length > self._settings.max_body_bytes:
             raise too_large(f"Content-Length is {head.length}; accepted: {self._settings.max_body_bytes} bytes")
-        self._head = head
         self._head_bytes = raw
 
     def _begin(self, head: Head) -> None:
@@ -271,7 +276,7 @@ class Connection(asyncio.BufferedProtocol):
             self._start += chunks.feed(self._view[self._start : self._end])
             self._hold(len(chunks) - before)
         except ServeError as error:
-            self._refuse(error)
+            self._refuse(error, self._head)
             return
         if chunks.done:
             padding = len(chunks.data) - len(chunks)
@@ -295,47 +300,51 @@ class Connection(asyncio.BufferedProtocol):
         """Call a request's handler, and answer at once where it can."""
         self._state = _State.BUSY
         self._body = self._rest = _EMPTY
-        exchange = Exchange(head, body)
+        exchange = Exchange(head, body, self._choose_id(head.request_id), perf_counter_ns() if self._watch else 0)
         try:
             result: Response | Later = head.handler(exchange, *head.arguments)  # type: ignore[misc]
         except Exception as error:
-            result = _failure(error)
+            result = _failure(error, exchange.request_id)
         if isinstance(result, Response):
-            self._respond(head, result)
+            self._respond(exchange, result)
             return
         self.deadline = _NEVER
         self._exchange = exchange
         later = result
         future: asyncio.Future[Any] = asyncio.ensure_future(later.awaitable)
-        future.add_done_callback(lambda done: self._answered(head, later, done))
+        future.add_done_callback(lambda done: self._answered(exchange, later, done))
 
-    def _answered(self, head: Head, later: Later, done: "asyncio.Future[Any]") -> None:
+    def _answered(self, exchange: Exchange, later: Later, done: "asyncio.Future[Any]") -> None:
         """What an answer waited for is there."""
         self._exchange = None
         if self._closing:
             if not done.cancelled():
                 done.exception()  # asked for, or asyncio would complain that nobody did
+            if self._watch is not None:
+                head = exchange.head
+                self._watch.ended(exchange, Outcome(head.method, head.path, CLIENT_GONE, 0, head.texts))
             return
         try:
             response = later.finish(done.result())
         except asyncio.CancelledError:
             response = error_response(unavailable("the request was dropped"))
         except Exception as error:
-            response = _failure(error)
-        self._respond(head, response)
+            response = _failure(error, exchange.request_id)
+        self._respond(exchange, response)
         self._advance()
 
-    def _respond(self, head: Head, response: Response) -> None:
+    def _respond(self, exchange: Exchange, response: Response) -> None:
         """Send a response, and be ready for the next request."""
-        status, headers, parts = response
+        head, (status, headers, parts) = exchange.head, response
         keep = head.keep_alive and not self._server.closing
         length = sum(map(len, parts))
         if head.method == "HEAD":
             parts = []
-        line = b"%s%s%sContent-Length: %d\r\n%s\r\n" % (
+        line = b"%s%s%sX-Request-Id: %s\r\nContent-Length: %d\r\n%s\r\n" % (
             STATUS_LINES[status],
             self._server.date,
             headers,
+            exchange.request_id.encode(),
             length,
             b"Connection: close\r\n" if not keep else b"Connection: keep-alive\r\n" if head.old else b"",
         )
@@ -350,25 +359,33 @@ class Connection(asyncio.BufferedProtocol):
                 self.deadline = self._server.clock() + self._settings.idle_timeout
         else:
             self._linger()
+        if self._watch is not None:
+            self._watch.ended(exchange, Outcome(head.method, head.path, status, length, head.texts))
 
-    def _refuse(self, error: ServeError) -> None:
-        """Answer what cannot be read any further, and close."""
+    def _refuse(self, error: ServeError, head: Head | None = None) -> None:
+        """Answer what cannot be read any further, and close; `head` is the request's, where it was let in."""
         if not self._trusted and self._settings.token is not None:
             error = unauthenticated()
         self._release()
-        _, headers, parts = error_response(error)
+        request_id = self._choose_id(head.request_id if head else "")
+        _, more, parts = error_response(error)
         self._transport.write(
             b"".join(
                 (
                     STATUS_LINES[error.status],
                     self._server.date,
-                    headers,
-                    b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(parts[0]),
+                    more,
+                    b"X-Request-Id: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+                    % (request_id.encode(), len(parts[0])),
                     *parts,
                 )
             )
         )
         self._linger()
+        if self._watch is not None:
+            method, path, headers = (head.method, head.path, head.texts) if head else ("-", "-", dict)
+            outcome = Outcome(method, path, error.status, len(parts[0]), headers)
+            self._watch.ended(Seen(request_id, perf_counter_ns()), outcome)
 
     def _linger(self) -> None:
         """Close our side, and throw away what still comes until the client closes its own."""
@@ -395,15 +412,14 @@ class Connection(asyncio.BufferedProtocol):
 _HEALTH_PATHS = tuple(f"/v2/health/{one}" for one in HEALTH)
 
 
-def _failure(error: Exception) -> Response:
+def _failure(error: Exception, request_id: str) -> Response:
     """What a handler raised; the cause of what it did not mean to raise is in the log alone."""
     if isinstance(error, ServeError):
         return error_response(error)
     if isinstance(error, MemoryError):
         return error_response(unavailable("the server is out of memory for this request"))
-    number = secrets.token_hex(4)
-    log.error("request %s failed", number, exc_info=error)
-    return error_response(internal(f"the server failed; its log says why under {number}"))
+    log.error("request %s failed", request_id, exc_info=error, extra={"request_id": request_id})
+    return error_response(internal(f"the server failed; its log says why under {request_id}"))
 
 
 def _refused(error: ServeError, exchange: Exchange) -> Response:

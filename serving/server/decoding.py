@@ -52,6 +52,19 @@ class RequestPlan:
     priority: int
     size: int
 
+    def request(self, model: str, version: str | None, inputs: dict[str, NDArray[Any]]) -> InferRequest:
+        """The request that this plan and its arrays are; its time runs from now on."""
+        return InferRequest(
+            model=model,
+            version=version,
+            id=self.id,
+            inputs=inputs,
+            outputs=self.outputs,
+            parameters=dict(self.parameters),
+            deadline=None if self.timeout is None else time.monotonic() + self.timeout,
+            priority=self.priority,
+        )
+
 
 class RequestDecoder:
     """Reads bodies of inference requests.
@@ -113,17 +126,7 @@ class RequestDecoder:
             else:
                 arrays[tensor.name] = from_binary(tensor.name, tensor.datatype, tensor.shape, body, offset, tensor.size)
                 offset += tensor.size
-        request = InferRequest(
-            model=model,
-            version=version,
-            id=plan.id,
-            inputs=arrays,
-            outputs=plan.outputs,
-            parameters=dict(plan.parameters),
-            deadline=None if plan.timeout is None else time.monotonic() + plan.timeout,
-            priority=plan.priority,
-        )
-        return request, plan.binary
+        return plan.request(model, version, arrays), plan.binary
 
     def _plan(self, text: bytes) -> RequestPlan:
         plan = read_plan(parse_json(text), self.limits)
@@ -173,7 +176,7 @@ def read_plan(document: dict[str, Any], limits: Limits) -> RequestPlan:
         raise bad_request("parameter priority is not a whole number, 0 or more")
     inputs = tuple(_read_input(item, limits) for item in _items(document, "inputs", limits))
     outputs = None
-    if document.get("outputs"):
+    if document.get("outputs") not in (None, []):
         outputs = tuple(_read_output(item, binary, limits) for item in _items(document, "outputs", limits))
     for what, names in (("inputs", [one.name for one in inputs]), ("outputs", [one.name for one in outputs or ()])):
         if len(set(names)) != len(names):

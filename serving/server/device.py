@@ -1,9 +1,14 @@
-"""Where models run: the execution provider that was asked for, or nothing."""
+"""Where models run: the execution provider that was asked for, or nothing.
+
+What is here for CUDA and TensorRT was written where there was no GPU: the refusals are tested, a run is not.
+"""
 
 import contextlib
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 
@@ -11,6 +16,11 @@ from headstart.serving.errors import PackageError, first_line
 from headstart.serving.runtime import CPU, open_session
 
 CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
+ENGINES = "trt_engine_cache_path"
+# HEURISTIC: the default search for convolution algorithms tries all of them for each new shape. The arena grows by what
+# is asked for, since it does not shrink.
+_CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
 _IDENTITY = bytes.fromhex(  # a graph of one Identity, float32 [1]; the server has no onnx to build it with
     "080812003a3b0a100a017812017922084964656e74697479120570726f62655a0f0a0178120a0a08080112040a020801"
     "620f0a0179120a0a08080112040a02080142040a001011"
@@ -25,6 +35,10 @@ class Device:
     """Execution provider that must run them."""
     threads: int | None = None
     """Threads within an operator; None is one per core."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """ONNX Runtime's options of the CUDA or TensorRT provider, over ours: `enable_cuda_graph=1` captures a CUDA graph
+    for each batch size, `gpu_mem_limit` is in bytes, `trt_engine_cache_path` keeps TensorRT's engines from one start to
+    the next."""
 
     def __post_init__(self) -> None:
         available = onnxruntime.get_available_providers()
@@ -33,16 +47,45 @@ class Device:
             raise PackageError(f"the provider {self.provider!r} is not in this ONNX Runtime; accepted: {accepted}")
         if self.threads is not None and self.threads < 1:
             raise PackageError(f"threads is {self.threads}; accepted: at least 1, or none for one per core")
+        if self.options and self.provider not in (CUDA, TENSORRT):
+            given = ", ".join(self.options)
+            raise PackageError(f"{self.provider} takes no options, found {given}; accepted: with {CUDA} or {TENSORRT}")
+
+    @property
+    def memory(self) -> str:
+        """Where its sessions' inputs and outputs lie, as ONNX Runtime calls it."""
+        return "cuda" if self.provider in (CUDA, TENSORRT) else "cpu"
 
 
-def open_on(device: Device, model: Path | bytes) -> onnxruntime.InferenceSession:
+def read_options(texts: Iterable[str]) -> dict[str, str]:
+    """`KEY=VALUE` each, as the command line has them.
+
+    Raises:
+        PackageError: one is not of that form, or a key is there twice.
+    """
+    options: dict[str, str] = {}
+    for text in texts:
+        key, _, value = text.partition("=")
+        if not (key and value) or key in options:
+            raise PackageError(f"the provider option {text[:80]!r} is not KEY=VALUE, or is there twice; give each once")
+        options[key] = value
+    return options
+
+
+def open_on(device: Device, model: Path | bytes, *, key: str = "") -> onnxruntime.InferenceSession:
     """A session on the device's provider. Threads do not spin while they wait.
+
+    Args:
+        device: where.
+        model: the graph's file, or its bytes.
+        key: tells the weights of this model from others', for engines that are kept: TensorRT's own name of an engine
+            is that of the graph alone.
 
     Raises:
         PackageError: the provider does not load on this machine, or ONNX Runtime refuses the graph.
     """
-    if device.provider == CUDA:
-        return _open_cuda(model, device)
+    if device.memory == "cuda":
+        return _open_cuda(model, device, key)
     return open_session(model, device.provider, device.threads)
 
 
@@ -56,12 +99,23 @@ def check(device: Device) -> None:
         open_on(device, _IDENTITY)
 
 
-def _open_cuda(model: Path | bytes, device: Device) -> onnxruntime.InferenceSession:
-    """A session on the CUDA provider. Written where there was no GPU: the refusals are tested, a run is not.
+def providers(device: Device, key: str = "") -> list[Any]:
+    """ONNX Runtime's list: TensorRT has CUDA behind it for what it lacks, and CUDA the CPU."""
+    if device.provider == CUDA:
+        return [(CUDA, {**_CUDA_OPTIONS, **device.options}), CPU]
+    options = dict(device.options)
+    folder = options.get(ENGINES)
+    if folder is not None:
+        if key:
+            options[ENGINES] = str(Path(folder) / key)
+            options |= {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1", "trt_timing_cache_path": folder}
+        else:
+            del options[ENGINES]
+    return [(TENSORRT, options), (CUDA, dict(_CUDA_OPTIONS)), CPU]
 
-    HEURISTIC: the default search for convolution algorithms tries all of them for each new shape. The arena grows by
-    what is asked for, since it does not shrink.
-    """
+
+def _open_cuda(model: Path | bytes, device: Device, key: str) -> onnxruntime.InferenceSession:
+    """A session on CUDA or TensorRT."""
     with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses
         onnxruntime.preload_dlls()  # cuDNN and cuBLAS from their wheels, where the system has none
     options = onnxruntime.SessionOptions()
@@ -69,20 +123,25 @@ def _open_cuda(model: Path | bytes, device: Device) -> onnxruntime.InferenceSess
     options.intra_op_num_threads = device.threads or 0
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    settings = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
+    chosen = providers(device, key)
     try:
+        if ENGINES in chosen[0][1]:
+            Path(chosen[0][1][ENGINES]).mkdir(parents=True, exist_ok=True)
         session = onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model),
             options,
-            providers=[(CUDA, settings), CPU],
+            providers=chosen,
             enable_fallback=0,  # the fallback prints to stdout
         )
     # ONNX Runtime's exceptions have no common base below Exception.
     except Exception as error:
-        raise PackageError(f"ONNX Runtime cannot load the graph on {CUDA}: {first_line(error)}") from error
-    if session.get_providers()[0] != CUDA:
         raise PackageError(
-            f"the provider {CUDA!r} does not load on this machine (ONNX Runtime's log says why); "
+            f"ONNX Runtime cannot load the graph on {device.provider}: {first_line(error)}; install what the provider "
+            f"needs, or ask for {CPU}"
+        ) from error
+    if session.get_providers()[0] != device.provider:
+        raise PackageError(
+            f"the provider {device.provider!r} does not load on this machine (ONNX Runtime's log says why); "
             f"install what it needs, or ask for {CPU}"
         )
     return session

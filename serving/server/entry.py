@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from headstart.serving.server.batching import Scheduler
 from headstart.serving.server.folder import Folder, Snapshot
+from headstart.serving.server.memory import Taken
 from headstart.serving.server.model import LoadedModel
 from headstart.serving.server.policy import VERSION, Policy
 
@@ -19,6 +20,8 @@ class Served:
     scheduler: Scheduler
     files: Snapshot
     """What its folder held when it was loaded."""
+    memory: Taken
+    """What it takes."""
 
 
 @dataclass(kw_only=True)

@@ -8,29 +8,30 @@ from typing import Any, NamedTuple
 
 from headstart.serving.server.errors import MethodNotAllowed, ServeError
 from headstart.serving.server.head import Head
-from headstart.serving.server.protocol import InferRequest, error_body
+from headstart.serving.server.protocol import error_body
+from headstart.serving.server.watch import Seen
 
 JSON = b"Content-Type: application/json\r\n"
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
-class Exchange:
+class Exchange(Seen):
     """One request while it is answered; `request` is what the service was given, for a client that goes."""
 
-    __slots__ = ("body", "gone", "head", "request")
+    __slots__ = ("body", "gone", "head")
 
-    def __init__(self, head: Head, body: memoryview) -> None:
+    def __init__(self, head: Head, body: memoryview, request_id: str, began: int = 0) -> None:
+        super().__init__(request_id, began)
         self.head = head
         self.body = body
-        self.request: InferRequest | None = None
         self.gone = False
 
     def leave(self) -> None:
         """The client has gone: drop the work."""
         self.gone = True
         if self.request is not None:
-            self.request.cancelled = True
+            self.request.cancel()
 
 
 class Response(NamedTuple):

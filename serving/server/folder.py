@@ -82,5 +82,5 @@ def _scan_model(folder: Path, root: Path) -> Folder:
         else:
             # Removed while we look.
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                found.versions[int(path.name)] = snapshot(path)
+                found.versions[int(path.name)] = snapshot(path.resolve())  # a link may be replaced meanwhile
     return found

@@ -11,10 +11,10 @@ Imported only where a gRPC port is asked for: a server of HTTP alone needs neith
 import asyncio
 import errno
 import logging
-import secrets
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from time import perf_counter_ns
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
@@ -23,10 +23,13 @@ from google.protobuf import json_format  # type: ignore[import-untyped]
 
 from headstart.serving.server.errors import ServeError, StartError, internal, unauthenticated, unavailable
 from headstart.serving.server.grpc_codec import GrpcDecoder, encode, parse, read_parameters
+from headstart.serving.server.grpc_health import SERVICE as HEALTH
+from headstart.serving.server.grpc_health import Health
 from headstart.serving.server.grpc_messages import MESSAGES, SERVICE
 from headstart.serving.server.interface import InferenceService
 from headstart.serving.server.protocol import InferRequest, InferResponse
 from headstart.serving.server.settings import HttpSettings, same_token, tls_context, token_digest
+from headstart.serving.server.watch import Outcome, RequestIds, Seen, Watch
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ _HEALTH = ("ServerLive", "ServerReady")
 _LONGEST_DETAILS = 1000
 """Characters of an error's message; clients refuse trailers of 8 KiB."""
 
-Answer = Callable[[bytes, Any], Awaitable[bytes]]
+Answer = Callable[[bytes, Any, Seen], Awaitable[bytes]]
 
 
 _FOREVER = 1e6
@@ -48,13 +51,17 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
     Args:
         service: answers the requests.
         settings: those of the HTTP server: address, token, certificate, limits; and `grpc_port`.
+        watch: is shown every call that was answered; None is nobody.
     """
 
-    def __init__(self, service: InferenceService, settings: HttpSettings) -> None:
+    def __init__(self, service: InferenceService, settings: HttpSettings, watch: Watch | None = None) -> None:
         self.settings = settings
+        self._watch = watch
+        self._request_ids = RequestIds()
         self.port = 0
         """The port that it listens on."""
         self._methods = Methods(service, settings)
+        self._health = Health(lambda: service.ready() and not self._methods.closing)
         self._token = None if settings.token is None else token_digest(settings.token.encode())
         self._held = 0
         self._active = 0
@@ -65,10 +72,15 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
             name: self._methods.infer if name == "ModelInfer" else self._methods.document(name) for name in _NAMES
         }
         self._handlers = {
-            f"/{SERVICE}/{name}": grpc.unary_unary_rpc_method_handler(self._guarded(answer))
-            for name, answer in answers.items()
+            path: grpc.unary_unary_rpc_method_handler(self._guarded(path, answer))
+            for path, answer in [
+                *((f"/{SERVICE}/{name}", answer) for name, answer in answers.items()),
+                (f"/{HEALTH}/Check", self._check),
+            ]
         }
-        self._open = {f"/{SERVICE}/{name}" for name in _HEALTH} if settings.open_health else set()
+        self._handlers[f"/{HEALTH}/Watch"] = grpc.unary_stream_rpc_method_handler(self._watched)
+        probes = [f"/{SERVICE}/{name}" for name in _HEALTH] + [f"/{HEALTH}/{name}" for name in ("Check", "Watch")]
+        self._open = set(probes) if settings.open_health else set()
 
     def service(self, handler_call_details: Any) -> Any:
         """The handler of a call, for grpc; None is UNIMPLEMENTED. Without the token nothing of a call is read."""
@@ -117,6 +129,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         """Stop accepting: calls in flight are answered, later ones are told UNAVAILABLE."""
         if self._stopping is None and self._server is not None:
             self._methods.closing = True
+            self._health.close()
             self._stopping = asyncio.ensure_future(self._server.stop(_FOREVER))
 
     async def drain(self, timeout: float | None = None) -> int:
@@ -139,31 +152,61 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         await self._stopping
         return left
 
-    def _guarded(self, answer: Answer) -> Callable[[bytes, Any], Awaitable[bytes]]:
-        """A method that counts what it holds and tells refusals as statuses."""
+    def _guarded(self, path: str, answer: Answer) -> Callable[[bytes, Any], Awaitable[bytes]]:
+        """A method that counts what it holds, tells refusals as statuses, and names its request in the trailers."""
 
         async def call(body: bytes, context: Any) -> bytes:
+            seen = Seen(self._named(context), perf_counter_ns() if self._watch else 0)
+            refusal: ServeError | None = None
+            status, data = "CANCELLED", b""
             self._held += len(body)
             self._active += 1
             try:
                 if self._held > self.settings.max_held_bytes:
                     raise unavailable("the server holds as many bytes of requests as it may; send this one again later")
-                return await answer(body, context)
+                data = await answer(body, context, seen)
+                context.set_trailing_metadata((("x-request-id", seen.request_id),))
+                status = "OK"
+                return data
             except ServeError as error:
                 refusal = error
             except MemoryError:
                 refusal = unavailable("the server is out of memory for this request")
+            # Whatever else an answer raises is our fault: grpc.aio would send the exception's words to the client,
+            # which may hold paths. Cancelling is no Exception and passes.
             except Exception:
-                number = secrets.token_hex(4)
-                log.exception("call %s failed", number)
-                refusal = internal(f"the server failed; its log says why under {number}")
+                log.exception("call %s failed", seen.request_id, extra={"request_id": seen.request_id})
+                refusal = internal(f"the server failed; its log says why under {seen.request_id}")
             finally:
                 self._held -= len(body)
                 self._active -= 1
-            await _abort(context, refusal)
+                if self._watch is not None:
+                    self._tell(self._watch, seen, path, refusal.grpc if refusal else status, len(data), context)
+            await _abort(context, refusal, seen.request_id)
             return b""  # not reached: abort raises
 
         return call
+
+    def _named(self, context: Any) -> str:
+        """The name of a call's request."""
+        given = [value for key, value in context.invocation_metadata() or () if key == "x-request-id"]
+        return self._request_ids.choose(given[0] if len(given) == 1 and isinstance(given[0], str) else "")
+
+    def _tell(self, watch: Watch, seen: Seen, path: str, status: str, num_bytes: int, context: Any) -> None:
+        def metadata() -> dict[str, str]:
+            return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+        watch.ended(seen, Outcome(path[1:], "", status, num_bytes, metadata))
+
+    async def _check(self, body: bytes, context: Any, seen: Seen) -> bytes:
+        return self._health.check(body)
+
+    async def _watched(self, body: bytes, context: Any) -> AsyncIterator[bytes]:
+        try:
+            async for status in self._health.watch(body):
+                yield status
+        except ServeError as error:
+            await _abort(context, error, self._named(context))
 
 
 class Methods:
@@ -178,22 +221,25 @@ class Methods:
         self.service = service
         self.closing = False
         """Whether the server has stopped accepting, which makes it not ready."""
+        self._limits = settings.limits
         self._decoder = GrpcDecoder(settings.limits)
         self._working: set[asyncio.Future[None]] = set()
 
-    async def infer(self, body: bytes, context: Any) -> bytes:
+    async def infer(self, body: bytes, context: Any, seen: Seen) -> bytes:
         """ModelInfer. A client that goes, or whose deadline passes, cancels its request."""
         request = self._decoder.decode(body)
         remaining = context.time_remaining()
         if remaining is not None:
             deadline = time.monotonic() + remaining
             request.deadline = deadline if request.deadline is None else min(request.deadline, deadline)
+        seen.asked(request)
         try:
             result = self.service.infer(request)
             response = result if isinstance(result, InferResponse) else await result
         except asyncio.CancelledError:
-            request.cancelled = True
+            request.cancel()
             raise
+        seen.told(response)
         return encode(response, request.outputs, self._label(request, response))
 
     def _label(self, request: InferRequest, response: InferResponse) -> Callable[[int], str | None]:
@@ -206,7 +252,7 @@ class Methods:
         method: Callable[[Any], Any] = getattr(self, f"_{name}")
         kind = MESSAGES[f"{name}Response"]
 
-        async def answer(body: bytes, context: Any) -> bytes:
+        async def answer(body: bytes, context: Any, seen: Seen) -> bytes:
             found = method(parse(f"{name}Request", body))
             if asyncio.iscoroutine(found):
                 found = await found
@@ -233,14 +279,14 @@ class Methods:
     def _ModelConfig(self, request: Any) -> dict[str, Any]:  # noqa: N802
         return {"config": self.service.model_config(request.name, request.version or None)}
 
-    def _ModelStatistics(self, request: Any) -> dict[str, Any]:  # noqa: N802
+    def _ModelStatistics(self, request: Any) -> Any:  # noqa: N802
         return self.service.statistics(request.name or None, request.version or None)
 
     def _RepositoryIndex(self, request: Any) -> dict[str, Any]:  # noqa: N802
         return {"models": self.service.repository_index(request.ready)}
 
     async def _RepositoryModelLoad(self, request: Any) -> dict[str, Any]:  # noqa: N802
-        return await self._finish(self.service.load(request.model_name, read_parameters(request)))
+        return await self._finish(self.service.load(request.model_name, read_parameters(request, self._limits)))
 
     async def _RepositoryModelUnload(self, request: Any) -> dict[str, Any]:  # noqa: N802
         return await self._finish(self.service.unload(request.model_name))
@@ -258,13 +304,13 @@ _NAMES = ("ModelInfer", *(name[1:] for name in vars(Methods) if name[1:2].isuppe
 """All methods that are served."""
 
 
-async def serve_grpc(service: InferenceService, settings: HttpSettings) -> GrpcServer:
+async def serve_grpc(service: InferenceService, settings: HttpSettings, watch: Watch | None = None) -> GrpcServer:
     """Start a server on the running loop, at `settings.grpc_port`.
 
     Raises:
         StartError: the port, the address or the certificate cannot be used.
     """
-    server = GrpcServer(service, settings)
+    server = GrpcServer(service, settings, watch)
     await server.listen()
     return server
 
@@ -273,12 +319,14 @@ async def _refuse_unread(requests: Any, context: Any) -> None:
     await _abort(context, unauthenticated())
 
 
-async def _abort(context: Any, error: ServeError) -> None:
+async def _abort(context: Any, error: ServeError, request_id: str = "") -> None:
     """End a call with an error's status; `grpc-retry-pushback-ms` is gRPC's own Retry-After."""
     status = getattr(grpc.StatusCode, error.grpc, grpc.StatusCode.UNKNOWN)
     after = error.retry_after
-    trailing = () if after is None else (("grpc-retry-pushback-ms", str(round(after * 1000))),)
-    await context.abort(status, error.message[:_LONGEST_DETAILS], trailing_metadata=trailing)
+    trailing = [] if after is None else [("grpc-retry-pushback-ms", str(round(after * 1000)))]
+    if request_id:
+        trailing.append(("x-request-id", request_id))
+    await context.abort(status, error.message[:_LONGEST_DETAILS], trailing_metadata=tuple(trailing))
 
 
 def _probe(host: str, port: int, reuse_port: bool) -> None:

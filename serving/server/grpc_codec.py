@@ -5,7 +5,6 @@ copied, what protobuf may allocate is bounded by what is left, and a rest that c
 """
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -64,16 +63,7 @@ class GrpcDecoder:
                 arrays[name] = _strings(name, shape, tensor.data)
             else:
                 arrays[name] = from_json(name, datatype, shape, tensor.data)
-        return InferRequest(
-            model=model,
-            version=version,
-            id=plan.id,
-            inputs=arrays,
-            outputs=plan.outputs,
-            parameters=dict(plan.parameters),
-            deadline=None if plan.timeout is None else time.monotonic() + plan.timeout,
-            priority=plan.priority,
-        )
+        return plan.request(model, version, arrays)
 
     def _plan(self, head: bytes, raws: list[memoryview]) -> _Plan:
         message = parse("ModelInferRequest", head)
@@ -81,14 +71,15 @@ class GrpcDecoder:
             raise bad_request(
                 f"raw_input_contents has {len(raws)} entries for {len(message.inputs)} inputs; accepted: one for each"
             )
-        inputs = [_input(tensor, len(raws[n]) if raws else None) for n, tensor in enumerate(message.inputs)]
+        limits = self.limits
+        inputs = [_input(tensor, len(raws[n]) if raws else None, limits) for n, tensor in enumerate(message.inputs)]
         document = {
             "id": message.id,
-            "parameters": read_parameters(message),
+            "parameters": read_parameters(message, limits),
             "inputs": inputs,
-            "outputs": [{"name": one.name, "parameters": read_parameters(one)} for one in message.outputs],
+            "outputs": [{"name": one.name, "parameters": read_parameters(one, limits)} for one in message.outputs],
         }
-        return message.model_name, message.model_version or None, read_plan(document, self.limits)
+        return message.model_name, message.model_version or None, read_plan(document, limits)
 
 
 def split(data: bytes, limits: Limits) -> tuple[bytes, list[memoryview]]:
@@ -157,18 +148,28 @@ def parse(name: str, data: bytes) -> Any:
         raise bad_request(f"the message is no {name}: its bytes are damaged") from None
 
 
-def read_parameters(message: Any) -> dict[str, Any]:
-    """The `parameters` of a message as Python's values; None where one holds nothing."""
+def read_parameters(message: Any, limits: Limits) -> dict[str, Any]:
+    """The `parameters` of a message as Python's values; None where one holds nothing.
+
+    Raises:
+        ServeError: 400, where there are more than `max_tensors`, counted before any is turned into an object.
+    """
     if not message.parameters:
         return {}
+    if len(message.parameters) > limits.max_tensors:
+        raise bad_request(f"the message has {len(message.parameters)} parameters; accepted: {limits.max_tensors}")
     chosen = ((name, value, value.WhichOneof("parameter_choice")) for name, value in message.parameters.items())
     return {name: getattr(value, kind) if kind else None for name, value, kind in chosen}
 
 
-def _input(tensor: Any, size: int | None) -> dict[str, Any]:
+def _input(tensor: Any, size: int | None, limits: Limits) -> dict[str, Any]:
     """An input in the form of the JSON; `size` is that of its raw contents, None where it has none."""
+    if len(tensor.shape) > limits.max_rank:
+        raise bad_request(
+            f"input {tensor.name[:256]!r} has {len(tensor.shape)} dimensions; accepted: {limits.max_rank}"
+        )
     item: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
-    item["parameters"] = parameters = read_parameters(tensor)
+    item["parameters"] = parameters = read_parameters(tensor, limits)
     parameters.pop("binary_data_size", None)
     given = [field.name for field, _ in tensor.contents.ListFields()] if tensor.HasField("contents") else []
     if size is not None:

@@ -65,7 +65,7 @@ _MESSAGES: dict[str, str] = {
     "ModelVersionPolicy": "latest!:ModelVersionPolicy.Latest=1 specific!:ModelVersionPolicy.Specific=3",
     "ModelVersionPolicy.Latest": "num_versions:uint32=1",
     "ModelVersionPolicy.Specific": "versions:*int64=1",
-    "ModelInput": "name:string=1 data_type:DataType=2 dims:*int64=4",
+    "ModelInput": "name:string=1 data_type:DataType=2 dims:*int64=4 optional:bool=8",
     "ModelOutput": "name:string=1 data_type:DataType=2 dims:*int64=3",
     "ModelInstanceGroup": "name:string=1 count:int32=2 kind:ModelInstanceGroup.Kind=4",
     "ModelDynamicBatching": "preferred_batch_size:*int32=1 max_queue_delay_microseconds:uint64=2",
@@ -73,7 +73,8 @@ _MESSAGES: dict[str, str] = {
     "ModelStatisticsRequest": _NAMED,
     "ModelStatisticsResponse": "model_stats:*ModelStatistics=1",
     "ModelStatistics": f"{_NAMED} last_inference:uint64=3 inference_count:uint64=4 execution_count:uint64=5 "
-    "inference_stats:InferStatistics=6 batch_stats:*InferBatchStatistics=7",
+    "inference_stats:InferStatistics=6 batch_stats:*InferBatchStatistics=7 memory_usage:*MemoryUsage=8",
+    "MemoryUsage": "type:string=1 id:int64=2 byte_size:uint64=3",
     "StatisticDuration": "count:uint64=1 ns:uint64=2",
     "InferStatistics": " ".join(f"{name}:StatisticDuration={n}" for n, name in enumerate(_OUTCOMES.split(), 1)),
     "InferBatchStatistics": "batch_size:uint64=1 compute_input:StatisticDuration=2 compute_infer:StatisticDuration=3 "

@@ -40,6 +40,7 @@ class Head:
         "path",
         "priority",
         "query",
+        "request_id",
         "timeout",
     )
 
@@ -63,11 +64,16 @@ class Head:
             raise ServeError(417, "the only accepted Expect is 100-continue", grpc="INVALID_ARGUMENT")
         self.expects_continue = bool(expect) and not self.old
         self.json_length = self._number(b"inference-header-content-length", 0, 1 << 40)
+        self.request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         self.priority = self._number(b"headstart-priority", -100, 100)
         timeout = self._number(b"headstart-timeout-ms", 1, 1 << 40)
         self.timeout = None if timeout is None else timeout / 1e3
         self.handler: Callable[..., Any] | None = None
         self.arguments: tuple[Any, ...] = ()
+
+    def texts(self) -> dict[str, str]:
+        """The headers as text."""
+        return {name.decode("latin-1"): value.decode("latin-1") for name, value in self.headers.items()}
 
     def _number(self, name: bytes, least: int, most: int) -> int | None:
         text = self.headers.get(name)
@@ -101,7 +107,7 @@ class HeadParser:
         self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._target = b""
         self._headers: dict[bytes, bytes] = {}
-        self._complete = False
+        self._complete = self._keep_alive = False
         self._twice: bytes | None = None
 
     def parse(self, raw: bytes) -> Head:
@@ -134,7 +140,7 @@ class HeadParser:
             parser.get_method().decode(),
             self._target,
             parser.get_http_version(),
-            parser.should_keep_alive(),
+            self._keep_alive,
             self._headers,
         )
 
@@ -159,6 +165,8 @@ class HeadParser:
     def on_headers_complete(self) -> None:
         """Called by the parser at the empty line."""
         self._complete = True
+        # Asked here: where no body follows, the parser is about to forget what `Connection` said.
+        self._keep_alive = self._parser is not None and self._parser.should_keep_alive()
 
     def on_body(self, body: bytes) -> None:
         """Called by the parser if it finds the head's end before we do, which smuggles a request."""

@@ -19,6 +19,7 @@ from headstart.serving.server.errors import StartError
 from headstart.serving.server.interface import InferenceService
 from headstart.serving.server.routes import Routes
 from headstart.serving.server.settings import HttpSettings, same_token, tls_context, token_digest
+from headstart.serving.server.watch import RequestIds, Watch
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +34,13 @@ class HttpServer:
     Args:
         service: answers the requests.
         settings: limits, token and times.
+        watch: is shown every request that was answered; None is nobody.
     """
 
-    def __init__(self, service: InferenceService, settings: HttpSettings) -> None:
+    def __init__(self, service: InferenceService, settings: HttpSettings, watch: Watch | None = None) -> None:
         self.settings = settings
+        self.watch = watch
+        self.request_ids = RequestIds()
         self.routes = Routes(service, settings)
         self.closing = False
         """Whether it has stopped accepting."""
@@ -165,12 +169,12 @@ class HttpServer:
         self._timer = self._loop.call_later(self._tick, self._sweep)
 
 
-async def serve_http(service: InferenceService, settings: HttpSettings) -> HttpServer:
+async def serve_http(service: InferenceService, settings: HttpSettings, watch: Watch | None = None) -> HttpServer:
     """Start a server on the running loop.
 
     Raises:
         StartError: the port, the address or the certificate cannot be used.
     """
-    server = HttpServer(service, settings)
+    server = HttpServer(service, settings, watch)
     await server.listen()
     return server

@@ -9,7 +9,7 @@ from headstart.serving.server.protocol import InferRequest, InferResponse
 class InferenceService(Protocol):
     """Models that answer requests. Every refusal is a `ServeError`.
 
-    A service may also have `metrics_text() -> bytes`, Prometheus' exposition.
+    A service may also have `metrics_text`, which gives Prometheus' exposition as bytes or what to wait for.
     """
 
     async def start(self) -> None:
@@ -19,7 +19,10 @@ class InferenceService(Protocol):
         """Finish what runs and release the models."""
 
     def infer(self, request: InferRequest) -> InferResponse | Awaitable[InferResponse]:
-        """Run a request: its response, where the model ran at once, or one to wait for."""
+        """Run a request: its response, where the model ran at once, or one to wait for.
+
+        Where a model's metadata lists `encoded_images`, a request may bring these in the place of the pixels.
+        """
 
     def live(self) -> bool:
         """Whether the process works."""
@@ -39,8 +42,8 @@ class InferenceService(Protocol):
     def model_config(self, name: str, version: str | None) -> dict[str, Any]:
         """A model's configuration in Triton's form."""
 
-    def statistics(self, name: str | None, version: str | None) -> dict[str, Any]:
-        """Triton's statistics of one model, or of all."""
+    def statistics(self, name: str | None, version: str | None) -> dict[str, Any] | Awaitable[dict[str, Any]]:
+        """Triton's statistics of one model, or of all; something to wait for, where other processes are asked."""
 
     def repository_index(self, ready: bool) -> list[dict[str, Any]]:
         """The models of the repository, or only those that are ready."""

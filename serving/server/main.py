@@ -14,10 +14,12 @@ from headstart.serving.server.errors import StartError
 from headstart.serving.server.http import serve_http
 from headstart.serving.server.interface import InferenceService
 from headstart.serving.server.settings import HttpSettings
+from headstart.serving.server.watch import Watch
 
 if TYPE_CHECKING:
     from headstart.serving.server.grpc import GrpcServer
     from headstart.serving.server.http import HttpServer
+    from headstart.serving.server.worker import Link
 
 log = logging.getLogger(__name__)
 
@@ -32,35 +34,63 @@ class Ports:
     """gRPC's port; None where it is not served."""
 
 
-def run(settings: HttpSettings, service: InferenceService, *, on_ready: Callable[[Ports], None] | None = None) -> int:
+def run(
+    settings: HttpSettings,
+    service: InferenceService,
+    *,
+    on_ready: Callable[[Ports], None] | None = None,
+    link: "Link | None" = None,
+    watch: Watch | None = None,
+) -> int:
     """Serve until SIGTERM or SIGINT, and return the exit code.
 
     The port opens before the models load, so that a taken one is told at once and liveness can be probed while
-    readiness says no. At the signal the server stops accepting, answers what it has begun and returns 0; a
-    second signal cuts off what is left.
+    readiness says no; only a worker that takes another's place opens it last. At the signal the server stops
+    accepting, answers what it has begun and returns 0; a second signal cuts off what is left.
 
     Args:
         settings: of the HTTP server, and of gRPC's where `grpc_port` is set.
         service: is started and stopped here.
         on_ready: called with the ports once the models are loaded and warm.
+        link: to the supervisor, where this is one of several processes; the supervisor's word is the second signal.
+        watch: is shown every request that was answered, and is closed here.
 
     Raises:
         StartError: the server cannot listen, or gRPC is asked for and not installed.
     """
-    return uvloop.run(_serve(settings, service, on_ready))
+    try:
+        return uvloop.run(_serve(settings, service, on_ready, link, watch))
+    finally:
+        if watch is not None:
+            watch.close()
 
 
-async def _serve(settings: HttpSettings, service: InferenceService, on_ready: Callable[[Ports], None] | None) -> int:
+async def _serve(
+    settings: HttpSettings,
+    service: InferenceService,
+    on_ready: Callable[[Ports], None] | None,
+    link: "Link | None",
+    watch: Watch | None,
+) -> int:
     loop = asyncio.get_running_loop()
     first, second = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: (second if first.is_set() else first).set())
+        # A service manager may signal the supervisor and the workers: for a worker that is one end, not two.
+        loop.add_signal_handler(number, lambda: (second if first.is_set() and link is None else first).set())
     servers: list[HttpServer | GrpcServer] = []
-    try:
-        servers.append(await serve_http(service, settings))
+
+    async def listen() -> None:
+        servers.append(await serve_http(service, settings, watch))
         if settings.grpc_port is not None:
-            servers.append(await _serve_grpc(service, settings))
+            servers.append(await _serve_grpc(service, settings, watch))
+
+    late = link is not None and await link.open(first, second)
+    try:
+        if not late:
+            await listen()
         if await _unless(first, service.start()):
+            if late:
+                await listen()
             gc.collect()
             gc.freeze()  # the collector need not walk what lives as long as the process
             if on_ready is not None:
@@ -83,7 +113,7 @@ async def _drain(servers: "list[HttpServer | GrpcServer]", timeout: float | None
     await asyncio.gather(*(server.drain(timeout) for server in servers))
 
 
-async def _serve_grpc(service: InferenceService, settings: HttpSettings) -> "GrpcServer":
+async def _serve_grpc(service: InferenceService, settings: HttpSettings, watch: Watch | None) -> "GrpcServer":
     try:
         from headstart.serving.server.grpc import serve_grpc
     except ImportError as error:
@@ -93,7 +123,7 @@ async def _serve_grpc(service: InferenceService, settings: HttpSettings) -> "Grp
             "gRPC is asked for and its libraries are not installed; "
             "run `pip install grpcio protobuf`, or leave --grpc-port out"
         ) from error
-    return await serve_grpc(service, settings)
+    return await serve_grpc(service, settings, watch)
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> bool:

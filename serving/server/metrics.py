@@ -4,19 +4,36 @@ Everything is counted on the event loop, in plain integers without locks: an obs
 and `prometheus_client` does its work when it is asked for the text.
 """
 
+import functools
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import prometheus_client
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from headstart.serving.server.drift import distance
 
 SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 STAGES = ("queue", "compute", "total")
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 _MODEL = ("model", "version")
+_LATEST = "last_inference_ms"
+_SUMS = ("success", "success_ns", "fail", "fail_ns", "queue_ns", "compute_ns", "rows", "executions", _LATEST)
+
+
+def added(one: Any, other: Any) -> Any:
+    """The sum of two `counts`, number by number; of the times of the last request the later one."""
+    if isinstance(one, dict):
+        return {
+            name: (max if name == _LATEST else added)(one[name], other[name])
+            if name in one and name in other
+            else value
+            for name, value in {**one, **other}.items()
+        }
+    return [added(*pair) for pair in zip(one, other, strict=True)] if isinstance(one, list) else one + other
 
 
 class Histogram:
@@ -64,6 +81,10 @@ class Statistics:
         self.batch_rows = Histogram(ROWS)
         self.depth: Callable[[], int] = int
         """Requests that wait now."""
+        self.drift: Callable[[], dict[str, Any]] = dict
+        """The state of a drift gauge; empty where there is none."""
+        self.memory = 0
+        """Bytes by which the process grew while the version was loaded."""
 
     def executed(self, rows: int, nanoseconds: int) -> None:
         """Count one execution."""
@@ -94,6 +115,26 @@ class Statistics:
         self.fail_ns += total_ns
         self.errors[status] = self.errors.get(status, 0) + 1
 
+    def counts(self) -> dict[str, Any]:
+        """All of it as JSON has it, for `added` and `restore`."""
+        return {
+            **{name: getattr(self, name) for name in _SUMS},
+            "batches": {str(rows): row for rows, row in self.batches.items()},
+            "errors": {str(status): count for status, count in self.errors.items()},
+            "stages": {stage: [one.counts, one.total] for stage, one in self.stages.items()},
+            "batch_rows": [self.batch_rows.counts, self.batch_rows.total],
+        }
+
+    def restore(self, counts: dict[str, Any]) -> None:
+        """Be what `counts` says."""
+        for name in _SUMS:
+            setattr(self, name, counts[name])
+        self.batches = {int(rows): row for rows, row in counts["batches"].items()}
+        self.errors = {int(status): count for status, count in counts["errors"].items()}
+        for stage, (found, total) in counts["stages"].items():
+            self.stages[stage].counts, self.stages[stage].total = found, total
+        self.batch_rows.counts, self.batch_rows.total = counts["batch_rows"]
+
     def document(self) -> dict[str, Any]:
         """Triton's ModelStatistics. Copying in and out is part of `compute_infer` here."""
         none = {"count": 0, "ns": 0}
@@ -122,7 +163,7 @@ class Statistics:
                 }
                 for rows, (count, nanoseconds) in sorted(self.batches.items())
             ],
-            "memory_usage": [],
+            "memory_usage": [{"type": "CPU", "id": 0, "byte_size": self.memory}],
             "response_stats": {},
         }
 
@@ -133,15 +174,45 @@ class Metrics(Collector):
     metrics = Metrics()
     statistics = metrics.track("demo", "1")
     metrics.metrics_text()
+
+    Args:
+        workers: pids by number, where there are several; None is this process alone.
+        restarts: how often a worker was started again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workers: dict[str, int] | None = None, restarts: int = 0) -> None:
         self._models: dict[tuple[str, str], Statistics] = {}
         self._reloads = {"ready": 0, "refused": 0}
         self._unknown = 0
+        self._workers, self._restarts = workers, restarts
         self.registry = prometheus_client.CollectorRegistry(auto_describe=False)
         self.registry.register(self)
-        prometheus_client.ProcessCollector(registry=self.registry)
+        if workers is None:
+            prometheus_client.ProcessCollector(registry=self.registry)
+
+    @classmethod
+    def summed(cls, counts: Sequence[dict[str, Any]], workers: dict[str, int], restarts: int) -> "Metrics":
+        """The metrics of a server of several processes, from the `counts` of each; those that ended have no `now`."""
+        total: dict[str, Any] = functools.reduce(added, counts, {})
+        metrics = cls(workers, restarts)
+        metrics._reloads, metrics._unknown = total.get("loads", {}), total.get("unknown", 0)
+        for model, versions in total.get("now", {}).items():
+            for version, live in versions.items():
+                statistics = metrics.track(model, version)
+                statistics.restore(total["models"][model][version])
+                statistics.depth = functools.partial(int, live["depth"])
+                statistics.drift = functools.partial(dict, live["drift"])
+                statistics.memory = live["memory"]
+        return metrics
+
+    def counts(self) -> dict[str, Any]:
+        """All of it as JSON has it, for `added` and `summed`; `now` holds what is lost with the process."""
+        models: dict[str, dict[str, Any]] = {}
+        now: dict[str, dict[str, Any]] = {}
+        for (model, version), one in self._models.items():
+            models.setdefault(model, {})[version] = one.counts()
+            now.setdefault(model, {})[version] = {"depth": one.depth(), "drift": one.drift(), "memory": one.memory}
+        return {"models": models, "now": now, "loads": self._reloads, "unknown": self._unknown}
 
     def track(self, model: str, version: str) -> Statistics:
         """The statistics of a version: new, or those that it has when it was loaded anew."""
@@ -159,6 +230,10 @@ class Metrics(Collector):
             if (model is None or name == model) and (version is None or number == version)
         ]
         return sorted(wanted, key=lambda one: (one.model, len(one.version), one.version))
+
+    def document(self, model: str | None, version: str | None) -> dict[str, Any]:
+        """Triton's ModelStatisticsResponse of those that `find` finds."""
+        return {"model_stats": [one.document() for one in self.find(model or None, version or None)]}
 
     def loaded(self, ready: bool) -> None:
         """Count a version that was loaded, or refused."""
@@ -187,7 +262,21 @@ class Metrics(Collector):
             labels=(*_MODEL, "status"),
         )
         depth = GaugeMetricFamily("headstart_queue_depth", "Requests that wait.", labels=_MODEL)
+        drift = GaugeMetricFamily(
+            "headstart_drift_distance",
+            "From the live features' mean to the training features', over the training features' spread.",
+            labels=_MODEL,
+        )
+        memory = GaugeMetricFamily(
+            "headstart_model_memory_bytes", "By how much the process grew while it was loaded.", labels=_MODEL
+        )
+        seen = CounterMetricFamily("headstart_drift_rows", "Rows whose features the drift is of.", labels=_MODEL)
         for (model, version), one in self._models.items():
+            memory.add_metric((model, version), one.memory)
+            if state := one.drift():
+                seen.add_metric((model, version), state["rows"])
+                if (moved := distance(state)) is not None:
+                    drift.add_metric((model, version), moved)
             for stage, histogram in one.stages.items():
                 seconds.add_metric((model, version, stage), histogram.cumulative(), histogram.total)
             rows.add_metric((model, version), one.batch_rows.cumulative(), one.batch_rows.total)
@@ -200,4 +289,22 @@ class Metrics(Collector):
             loads.add_metric((result,), count)
         unknown = CounterMetricFamily("headstart_unknown_model_requests", "Requests for what is not served.")
         unknown.add_metric((), self._unknown)
-        yield from (seconds, rows, answered, errors, depth, loads, unknown)
+        yield from (seconds, rows, answered, errors, depth, memory, drift, seen, loads, unknown)
+        if self._workers is not None:
+            yield from _processes(self._workers)
+            yield GaugeMetricFamily("headstart_workers", "Processes that serve.", value=len(self._workers))
+            yield CounterMetricFamily(
+                "headstart_worker_restarts", "Workers that were started again.", value=self._restarts
+            )
+
+
+def _processes(pids: dict[str, int]) -> list[Metric]:
+    """What ProcessCollector says of each process, labelled `worker`."""
+    families: dict[str, Metric] = {}
+    for number, pid in pids.items():
+        collector = prometheus_client.ProcessCollector(pid=functools.partial(int, pid), registry=None)
+        for family in collector.collect():
+            kept = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                kept.add_sample(sample.name, {"worker": number}, sample.value)
+    return list(families.values())

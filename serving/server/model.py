@@ -1,9 +1,11 @@
 """A model in ONNX Runtime: a package verified, copied and loaded, or a bare graph, and its `run`."""
 
+import hashlib
+import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
@@ -13,11 +15,15 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from headstart.serving.errors import PackageError, first_line
-from headstart.serving.package import MANIFEST, MODEL, Manifest, Tensor, load_manifest, verify
+from headstart.serving.package import MANIFEST, MODEL, SIGNATURE, Manifest, Tensor, load_manifest, verify
 from headstart.serving.runtime import CPU, OUTPUTS
+from headstart.serving.server.bound import Bound, buckets
 from headstart.serving.server.device import Device, open_on
+from headstart.serving.server.drift import DriftGauge
 from headstart.serving.server.errors import bad_request, internal, unavailable
+from headstart.serving.signing import verify_signature
 
+_LOG = logging.getLogger(__name__)
 _WARM_RUNS = 4  # of one row: the first plans and allocates, the others tell how long a call takes
 _WARM_NS = 1_000_000_000  # a largest batch that would take longer is not warmed on the CPU, where it gains little
 _FREE_SIZE = 224  # pixels, where a package does not say what it was timed with
@@ -29,6 +35,7 @@ _DTYPES = {
     "tensor(string)": "object",
     **{f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
 }
+_Compute = Callable[[list[str], dict[str, NDArray[Any]]], list[NDArray[Any]]]
 _REFUSED = onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument
 
 
@@ -40,12 +47,15 @@ class LoadedModel:
         session: an ONNX Runtime session.
         max_batch: rows of one run.
         manifest: of the package it is from; None for a bare graph.
-        buckets: batch sizes to pad to, ascending, ending with `max_batch`; empty runs each size as it comes. The CUDA
-            provider plans and searches algorithms anew for each size that it has not seen.
+        buckets: batch sizes to pad to and to keep buffers for, ascending, ending with `max_batch`; empty runs each size
+            as it comes.
+        memory: where those buffers lie, `cpu` or `cuda`.
 
     Raises:
         PackageError: an input or output of a type that the protocol cannot carry (bfloat16, sequences, maps).
     """
+
+    drift: DriftGauge | None = None
 
     def __init__(
         self,
@@ -56,15 +66,21 @@ class LoadedModel:
         max_batch: int,
         manifest: Manifest | None = None,
         buckets: tuple[int, ...] = (),
+        memory: str = "cpu",
     ) -> None:
         self.name, self.version, self.manifest, self.max_batch = name, version, manifest, max_batch
         self.inputs = _tensors(session.get_inputs())
-        self.outputs = _tensors(session.get_outputs())
+        outputs = _tensors(session.get_outputs())
+        hidden = manifest.drift.output if manifest and manifest.drift else None
+        self.outputs = tuple(one for one in outputs if one.name != hidden)
+        """What clients are offered: all but the features, which are for the drift gauge."""
         self.labels = manifest.labels if manifest else None
         self.provider = str(session.get_providers()[0])
         self._buckets = buckets
         self._texts = [one.name for one in (*self.inputs, *self.outputs) if one.dtype == "object"]
-        self._session: onnxruntime.InferenceSession | None = session
+        self._compute: _Compute | None = session.run
+        if buckets:
+            self._compute = Bound(session, self.inputs, outputs, buckets=buckets, device=memory).run
 
     def run(self, feed: dict[str, NDArray[Any]], outputs: list[str]) -> list[NDArray[Any]]:
         """Compute `outputs`, in their order; calls from several threads are safe.
@@ -72,20 +88,15 @@ class LoadedModel:
         Raises:
             ServeError: 400, where ONNX Runtime refuses the inputs; 503 after `close`.
         """
-        session = self._session
-        if session is None:
+        compute = self._compute
+        if compute is None:
             raise unavailable(f"{self.name} version {self.version} was taken down; try again")
         if self._texts:
             feed = {name: _decoded(name, array) for name, array in feed.items()}
-        rows = 0
-        if self._buckets:
-            rows, feed = self._pad(feed)
         try:
-            found: list[NDArray[Any]] = session.run(outputs, feed)
+            found = compute(outputs, feed)
         except _REFUSED as error:
             raise bad_request(f"{self.name} does not take this request: {public(first_line(error))}") from error
-        if rows:
-            found = [array[:rows] for array in found]
         return [_encoded(array) for array in found] if self._texts else found
 
     def warm_up(self) -> list[tuple[int, int]]:
@@ -109,17 +120,7 @@ class LoadedModel:
 
     def close(self) -> None:
         """Let go of the session; a run that has begun ends well."""
-        self._session = None
-
-    def _pad(self, feed: dict[str, NDArray[Any]]) -> tuple[int, dict[str, NDArray[Any]]]:
-        """Repeat the last row up to the next bucket."""
-        rows = len(next(iter(feed.values())))
-        bucket = next((size for size in self._buckets if size >= rows), rows)
-        if bucket == rows:
-            return 0, feed
-        return rows, {
-            name: np.concatenate([array, np.repeat(array[-1:], bucket - rows, axis=0)]) for name, array in feed.items()
-        }
+        self._compute = None
 
     def _sample(self, tensor: Tensor, rows: int) -> NDArray[Any]:
         shape = [size if isinstance(size, int) and size > 0 else 1 for size in tensor.shape]
@@ -136,7 +137,43 @@ class LoadedModel:
         return np.full(shape, 127 if tensor.dtype == "uint8" else 0, np.dtype(tensor.dtype))
 
 
-def load_package(source: Path, *, name: str, version: str, device: Device, max_batch: int | None = None) -> LoadedModel:
+class WatchedModel(LoadedModel):
+    """A model some of whose runs also compute the features, for a drift gauge.
+
+    Args:
+        gauge: decides which, and takes them in.
+        settings: as of `LoadedModel`.
+    """
+
+    def __init__(self, *, gauge: DriftGauge, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.drift: DriftGauge = gauge
+
+    def run(self, feed: dict[str, NDArray[Any]], outputs: list[str]) -> list[NDArray[Any]]:
+        """As `LoadedModel`."""
+        if not self.drift.due():
+            return super().run(feed, outputs)
+        *found, features = super().run(feed, [*outputs, self.drift.training.output])
+        self.drift.observe(features)
+        return found
+
+    def warm_up(self) -> list[tuple[int, int]]:
+        """As `LoadedModel`; what it runs on is no live image."""
+        known = super().warm_up()
+        self.drift.clear()
+        return known
+
+
+def load_package(
+    source: Path,
+    *,
+    name: str,
+    version: str,
+    device: Device,
+    max_batch: int | None = None,
+    public_key: Path | None = None,
+    drift: float = 0.0,
+) -> LoadedModel:
     """Load a package from a private copy of its folder, so that what was verified is what runs.
 
     ONNX Runtime 1.31 maps external data into memory: a folder that is written over would change a model that serves
@@ -146,16 +183,21 @@ def load_package(source: Path, *, name: str, version: str, device: Device, max_b
     Args:
         source: a folder with a package, or with part of one.
         max_batch: rows of one run; None, and at most, the largest batch whose parity is proven.
+        public_key: PEM of the key that must have signed the package; None asks for no signature.
+        drift: share of executions for the drift gauge, where the package has what that needs.
 
     Raises:
-        PackageError: the folder is not a whole, proven package, or its graph is not what its manifest says.
+        PackageError: the folder is not a whole, proven and signed package, or its graph is not what its manifest says.
     """
     try:
         with tempfile.TemporaryDirectory(prefix="headstart-", ignore_cleanup_errors=True) as folder:
             _copy(source, Path(folder))
             try:
                 manifest = verify(Path(folder))
-                session = open_on(device, Path(folder) / MODEL)
+                if public_key is not None:
+                    verify_signature(Path(folder), public_key)
+                key = hashlib.sha256(repr(sorted(manifest.files.items())).encode()).hexdigest()[:32]
+                session = open_on(device, Path(folder) / MODEL, key=key)
             except PackageError as error:  # about the folder that the operator knows
                 raise PackageError(str(error).replace(folder, str(source))) from error
     except OSError as error:
@@ -164,15 +206,10 @@ def load_package(source: Path, *, name: str, version: str, device: Device, max_b
         ) from error
     proven = max(row.batch for row in manifest.parity.rows)
     largest = min(proven, max_batch or proven)
-    model = LoadedModel(
-        name=name,
-        version=version,
-        session=session,
-        max_batch=largest,
-        manifest=manifest,
-        buckets=_buckets(largest) if device.provider != CPU else (),
-    )
-    found, stated = (model.inputs, model.outputs), (manifest.inputs, manifest.outputs)
+    if device.provider not in manifest.proven_on:
+        proven_on = ", ".join(manifest.proven_on)
+        _LOG.warning("%s version %s runs on %s and was proven on %s alone", name, version, device.provider, proven_on)
+    found, stated = _signature(session), (manifest.inputs, manifest.outputs)
     if found != stated:
         raise PackageError(
             f"{source}: its graph has {_names(found)}, its manifest says {_names(stated)}; "
@@ -184,7 +221,18 @@ def load_package(source: Path, *, name: str, version: str, device: Device, max_b
             f"{source}: its outputs have {max(columns)} columns for {len(manifest.labels)} labels; "
             "export the run again: headstart export RUN"
         )
-    return model
+    settings: dict[str, Any] = {
+        "name": name,
+        "version": version,
+        "session": session,
+        "max_batch": largest,
+        "manifest": manifest,
+        "buckets": buckets(largest) if device.provider != CPU else (),
+        "memory": device.memory,
+    }
+    if manifest.drift and drift:
+        return WatchedModel(**settings, gauge=DriftGauge(manifest.drift, drift))
+    return LoadedModel(**settings)
 
 
 def load_graph(model: Path | bytes, *, name: str, version: str = "1", device: Device, max_batch: int) -> LoadedModel:
@@ -211,16 +259,15 @@ def _copy(source: Path, target: Path) -> None:
     listed = {*manifest.files, MANIFEST}
     if missing := sorted(listed - present):
         raise PackageError(f"it lacks {', '.join(missing)}; copy the whole folder")
-    if extra := sorted(present - listed):
+    if extra := sorted(present - listed - {SIGNATURE}):
         raise PackageError(f"it holds {', '.join(extra)}, which its manifest does not list; take it out")
-    for name in listed:
+    for name in listed | (present & {SIGNATURE}):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
 
 
-def _buckets(max_batch: int) -> tuple[int, ...]:
-    """1, 2, 4, ... and `max_batch`."""
-    return (*(1 << power for power in range((max_batch - 1).bit_length())), max_batch)
+def _signature(session: onnxruntime.InferenceSession) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return _tensors(session.get_inputs()), _tensors(session.get_outputs())
 
 
 def _tensors(nodes: Sequence[Any]) -> tuple[Tensor, ...]:

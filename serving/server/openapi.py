@@ -3,10 +3,28 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from headstart.serving.server.encoded import ENCODED
 from headstart.serving.server.tensors import DATATYPES
 
 _SCALAR = {"type": ["string", "number", "boolean"]}
 _NAME = {"type": "string", "minLength": 1, "maxLength": 256}
+_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP438AAAAQBAYDFKhhdAAAAAElFTkSuQmCC"
+_EXAMPLES = {
+    "pixels": {"name": "images", "datatype": "UINT8", "shape": [1, 1, 2, 3], "data": [0, 0, 0, 255, 255, 255]},
+    "file": {"name": ENCODED, "datatype": "BYTES", "shape": [1], "data": [_PNG]},
+}
+_REFUSALS = {
+    "Error": "Refused",
+    "400": "The request is wrong",
+    "404": "There is no such model, version or path",
+    "413": "The body or an image is beyond a limit",
+    "415": "The body's type is not accepted",
+    "429": "The queue is full",
+    "503": "The server or the model is not ready, or has no memory for the request",
+    "504": "The deadline passed before the request ran",
+}
+_MODEL, _RUN = (404, 503), (400, 404, 413, 429, 503, 504)
+"""What questions about a model, and requests to run one, may be told."""
 
 
 def document() -> dict[str, Any]:
@@ -53,10 +71,11 @@ def document() -> dict[str, Any]:
                 ),
             },
             "responses": {
-                "Error": {
-                    "description": "Refused; the sentence says what to do.",
+                status: {
+                    "description": f"{what}; the sentence says what to do.",
                     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
                 }
+                for status, what in _REFUSALS.items()
             },
         },
         "security": [{}, {"token": []}],
@@ -69,7 +88,9 @@ def _paths() -> dict[str, Any]:
         "/": {"get": _operation("page", "A page to try a model with.", media="text/html")},
         "/openapi.json": {"get": _operation("openapi", "This document.", schema={"type": "object"})},
         "/metrics": {"get": _operation("metrics", "Prometheus' metrics.", media="text/plain")},
-        "/v1/card": {"get": _operation("card", "What a model says about itself.", "Card", parameters=[model])},
+        "/v1/card": {
+            "get": _operation("card", "What a model says.", "Card", parameters=[model], refusals=(400, *_MODEL))
+        },
         "/v1/predict": {"post": _predict(model)},
         "/v2": {"get": _operation("serverMetadata", "The server's name, version and extensions.", "ServerMetadata")},
         "/v2/health/live": {"get": _health("live", "Whether the process works.", "Live")},
@@ -81,18 +102,26 @@ def _paths() -> dict[str, Any]:
         words = ["name", "version"] if suffix else ["name"]
         references = [{"$ref": f"#/components/parameters/{word}"} for word in words]
         for path, operation in {
-            prefix: {"get": _operation(f"metadata{suffix}", "Inputs and outputs of a model.", "ModelMetadata")},
+            prefix: {
+                "get": _operation(
+                    f"metadata{suffix}", "A model's inputs and outputs.", "ModelMetadata", refusals=_MODEL
+                )
+            },
             f"{prefix}/ready": {"get": _health(f"modelReady{suffix}", "Whether a model is ready.", "ModelReady")},
             f"{prefix}/config": {
-                "get": _operation(f"config{suffix}", "A model's configuration.", schema={"type": "object"})
+                "get": _operation(
+                    f"config{suffix}", "A model's configuration.", schema={"type": "object"}, refusals=_MODEL
+                )
             },
-            f"{prefix}/stats": {"get": _operation(f"statistics{suffix}", "Statistics of a model.", "Statistics")},
+            f"{prefix}/stats": {
+                "get": _operation(f"statistics{suffix}", "Statistics of a model.", "Statistics", refusals=_MODEL)
+            },
             f"{prefix}/infer": {"post": _infer(suffix)},
         }.items():
             paths[path] = {"parameters": references, **operation}
     for verb in ("load", "unload"):
-        operation = _operation(f"{verb}Model", f"{verb.capitalize()} a model.")
-        operation["requestBody"] = _body("RepositoryRequest", required=False)
+        operation = _operation(f"{verb}Model", f"{verb.capitalize()} a model.", refusals=(400, *_MODEL))
+        operation["requestBody"] = _body(f"{verb.capitalize()}Request", required=False)
         path = f"/v2/repository/models/{{name}}/{verb}"
         paths[path] = {"parameters": [{"$ref": "#/components/parameters/name"}], "post": operation}
     return paths
@@ -106,6 +135,7 @@ def _operation(
     schema: dict[str, Any] | None = None,
     media: str = "application/json",
     parameters: list[dict[str, Any]] | None = None,
+    refusals: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     good: dict[str, Any] = {"description": summary}
     if component is not None:
@@ -117,6 +147,8 @@ def _operation(
         "summary": summary,
         "responses": {"200": good, "default": {"$ref": "#/components/responses/Error"}},
     }
+    for status in refusals:
+        operation["responses"][str(status)] = {"$ref": f"#/components/responses/{status}"}
     if parameters:
         operation["parameters"] = parameters
     return operation
@@ -131,9 +163,16 @@ def _health(name: str, summary: str, component: str) -> dict[str, Any]:
 
 def _infer(suffix: str) -> dict[str, Any]:
     parameters = [{"$ref": f"#/components/parameters/{one}"} for one in ("jsonLength", "priority", "timeout")]
-    operation = _operation(f"infer{suffix}", "Run a model.", "InferResponse", parameters=parameters)
+    operation = _operation(f"infer{suffix}", "Run a model.", "InferResponse", parameters=parameters, refusals=_RUN)
+    operation["description"] = (
+        f"A model of images takes uint8 pixels, or in their place `{ENCODED}`: JPEG or PNG files as BYTES [N], of any "
+        "sizes; in JSON, whose strings carry no bytes, each in base64."
+    )
     binary = {"description": "JSON, then the tensors' bytes.", "type": "string", "format": "binary"}
     operation["requestBody"] = _body("InferRequest")
+    operation["requestBody"]["content"]["application/json"]["examples"] = {
+        name: {"value": {"inputs": [tensor]}} for name, tensor in _EXAMPLES.items()
+    }
     operation["requestBody"]["content"]["application/octet-stream"] = {"schema": binary}
     operation["responses"]["200"]["content"]["application/octet-stream"] = {"schema": binary}
     return operation
@@ -141,9 +180,10 @@ def _infer(suffix: str) -> dict[str, Any]:
 
 def _predict(model: dict[str, Any]) -> dict[str, Any]:
     parameters = [model, *({"$ref": f"#/components/parameters/{one}"} for one in ("priority", "timeout"))]
-    operation = _operation("predict", "Classify one image.", "Prediction", parameters=parameters)
+    refusals = (*_RUN, 415)
+    operation = _operation("predict", "Classify one image.", "Prediction", parameters=parameters, refusals=refusals)
     image = {"schema": {"type": "string", "format": "binary"}}
-    form = {"type": "object", "properties": {"image": image["schema"]}, "required": ["image"]}
+    form = {"type": "object", "properties": {"image": image["schema"]}, "required": ["image"], "maxProperties": 1}
     operation["requestBody"] = {
         "required": True,
         "content": {"image/jpeg": image, "image/png": image, "multipart/form-data": {"schema": form}},
@@ -153,7 +193,7 @@ def _predict(model: dict[str, Any]) -> dict[str, Any]:
 
 def _index() -> dict[str, Any]:
     schema = {"type": "array", "items": {"$ref": "#/components/schemas/IndexRow"}}
-    operation = _operation("repositoryIndex", "The models of the repository.", schema=schema)
+    operation = _operation("repositoryIndex", "The models of the repository.", schema=schema, refusals=(400,))
     operation["requestBody"] = _body("IndexRequest", required=False)
     return operation
 
@@ -183,7 +223,7 @@ def _list(items: dict[str, Any]) -> dict[str, Any]:
 def _schemas() -> dict[str, Any]:
     text: dict[str, Any] = {"type": "string"}
     yes: dict[str, Any] = {"type": "boolean"}
-    parameters = {"type": "object", "additionalProperties": _SCALAR}
+    parameters = {"type": ["object", "null"], "additionalProperties": _SCALAR}
     datatype = {"type": "string", "enum": list(DATATYPES)}
     shape = _list({"type": "integer", "minimum": 0})
     data = {"description": "Elements in row-major order, flat or nested like the shape.", "type": "array"}
@@ -203,13 +243,14 @@ def _schemas() -> dict[str, Any]:
         "Card": {"type": "object", "properties": {"labels": {"type": ["array", "null"], "items": text}}},
         "IndexRequest": _object({}, {"ready": yes}),
         "IndexRow": _object({"name": text}, {"version": text, "state": text, "reason": text}),
-        "RepositoryRequest": _object({}, {"parameters": parameters}),
+        "LoadRequest": _object({}, {"parameters": {"type": ["object", "null"], "maxProperties": 0}}),
+        "UnloadRequest": _object({}, {"parameters": parameters}),
         "InferRequest": _object(
             {"inputs": {**_list(_object(tensor, {"parameters": parameters, "data": data})), "minItems": 1}},
             {
                 "id": {"type": "string", "maxLength": 1024},
                 "parameters": parameters,
-                "outputs": _list(_object({"name": _NAME}, {"parameters": parameters})),
+                "outputs": {**_list(_object({"name": _NAME}, {"parameters": parameters})), "type": ["array", "null"]},
             },
         ),
         "InferResponse": _object(

@@ -33,6 +33,10 @@ class Limits:
     """Elements of a BYTES tensor, each of which is an object in memory."""
     max_json_bytes: int = 8 << 20
     """Bytes of JSON, which take up to twenty times as much memory when read."""
+    max_image_bytes: int = 16 << 20
+    """Bytes of an encoded image."""
+    max_pixels: int = 25_000_000
+    """Pixels of all encoded images of a request, checked before one is decoded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +72,16 @@ class InferRequest:
     priority: int = 0
     """Larger goes first."""
     cancelled: bool = False
-    """Set by the transport when the client has gone."""
+    """Set by `cancel` when the client has gone."""
+    request_id: str = ""
+    """The transport's name of the request, for the log."""
+    parts: tuple["InferRequest", ...] = ()
+    """What it was split into, where it was."""
+
+    def cancel(self) -> None:
+        """Drop the work: nobody waits for it."""
+        for one in (self, *self.parts):
+            one.cancelled = True
 
 
 @dataclass(kw_only=True, slots=True)

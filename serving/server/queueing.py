@@ -50,21 +50,37 @@ class Waiting:
         return deadline is not None and deadline <= now
 
 
+class Budget:
+    """Bytes of the inputs of all requests that wait, in the queues of all models.
+
+    Args:
+        max_bytes: of them; one request may be larger when nothing waits.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.held = 0
+        """Bytes that wait."""
+        self._max_bytes = max_bytes
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether so many more may wait."""
+        return not self.held or self.held + num_bytes <= self._max_bytes
+
+
 class Queue:
     """Requests that wait, a heap for each key; requests of one key can share a batch.
 
     Args:
         max_requests: that may wait.
-        max_bytes: of their inputs; one request may be larger when nothing waits.
+        budget: of the bytes of their inputs.
     """
 
-    def __init__(self, *, max_requests: int, max_bytes: int) -> None:
+    def __init__(self, *, max_requests: int, budget: Budget) -> None:
         self.depth = 0
         """Requests that wait."""
-        self._max_requests, self._max_bytes = max_requests, max_bytes
+        self._max_requests, self._budget = max_requests, budget
         self._heaps: dict[Key, list[tuple[int, int, Waiting]]] = {}  # -priority, order of arrival, request
         self._order = count()
-        self._bytes = 0
         self._searched = 0.0
 
     def __bool__(self) -> bool:
@@ -72,13 +88,13 @@ class Queue:
 
     def has_room(self, num_bytes: int) -> bool:
         """Whether another request may wait."""
-        return self.depth < self._max_requests and (not self.depth or self._bytes + num_bytes <= self._max_bytes)
+        return self.depth < self._max_requests and self._budget.has_room(num_bytes)
 
     def push(self, key: Key, item: Waiting) -> None:
         """Let a request wait."""
         heappush(self._heaps.setdefault(key, []), (-item.request.priority, next(self._order), item))
         self.depth += 1
-        self._bytes += item.num_bytes
+        self._budget.held += item.num_bytes
 
     def next_key(self, max_rows: int, latest_arrival: int | None) -> tuple[Key, int]:
         """The key whose batch is next, and the `arrived` of its oldest request.
@@ -146,9 +162,10 @@ class Queue:
         """Take all."""
         items = [entry[2] for heap in self._heaps.values() for entry in heap]
         self._heaps.clear()
-        self.depth = self._bytes = 0
+        for item in items:
+            self._forget(item)
         return items
 
     def _forget(self, item: Waiting) -> None:
         self.depth -= 1
-        self._bytes -= item.num_bytes
+        self._budget.held -= item.num_bytes

@@ -16,12 +16,17 @@ from time import monotonic
 from headstart.serving.errors import PackageError, first_line
 from headstart.serving.server.batching import Scheduler
 from headstart.serving.server.device import Device
+from headstart.serving.server.drift import check_share
 from headstart.serving.server.entry import Attempt, Entry, Served
 from headstart.serving.server.errors import ServeError, bad_request, not_found, unavailable
 from headstart.serving.server.folder import POLICY_FILE, Folder, scan
+from headstart.serving.server.memory import Memory, Taken, resident
 from headstart.serving.server.metrics import Metrics
+from headstart.serving.server.mirror import Mirror
 from headstart.serving.server.model import LoadedModel, load_package, public
 from headstart.serving.server.policy import VERSION, Policy
+from headstart.serving.server.queueing import Budget
+from headstart.serving.signing import check_public_key
 
 POLL_S = 1.0
 _RETRY_S = 30.0  # a failure of the machine, not of the package: no memory, no space
@@ -41,6 +46,8 @@ class Scheduling:
     """Seconds that a batch may wait to be filled."""
     max_queue: int = 256
     """Requests of one model that may wait."""
+    max_queue_bytes: int = 1 << 30
+    """Bytes of the inputs of all models' requests that wait."""
 
     def __post_init__(self) -> None:
         if self.max_batch is not None and self.max_batch < 1:
@@ -65,16 +72,22 @@ class Repository:
         root: the folder.
         provider: execution provider that must run every model.
         threads: threads within an operator; None is one per core.
+        provider_options: of the CUDA or TensorRT provider, as `Device.options`.
         policy: the rule of models that have none of their own; None is latest.
         policies: rules by model. A file NAME/policy (`latest`, `pinned:2`, `canary:3:10%`) goes before both, and
             is read again when it changes.
         scheduling: limits of each model; None is the defaults.
+        public_key: PEM of the key that must have signed every package; None asks for no signatures.
         metrics: where to count.
         poll_s: seconds between two looks at the folder.
         loader: how a version's folder becomes a model; tests give another.
+        mirror: keeps the root up with a URL; started and closed here.
+        drift: share of executions whose features are compared with the training images', 0 to 1, where a package has
+            what that needs; the others cost nothing more.
+        max_memory: bytes that models may take together, both versions while one is replaced; None is no limit.
 
     Raises:
-        PackageError: the root is no folder, or the provider or threads cannot be.
+        PackageError: the root is no folder, the key cannot be used, or the provider or threads cannot be.
     """
 
     def __init__(
@@ -83,28 +96,48 @@ class Repository:
         *,
         provider: str = Device.provider,
         threads: int | None = None,
+        provider_options: Mapping[str, str] | None = None,
         policy: Policy | None = None,
         policies: Mapping[str, Policy] | None = None,
         scheduling: Scheduling | None = None,
+        public_key: Path | None = None,
         metrics: Metrics | None = None,
         poll_s: float = POLL_S,
         loader: Loader | None = None,
+        mirror: Mirror | None = None,
+        drift: float = 0.0,
+        max_memory: int | None = None,
     ) -> None:
         if not root.is_dir():
             raise PackageError(f"{root} is no folder; make it, and copy packages to {root}/NAME/1")
-        device = Device(provider=provider, threads=threads)
+        device = Device(provider=provider, threads=threads, options=provider_options or {})
+        if public_key is not None:
+            check_public_key(public_key)
+        check_share(drift)
         self.root = root.resolve()
         self.scheduling = scheduling or Scheduling()
         self.metrics = metrics or Metrics()
         self._policy, self._policies = policy or Policy(), dict(policies or {})
         self._poll_s = poll_s
+        self._memory = Memory(max_memory)
+        self._budget = Budget(self.scheduling.max_queue_bytes)
+        self.mirror = mirror
+        """Keeps the root up with a URL; None where the folder is one's own."""
         self._load_model = loader or (
             lambda folder, name, version: load_package(
-                folder, name=name, version=version, device=device, max_batch=self.scheduling.max_batch
+                folder,
+                name=name,
+                version=version,
+                device=device,
+                max_batch=self.scheduling.max_batch,
+                public_key=public_key,
+                drift=drift,
             )
         )
         self.labels: dict[tuple[str, str], tuple[str, ...] | None] = {}
         """Class names by name and version: of what serves, and of the last that did."""
+        self.unloaded: set[str] = set()
+        """Names that were taken down by request."""
         self._entries: dict[str, Entry] = {}
         self._lock = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
@@ -137,7 +170,13 @@ class Repository:
         return served
 
     async def start(self) -> None:
-        """Load what the policies choose, then watch the folder. A package that is refused stops nothing."""
+        """Load what the policies choose, then watch the folder. A package that is refused stops nothing.
+
+        Raises:
+            StartError: the mirror's URL cannot be listed.
+        """
+        if self.mirror:
+            await asyncio.to_thread(self.mirror.start)
         await self.look()
         self.started = True
         self._poller = asyncio.create_task(self._poll())
@@ -156,6 +195,8 @@ class Repository:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+        if self.mirror:
+            await asyncio.to_thread(self.mirror.close)
 
     async def look(self) -> None:
         """Compare the folder with what is loaded, and follow it."""
@@ -166,7 +207,7 @@ class Repository:
                 _LOG.error("%s cannot be read: %s", self.root, error)
                 return
             for name in [*folders, *(one for one in self._entries if one not in folders)]:
-                entry = self._entries.setdefault(name, Entry(name=name, policy=self._policies.get(name, self._policy)))
+                entry = self._entry(name)
                 entry.folder = folders.get(name, Folder())
                 await self._follow(entry)
                 if name not in folders:
@@ -186,8 +227,9 @@ class Repository:
                 raise unavailable("the repository cannot be read; the server's log says why") from error
             if name not in folders:
                 raise not_found(f"the repository has no model {name[:128]!r}; copy a package to NAME/1 first")
-            entry = self._entries.setdefault(name, Entry(name=name, policy=self._policies.get(name, self._policy)))
+            entry = self._entry(name)
             entry.folder, entry.unloaded = folders[name], False
+            self.unloaded.discard(name)
             entry.failed.clear()
             await self._follow(entry)
             if entry.failed:
@@ -207,6 +249,7 @@ class Repository:
             if entry is None:
                 raise not_found(f"there is no model {name[:128]!r} to unload")
             entry.unloaded = True
+            self.unloaded.add(name)
             retiring = self._set(entry, None, None)
         await asyncio.gather(*retiring)
 
@@ -218,6 +261,11 @@ class Repository:
             except Exception:
                 # A watcher that dies ends deployments without a word.
                 _LOG.exception("the look at %s failed; it is tried again", self.root)
+
+    def _entry(self, name: str) -> Entry:
+        """What is known of a name: from before, or nothing yet."""
+        policy, unloaded = self._policies.get(name, self._policy), name in self.unloaded
+        return self._entries.setdefault(name, Entry(name=name, policy=policy, unloaded=unloaded))
 
     async def _follow(self, entry: Entry) -> None:
         """Load what the policy chooses, hand over to it, and retire the rest."""
@@ -251,6 +299,7 @@ class Repository:
             return old
         entry.loading.add(version)
         try:
+            estimated, before = self._memory.estimate(files), resident()
             model, known = await asyncio.to_thread(self._load, entry.name, version)
         except PackageError as error:
             reason = public(str(error), self.root / entry.name / str(version))
@@ -267,7 +316,9 @@ class Repository:
         self.metrics.loaded(ready=True)
         _LOG.info("%s version %d is loaded on %s", entry.name, version, model.provider)
         self._remember(model)
-        return Served(model=model, scheduler=self._schedule(model, known), files=files)
+        taken = Taken(estimated=estimated, measured=max(0, resident() - before))
+        self._memory.take(taken)
+        return Served(model=model, scheduler=self._schedule(model, known, taken), files=files, memory=taken)
 
     def _load(self, name: str, version: int) -> tuple[LoadedModel, list[tuple[int, int]]]:
         """In a thread: everything that takes time. The error is a PackageError, whatever a damaged graph raises."""
@@ -286,13 +337,17 @@ class Repository:
         for key in [key for key in self.labels if key not in serving][:-_REMEMBERED]:
             del self.labels[key]
 
-    def _schedule(self, model: LoadedModel, known: list[tuple[int, int]]) -> Scheduler:
+    def _schedule(self, model: LoadedModel, known: list[tuple[int, int]], taken: Taken) -> Scheduler:
+        statistics = self.metrics.track(model.name, model.version)
+        statistics.memory = taken.measured
+        statistics.drift = model.drift.state if model.drift else dict
         return Scheduler(
             model,
             max_batch=model.max_batch,
             max_delay_s=self.scheduling.max_delay_s,
             max_queue=self.scheduling.max_queue,
-            statistics=self.metrics.track(model.name, model.version),
+            budget=self._budget,
+            statistics=statistics,
             known=known,
         )
 
@@ -317,6 +372,7 @@ class Repository:
         finally:
             one.scheduler.close()
             one.model.close()
+            self._memory.release(one.memory)
             now = self._entries.get(entry.name)
             if now is None or int(one.model.version) not in now.served:
                 self.metrics.forget(one.model.name, one.model.version)

@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, unquote
 from headstart.serving.server import predict
 from headstart.serving.server.bodies import inflate
 from headstart.serving.server.decoding import RequestDecoder, parse_json, read_parameters
+from headstart.serving.server.encoded import ENCODED
 from headstart.serving.server.errors import MethodNotAllowed, ServeError, bad_request, not_found, too_many
 from headstart.serving.server.exchange import Exchange, Later, Response, json_response
 from headstart.serving.server.head import Head
@@ -154,13 +155,14 @@ class Routes:
             request.priority = head.priority
         if head.timeout is not None:
             request.deadline = time.monotonic() + head.timeout
-        exchange.request = request
+        exchange.asked(request)
         result = self.service.infer(request)
         if type(result) is InferResponse:
-            return self._inferred(request, binary, result)
-        return Later(result, lambda response: self._inferred(request, binary, response))  # type: ignore[arg-type]
+            return self._inferred(exchange, request, binary, result)
+        return Later(result, lambda response: self._inferred(exchange, request, binary, response))  # type: ignore[arg-type]
 
-    def _inferred(self, request: InferRequest, binary: bool, response: InferResponse) -> Response:
+    def _inferred(self, exchange: Exchange, request: InferRequest, binary: bool, response: InferResponse) -> Response:
+        exchange.told(response)
         outputs = request.outputs
         label: Callable[[int], str | None] = _no_label
         if outputs is not None and any(output.classification for output in outputs):
@@ -168,30 +170,27 @@ class Routes:
         parts, length = encode_response(response, outputs, binary, label)
         return Response(200, _JSON if length is None else _BINARY % length, parts)
 
-    def _predict(self, exchange: Exchange) -> Later:
-        return Later(self._predicted(exchange), _as_it_is)
-
-    async def _predicted(self, exchange: Exchange) -> Response:
-        head, settings = exchange.head, self.settings
+    def _predict(self, exchange: Exchange) -> Response | Later:
+        head = exchange.head
         name = _model_named(head) or predict.only_model(self.service)
-        image_input = predict.image_input(self.service.model_metadata(name, None))
+        predict.check(self.service.model_metadata(name, None))
         media = head.headers.get(b"content-type", b"").decode("latin-1")
-        data = predict.uploaded(media, exchange.body, settings.max_image_bytes)
-        if predict.is_small(data):
-            pixels = predict.decode(data, settings.max_pixels)
-        else:
-            pixels = await self._apart(predict.decode, data, settings.max_pixels)
         request = InferRequest(
             model=name,
-            inputs={image_input: pixels},
+            inputs={ENCODED: predict.uploaded(media, exchange.body)},
             outputs=(RequestedOutput(name="probabilities", binary=False),),
             deadline=None if head.timeout is None else time.monotonic() + head.timeout,
             priority=head.priority or 0,
             cancelled=exchange.gone,
         )
-        exchange.request = request
+        exchange.asked(request)
         result = self.service.infer(request)
-        response = result if isinstance(result, InferResponse) else await result
+        if isinstance(result, InferResponse):
+            return self._predicted(exchange, result)
+        return Later(result, lambda response: self._predicted(exchange, response))
+
+    def _predicted(self, exchange: Exchange, response: InferResponse) -> Response:
+        exchange.told(response)
         timing = ", ".join(f"{stage};dur={ns / 1e6:.3f}" for stage, ns in response.timings_ns.items())
         document = predict.prediction(response, self.service.labels(response.model, response.version))
         answer = json_response(document)
@@ -203,13 +202,12 @@ class Routes:
     def _openapi(self, exchange: Exchange) -> Response:
         return self._openapi_document
 
-    def _metrics(self, exchange: Exchange) -> Response:
+    def _metrics(self, exchange: Exchange) -> Response | Later:
         text = getattr(self.service, "metrics_text", None)
         if text is None:
             raise not_found("this server counts nothing")
         exposition = text()
-        body = exposition if isinstance(exposition, bytes) else exposition.encode()
-        return Response(200, f"Content-Type: {CONTENT_TYPE}\r\n".encode(), [body])
+        return _exposition(exposition) if isinstance(exposition, bytes) else Later(exposition, _exposition)
 
     def _card(self, exchange: Exchange) -> Response:
         return json_response(self.service.card(_model_named(exchange.head) or predict.only_model(self.service)))
@@ -235,8 +233,9 @@ class Routes:
     def _model_config(self, exchange: Exchange, name: str, version: str | None = None) -> Response:
         return json_response(self.service.model_config(name, version))
 
-    def _statistics(self, exchange: Exchange, name: str | None = None, version: str | None = None) -> Response:
-        return json_response(self.service.statistics(name, version))
+    def _statistics(self, exchange: Exchange, name: str | None = None, version: str | None = None) -> Response | Later:
+        found = self.service.statistics(name, version)
+        return json_response(found) if isinstance(found, dict) else Later(found, json_response)
 
     def _repository_index(self, exchange: Exchange) -> Response:
         ready = self._document(exchange).get("ready", False)
@@ -282,7 +281,7 @@ def _match(template: list[str], segments: list[str]) -> tuple[str, ...] | None:
 def _model_named(head: Head) -> str | None:
     """The `model` of a query, or None."""
     try:
-        names = parse_qs(head.query, max_num_fields=16, errors="strict").get("model", [])
+        names = parse_qs(head.query, keep_blank_values=True, max_num_fields=16, errors="strict").get("model", [])
     except ValueError:
         raise bad_request("the query cannot be read; accepted: ?model=NAME") from None
     if len(names) > 1 or (names and (not _NAME.fullmatch(names[0]) or names[0] in (".", ".."))):
@@ -296,6 +295,10 @@ def _no_label(index: int) -> str | None:
 
 def _as_it_is(response: Response) -> Response:
     return response
+
+
+def _exposition(body: bytes) -> Response:
+    return Response(200, f"Content-Type: {CONTENT_TYPE}\r\n".encode(), [body])
 
 
 def _nothing(result: None) -> Response:

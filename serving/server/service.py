@@ -1,5 +1,6 @@
 """The service that HTTP and gRPC both call: requests to schedulers, and what Triton's clients ask of a server."""
 
+import asyncio
 import functools
 import importlib.metadata
 from collections.abc import Awaitable
@@ -9,9 +10,12 @@ import numpy as np
 
 from headstart.serving.package import MODEL, Tensor
 from headstart.serving.runtime import CPU
+from headstart.serving.server.drift import distance
+from headstart.serving.server.encoded import ENCODED, ImageDecoder, pixels_input
 from headstart.serving.server.entry import Entry
 from headstart.serving.server.errors import ServeError, bad_request
 from headstart.serving.server.metrics import Metrics
+from headstart.serving.server.protocol import Limits
 from headstart.serving.server.repository import Repository
 from headstart.serving.server.tensors import datatype_of
 
@@ -28,6 +32,7 @@ EXTENSIONS = (
     "schedule_policy",
     "statistics",
 )
+_FILES = Tensor(name=ENCODED, dtype="object", shape=("batch",))
 _TYPES = {"BYTES": "TYPE_STRING"}  # all others are TYPE_ and the protocol's own name
 
 
@@ -43,8 +48,9 @@ class Service:
     Every refusal is a `ServeError`: 404 for a model or version that is not there, 503 for one that is not ready.
     """
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, limits: Limits | None = None) -> None:
         self.repository = repository
+        self._images = ImageDecoder(limits or Limits())
         self.metrics: Metrics = repository.metrics
 
     async def start(self) -> None:
@@ -54,10 +60,20 @@ class Service:
     async def stop(self) -> None:
         """Refuse new requests, answer those that are queued, close the sessions."""
         await self.repository.stop()
+        self._images.close()
 
     def infer(self, request: "InferRequest") -> "InferResponse | Awaitable[InferResponse]":
-        """The response, where the model ran at once, or one to wait for."""
+        """The response, where the model ran at once, or one to wait for; files are decoded first."""
+        if ENCODED in request.inputs:
+            model = self.repository.find(request.model, request.version).model
+            if name := pixels_input(model.inputs):
+                return self._images.infer(request, name, model.max_batch, self._start)
         return self.repository.route(request.model, request.version).scheduler.infer(request)
+
+    def _start(self, parts: "tuple[InferRequest, ...]") -> "list[InferResponse | asyncio.Future[InferResponse]]":
+        """Hand the parts of one request to one version."""
+        served = self.repository.route(parts[0].model, parts[0].version)
+        return [served.scheduler.infer(part) for part in parts]
 
     def live(self) -> bool:
         """Whether the process works: it does, if it answers."""
@@ -90,7 +106,7 @@ class Service:
             "name": name,
             "versions": [str(one) for one in versions],
             "platform": PLATFORM,
-            "inputs": [_metadata(one) for one in served.model.inputs],
+            "inputs": [_metadata(one) for one in _with_files(served.model.inputs)],
             "outputs": [_metadata(one) for one in served.model.outputs],
         }
 
@@ -105,7 +121,7 @@ class Service:
             "backend": "onnxruntime",
             "version_policy": _version_policy(self.repository.entries[name]),
             "max_batch_size": model.max_batch if batched else 0,
-            "input": [_config(one, batched) for one in model.inputs],
+            "input": [_config(one, batched) for one in _with_files(model.inputs)],
             "output": [_config(one, batched) for one in model.outputs],
             "instance_group": [
                 {"name": name, "kind": "KIND_CPU" if model.provider == CPU else "KIND_GPU", "count": 1},
@@ -120,11 +136,11 @@ class Service:
             config["dynamic_batching"] = {"max_queue_delay_microseconds": round(scheduling.max_delay_s * 1e6)}
         return config
 
-    def statistics(self, name: str | None, version: str | None) -> dict[str, Any]:
+    def statistics(self, name: str | None, version: str | None) -> dict[str, Any] | Awaitable[dict[str, Any]]:
         """Triton's statistics of one version, of all of a model, or of all."""
         if name:
             self.repository.find(name, version)
-        return {"model_stats": [one.document() for one in self.metrics.find(name or None, version or None)]}
+        return self.metrics.document(name, version)
 
     def repository_index(self, ready: bool) -> list[dict[str, Any]]:
         """Every version with its state READY, LOADING or UNAVAILABLE and the reason, or those READY alone."""
@@ -133,10 +149,18 @@ class Service:
 
     async def load(self, name: str, parameters: dict[str, Any]) -> None:
         """Load a model from the repository; a configuration or files in the request are refused."""
+        self.check_load(parameters)
+        await self.repository.load(name)
+
+    def check_load(self, parameters: dict[str, Any]) -> None:
+        """Refuse what `load` does not take.
+
+        Raises:
+            ServeError: 400.
+        """
         if parameters:
             given = ", ".join(sorted(str(one)[:40] for one in parameters))
             raise bad_request(f"load takes no parameters, found {given}; copy a package to the repository instead")
-        await self.repository.load(name)
 
     async def unload(self, name: str) -> None:
         """Take a model down; returns when its last request is answered."""
@@ -151,14 +175,19 @@ class Service:
 
     def card(self, name: str, version: str | None = None) -> dict[str, Any]:
         """What a reader wants to know of a model: labels, task, licence, provenance, parity and latency."""
-        model = self.repository.find(name, version).model
+        served = self.repository.find(name, version)
+        model = served.model
         card: dict[str, Any] = {
             "name": name,
             "version": model.version,
             "provider": model.provider,
             "max_batch": model.max_batch,
             "labels": list(model.labels) if model.labels is not None else None,
+            "memory": {"estimated_bytes": served.memory.estimated, "measured_bytes": served.memory.measured},
         }
+        if gauge := model.drift:
+            state = gauge.state()
+            card["drift"] = {"distance": distance(state), "rows": state["rows"]}  # of this process
         if manifest := model.manifest:
             latency = manifest.latency
             card |= {
@@ -167,10 +196,12 @@ class Service:
                 "provenance": manifest.provenance,
                 "preprocessing": manifest.preprocessing,
                 "temperature": manifest.temperature,
+                "variant": manifest.variant.name,
                 "created": manifest.created,
                 "parity": {
                     "tolerance": manifest.parity.tolerance,
                     "provider": manifest.parity.provider,
+                    "providers": list(manifest.proven_on),
                     "relative_difference": max(row.relative_difference for row in manifest.parity.rows),
                 },
                 "latency": latency
@@ -183,7 +214,7 @@ class Service:
             }
         return card
 
-    def metrics_text(self) -> bytes:
+    def metrics_text(self) -> bytes | Awaitable[bytes]:
         """Prometheus' exposition."""
         return self.metrics.metrics_text()
 
@@ -204,6 +235,11 @@ def _sizes(tensor: Tensor) -> list[int]:
     return [size if isinstance(size, int) else -1 for size in tensor.shape]
 
 
+def _with_files(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a client may send: the model's inputs, and for images also their files."""
+    return (*inputs, _FILES) if pixels_input(inputs) else inputs
+
+
 def _metadata(tensor: Tensor) -> dict[str, Any]:
     return {"name": tensor.name, "datatype": _datatype(tensor), "shape": _sizes(tensor)}
 
@@ -211,7 +247,8 @@ def _metadata(tensor: Tensor) -> dict[str, Any]:
 def _config(tensor: Tensor, batched: bool) -> dict[str, Any]:
     datatype = _datatype(tensor)
     data_type = _TYPES.get(datatype, f"TYPE_{datatype}")
-    return {"name": tensor.name, "data_type": data_type, "dims": _sizes(tensor)[int(batched) :]}
+    config = {"name": tensor.name, "data_type": data_type, "dims": _sizes(tensor)[int(batched) :]}
+    return config | {"optional": True} if tensor is _FILES else config
 
 
 def _version_policy(entry: Entry) -> dict[str, Any]:

@@ -43,10 +43,6 @@ class HttpSettings:
     """Bytes of a request's body, as sent and as inflated."""
     max_held_bytes: int = 512 << 20
     """Bytes of all bodies that are held at once; a request beyond is told 503."""
-    max_image_bytes: int = 16 << 20
-    """Bytes of an encoded image."""
-    max_pixels: int = 25_000_000
-    """Pixels of an image, checked before it is decoded."""
     header_timeout: float = 10.0
     """Seconds from a request's first byte to the end of its headers."""
     body_timeout: float = 60.0
@@ -69,7 +65,7 @@ class HttpSettings:
             raise ValueError("token is empty or holds characters that a header cannot; accepted: printable ASCII")
         if self.tls_key is not None and self.tls_cert is None:
             raise ValueError("tls_key is given without tls_cert; give both")
-        for name in ("max_connections", "max_headers", "max_body_bytes", "max_image_bytes", "max_pixels"):
+        for name in ("max_connections", "max_headers", "max_body_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: at least 1")
         if self.max_header_bytes < 1024:

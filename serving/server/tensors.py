@@ -201,7 +201,7 @@ def classify(name: str, array: NDArray[Any], count: int, label: Callable[[int], 
     Returns:
         BYTES, an object array [..., min(count, C)], the largest first.
     """
-    if array.ndim == 0 or array.dtype.kind not in "iuf":
+    if array.ndim == 0 or not array.shape[-1] or array.dtype.kind not in "iuf":
         raise bad_request(f"output {name!r} is no row of scores; ask for it without classification")
     scores = array.reshape(-1, array.shape[-1]).astype(np.float64)
     best = np.argsort(-scores, axis=1, kind="stable")[:, :count]

@@ -20,7 +20,7 @@ from headstart.serving.server.errors import ServeError
 from headstart.serving.server.metrics import Metrics
 from headstart.serving.server.model import LoadedModel, load_graph
 from headstart.serving.server.protocol import InferRequest, InferResponse, RequestedOutput
-from headstart.serving.server.queueing import Queue, Waiting
+from headstart.serving.server.queueing import Budget, Queue, Waiting
 
 from .graphs import identities, mlp
 
@@ -365,7 +365,7 @@ async def test_the_time_to_come_back_is_from_the_measured_rate():
 async def test_the_queue_is_bounded_in_bytes_too():
     gate = threading.Event()
     model = Doubling(gate=gate)
-    scheduler = Scheduler(model, max_batch=1, max_queue=99, max_queue_bytes=4000)
+    scheduler = Scheduler(model, max_batch=1, max_queue=99, budget=Budget(4000))
     given = [scheduler.infer(ask(1))]
     await until(lambda: model.ran)
     given.append(scheduler.infer(ask(2, width=2000)))  # alone it may be larger
@@ -476,7 +476,7 @@ async def test_a_full_batch_does_not_wait_behind_one_that_is_being_filled():
 def test_the_queue_is_a_list_sorted_by_priority_and_arrival(items: list[tuple[int, int, bool]], max_rows: int):
     async def play() -> None:
         loop = asyncio.get_running_loop()
-        queue = Queue(max_requests=99, max_bytes=99)
+        queue = Queue(max_requests=99, budget=Budget(99))
         waiting = []
         for number, (priority, rows, gone) in enumerate(items):
             request = ask(number, priority=priority, cancelled=gone)

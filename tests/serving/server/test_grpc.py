@@ -430,7 +430,7 @@ def test_the_served_repository_answers_over_grpc_as_it_does_over_http(root: Path
                 client.infer("demo", [tensor("images", IMAGE.astype(np.float32))])
             config = client.get_model_config("demo").config
             assert (config.backend, config.max_batch_size > 0) == ("onnxruntime", True)
-            assert [(one.name, one.data_type) for one in config.input] == [("images", model_config_pb2.TYPE_UINT8)]
+            assert [(one.name, one.optional) for one in config.input] == [("images", False), ("encoded_images", True)]
             assert config.WhichOneof("scheduling_choice") == "dynamic_batching"
             (statistics,) = client.get_inference_statistics("demo", "2").model_stats
             assert statistics.inference_count >= 2

@@ -1,8 +1,11 @@
 """Clients that lie, dawdle, flood or have no token: told so or cut off, and the next good request is answered."""
 
+import base64
 import contextlib
+import gzip
 import json
 import socket
+import struct
 import threading
 import time
 import tracemalloc
@@ -15,8 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headstart.serving.server.bodies import inflate
+from headstart.serving.server.encoded import ENCODED
 from headstart.serving.server.errors import ServeError
 from headstart.serving.server.settings import HttpSettings
+from tests.serving.server.graphs import write_package
+from tests.serving.server.test_encoded import RunningRepository, picture
+from tests.serving.server.test_protocol import damaged
 from tests.serving.server.tiny_service import Answer, RawClient, Running, infer_body, wait_until
 
 BODY, LENGTH = infer_body(np.arange(50, dtype=np.float32), np.array([True, False]), parameters={"own": 1})
@@ -32,6 +39,14 @@ def running() -> Iterator[Running]:
     limits = {"max_body_bytes": 100_000, "max_held_bytes": 250_000, "max_connections": 40}
     with Running(HttpSettings(port=0, header_timeout=0.4, body_timeout=0.6, idle_timeout=1.2, **limits)) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRepository]:
+    root = tmp_path_factory.mktemp("models")
+    write_package(root / "demo" / "1", mark=1)
+    with RunningRepository(root) as one:
+        yield one
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +361,97 @@ def test_damaged_requests_are_answered_or_refused_and_the_next_one_is_served(run
         except ConnectionError:
             pass
     still_serves(running)
+
+
+def real_requests() -> dict[str, bytes]:
+    """A good request of each kind that has a body."""
+    image, text = picture(), base64.b64encode(picture(9, 9, "JPEG")).decode()
+    pixels, length = infer_body(np.zeros((2, 3, 3, 3), np.uint8), names=("images",))
+    files = struct.pack("<I", len(image)) + image
+    described = {"name": ENCODED, "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(files)}}
+    head = json.dumps({"inputs": [described]}).encode()
+    form = b'--B\r\nContent-Disposition: form-data; name="image"\r\n\r\n' + image + b"\r\n--B--\r\n"
+    row = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 2, 3], "data": [[[[0, 1, 2], [3, 4, 255]]]]}
+    plain = json.dumps({"id": "i", "inputs": [row], "outputs": [{"name": "logits"}]}).encode()
+    sizes = b"Inference-Header-Content-Length: %d\r\n"
+    bodies = {
+        "json": (b"", plain),
+        "binary": (sizes % length, pixels),
+        "gzip": (b"Content-Encoding: gzip\r\n", gzip.compress(plain)),
+        "files": (sizes % len(head), head + files),
+        "base64": (b"", json.dumps({"inputs": [{**described, "parameters": {}, "data": [text]}]}).encode()),
+        "image": (b"Content-Type: image/png\r\n", image),
+        "form": (b"Content-Type: multipart/form-data; boundary=B\r\n", form),
+    }
+    made = {}
+    for name, (lines, body) in bodies.items():
+        path = b"/v1/predict" if name in ("image", "form") else b"/v2/models/demo/infer"
+        made[name] = b"POST %s HTTP/1.1\r\nHost: x\r\n%sContent-Length: %d\r\n\r\n%s" % (path, lines, len(body), body)
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n10\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n"
+    made["chunks"] = made["json"].partition(b"Content-Length")[0] + chunked % (plain[:16], len(plain) - 16, plain[16:])
+    return made
+
+
+REAL = real_requests()
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_a_real_model_answers_each_kind_of_request(real: RunningRepository, kind: str):
+    with real.connect() as raw:
+        raw.send(REAL[kind])
+        assert raw.read().status == 200
+
+
+@pytest.mark.parametrize("kind", REAL)
+@given(st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_request_of_any_kind_is_answered_or_refused_in_words(
+    real: RunningRepository, kind: str, data: st.DataObject
+):
+    sent = data.draw(damaged(REAL[kind]))
+    with real.connect() as raw:
+        raw.send(sent)
+        raw.socket.shutdown(socket.SHUT_WR)
+        try:
+            while True:
+                answer = raw.read()
+                assert answer.status != 500, answer.body
+                if answer.status != 200:
+                    assert 400 <= answer.status < 600
+                    assert not any(word in answer.error for word in SECRETS)
+        except ConnectionError:
+            pass
+    with real.connect() as raw:
+        raw.send(REAL["binary"])
+        assert raw.read().status == 200
+
+
+@pytest.mark.parametrize("path", ["/v2/models/demo/infer", "/v2/repository/index", "/v2/repository/models/demo/load"])
+@pytest.mark.parametrize("opening", [b"[", b'{"inputs":', b'{"inputs":[{"name":', b'{"parameters":{"a":'])
+def test_json_nested_without_end_is_refused(real: RunningRepository, path: str, opening: bytes):
+    for body in (opening * 60_000, opening * 900):
+        with real.connect() as raw:
+            answer = raw.ask("POST", path, body)
+            assert answer.status == 400
+            assert "nested too deeply" in answer.error or "not JSON" in answer.error
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_are_none_cross_as_bytes_and_are_refused_as_json(running: Running, value: str):
+    array = np.array([float(value), 1], np.float32)
+    body, length = infer_body(array, parameters={"binary_data_output": True})
+    tensor = '{"inputs":[{"name":"x","datatype":"FP32","shape":[2],"data":[%s,1]}],"outputs":[{"name":"x",%s}]}'
+    with running.connect() as raw:
+        answer = raw.ask("POST", "/v2/models/echo/infer", body, Inference_Header_Content_Length=length)
+        assert answer.body.endswith(array.tobytes())
+        binary = tensor % (value, '"parameters":{"binary_data":true}')
+        assert raw.ask("POST", "/v2/models/echo/infer", binary.encode()).body.endswith(array.tobytes())
+        answer = raw.ask("POST", "/v2/models/echo/infer", (tensor % (value, '"parameters":{}')).encode())
+        assert answer.status == 400
+        assert "binary_data: true" in answer.error
+        for wrong in ('"FP32"', '"INT32"', '"BOOL"'):
+            text = (tensor % (value, f'"parameters":{{"classification":{value}}}')).replace('"FP32"', wrong)
+            assert raw.ask("POST", "/v2/models/echo/infer", text.encode()).status == 400
 
 
 @given(st.lists(st.binary(max_size=80), max_size=4))

@@ -337,7 +337,9 @@ def test_answers_are_what_the_document_says(running: Running):
                     verb, url, data, Content_Type="image/png", Inference_Header_Content_Length=length * (data == body)
                 )
                 responses = document["paths"][path][verb.lower()]["responses"]
-                response = responses.get(str(answer.status), document["components"]["responses"]["Error"])
+                response = responses.get(str(answer.status), responses["default"])
+                if "$ref" in response:
+                    response = document["components"]["responses"][response["$ref"].rpartition("/")[2]]
                 content = response.get("content", {}).get(answer.headers.get("content-type"))
                 if content is None:
                     assert not answer.body or path in ("/", "/metrics")
@@ -378,3 +380,21 @@ def test_a_web_page_of_another_site_may_not_send_requests(running: Running):
         assert raw.ask("POST", "/v2/repository/index", Origin="http://x").status == 200
         assert raw.ask("POST", "/v2/repository/models/echo/unload", Origin="http://evil").status == 403
         assert raw.ask("POST", "/v2/repository/models/echo/unload", Origin="null").status == 403
+
+
+def test_a_client_that_asks_for_it_is_closed_after_its_answer(running: Running):
+    body, length = infer_body(np.zeros(2, np.float32))
+    for method, path, sent, headers in (
+        ("GET", "/v2", b"", {}),
+        ("POST", "/v2/repository/index", b"", {"Content-Length": 0}),
+        ("POST", "/v2/models/echo/infer", body, {"Inference-Header-Content-Length": length}),
+    ):
+        with running.connect() as raw:
+            assert raw.ask(method, path, sent, Connection="close", **headers).headers["connection"] == "close"
+            assert raw.closed()
+    with running.connect() as raw:  # HTTP/1.0 closes where it is not asked to keep
+        raw.send(b"GET /v2 HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+        assert raw.read().headers["connection"] == "keep-alive"
+        raw.send(b"GET /v2 HTTP/1.0\r\n\r\n")
+        assert raw.read().headers["connection"] == "close"
+        assert raw.closed()

@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import re
+import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from headstart.serving.server.bodies import only_file
 from headstart.serving.server.decoding import HIGHEST_PRIORITY, RequestDecoder
 from headstart.serving.server.errors import ServeError
+from headstart.serving.server.grpc_codec import GrpcDecoder
+from headstart.serving.server.grpc_messages import MESSAGES
 from headstart.serving.server.protocol import (
     DATATYPES,
     InferResponse,
@@ -143,6 +149,7 @@ def test_strings_and_bfloat16():
         (as_json(parameters={"binary_data_output": 1}), "true, false"),
         (as_json(parameters={"timeout": "soon"}), "microseconds"),
         (as_json(parameters={"priority": -1}), "priority"),
+        (as_json(outputs=0), "outputs is not a list"),
         (as_json(outputs=[{"name": "y"}, {"name": "y"}]), "twice"),
         (as_json(outputs=[{"name": "y", "parameters": {"classification": 0.5}}]), "classification"),
         (as_json(outputs=[{"name": "y", "parameters": {"shared_memory_region": "r"}}]), "shared memory"),
@@ -256,8 +263,10 @@ def test_classification_gives_the_largest_with_their_labels():
     document, _ = answer([[0.1, 0.7, 0.2], [3, 1, 2]], wanted)
     assert document["outputs"][0]["shape"] == [2, 2]
     assert document["outputs"][0]["data"] == ["0.700000:1:dog", "0.200000:2:eel", "3.000000:0:cat", "2.000000:2:eel"]
-    with pytest.raises(ServeError, match="no row of scores"):
-        answer([True], wanted)
+    for none in ([True], 1.0, np.zeros((2, 0))):
+        with pytest.raises(ServeError, match="no row of scores"):
+            answer(none, wanted)
+    assert answer(np.zeros((0, 3)), wanted)[0]["outputs"][0]["shape"] == [0, 2]
 
 
 def test_an_output_that_the_model_lacks_is_refused():
@@ -285,6 +294,103 @@ def test_a_damaged_request_is_read_right_or_refused(data: st.DataObject):
     except ServeError:
         return
     assert all(array.nbytes <= len(cut) for array in request.inputs.values())
+
+
+@st.composite
+def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
+    """What was sent, with bits flipped, numbers in it that lie, pieces twice, or an end that is missing."""
+    found = bytearray(whole)
+    for _ in range(draw(st.integers(0, 3))):
+        position = draw(st.integers(0, len(found) - 1))
+        found[position] ^= 1 << draw(st.integers(0, 7))
+    if draw(st.booleans()) and (numbers := list(re.finditer(rb"\d+", found))):
+        number = draw(st.sampled_from(numbers))
+        value = int(number[0][:18])
+        lies = [value + 1, max(value - 1, 0), -1, 0, 2 * value + 8, 1 << 31, 1 << 63, 10**25]
+        found[number.start() : number.end()] = b"%d" % draw(st.sampled_from(lies))
+    if draw(st.booleans()):
+        start, stop = sorted((draw(st.integers(0, len(found))), draw(st.integers(0, len(found)))))
+        found[stop:stop] = found[start:stop][:200]
+    return bytes(found[: draw(st.integers(0, len(found)))] if draw(st.booleans()) else found)
+
+
+def message(datatype: str, contents: bytes | None = None, **fields: Any) -> bytes:
+    """A gRPC request with one input of two elements, and raw contents or none."""
+    one = MESSAGES["ModelInferRequest"](model_name="m", id="i", **fields)
+    tensor = one.inputs.add(name="x", datatype=datatype, shape=[2])
+    one.parameters["timeout"].int64_param = 5000
+    one.outputs.add(name="y").parameters["classification"].int64_param = 2
+    if contents is None:
+        tensor.contents.bytes_contents.extend([b"a", b"bc"])
+    else:
+        one.raw_input_contents.append(contents)
+    return one.SerializeToString()
+
+
+def read_or_refused(read: Callable[[], Any]) -> Any:
+    """What was read, or None where it was refused in words that go over the wire."""
+    try:
+        return read()
+    except ServeError as error:
+        refusal = error
+    assert refusal.status in (400, 413)
+    refusal.message.encode()
+    return None
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [message("FP64", np.array([np.nan, 1]).tobytes()), message("BYTES"), message("BYTES", b"\1\0\0\0a\0\0\0\0")],
+    ids=["raw", "contents", "raw strings"],
+)
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_damaged_message_of_grpc_is_read_right_or_refused(whole: bytes, data: st.DataObject):
+    decoder = GrpcDecoder(Limits())
+    decoder.decode(whole)
+    sent = data.draw(damaged(whole))
+    for _ in range(2):  # the second may be read from what is remembered
+        found = read_or_refused(lambda: decoder.decode(sent))
+        assert not found or sum(array.nbytes for array in found.inputs.values()) <= 8 * len(sent)
+
+
+@pytest.mark.parametrize("what", ["dimensions", "parameters"])
+def test_a_message_of_grpc_is_counted_before_objects_are_made_of_it(what: str):
+    one = MESSAGES["ModelInferRequest"](model_name="m")
+    tensor = one.inputs.add(name="x", datatype="FP32")
+    if what == "dimensions":
+        tensor.shape.extend([1000] * 500_000)
+    else:
+        for index in range(50_000):
+            tensor.parameters[str(index)].int64_param = 1000
+    sent = one.SerializeToString()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ServeError, match=f"has [0-9]+0000 {what}; accepted: "):
+            GrpcDecoder(Limits()).decode(sent)
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(sent) + 100_000
+    finally:
+        tracemalloc.stop()
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=200, deadline=None)
+def test_noise_is_no_message_of_grpc_that_breaks(noise: bytes):
+    with contextlib.suppress(ServeError):
+        GrpcDecoder(Limits()).decode(noise)
+
+
+FORM = b'--B\r\nContent-Disposition: form-data; name="image"\r\n\r\nhello\r\n--B--\r\n'
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_damaged_form_is_read_right_or_refused(data: st.DataObject):
+    assert only_file('multipart/form-data; boundary="B"', memoryview(FORM)) == b"hello"
+    kind = data.draw(damaged(b'multipart/form-data; boundary="B"')).decode("latin-1")
+    sent = data.draw(damaged(FORM))
+    kind = data.draw(st.sampled_from(["multipart/form-data; boundary=B", kind]))
+    assert (read_or_refused(lambda: only_file(kind, memoryview(sent))) or b"") in sent
 
 
 json_values = st.recursive(

@@ -659,24 +659,6 @@ def test_a_limit_on_the_batch_lowers_what_is_proven_and_never_raises_it(tmp_path
         assert load_package(folder, name="a", version="1", device=Device(threads=1), max_batch=asked).max_batch == found
 
 
-def test_batches_are_padded_to_buckets_and_cut_again():
-    session = load_graph(mlp(), name="m", device=Device(threads=1), max_batch=6)._session
-    model = LoadedModel(name="m", version="1", session=session, max_batch=6, buckets=(1, 2, 4, 6))
-    seen = []
-
-    class Seen:
-        def run(self, outputs: list[str], feed: dict[str, np.ndarray]) -> Any:
-            seen.append(len(feed["x"]))
-            return session.run(outputs, feed)
-
-    model._session = Seen()
-    x = np.random.default_rng(0).normal(size=(6, 16)).astype(np.float32)
-    for rows_asked in range(1, 7):
-        (found,) = model.run({"x": x[:rows_asked]}, ["y"])
-        np.testing.assert_allclose(found, session.run(["y"], {"x": x[:rows_asked]})[0], rtol=1e-5, atol=1e-5)
-    assert seen == [1, 2, 4, 4, 6, 6]
-
-
 def test_every_type_of_the_protocol_goes_through_unchanged():
     kinds = {
         onnx.helper.tensor_dtype_to_np_dtype(kind).name: kind

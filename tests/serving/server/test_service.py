@@ -56,7 +56,8 @@ async def test_metadata_are_tritons_messages(root: Path):
             model = json_format.ParseDict(document, service_pb2.ModelMetadataResponse())
             assert (model.name, model.platform, list(model.versions)) == ("demo", "onnxruntime_onnx", ["2"])
             assert [(one.name, one.datatype, list(one.shape)) for one in model.inputs] == [
-                ("images", "UINT8", [-1, -1, -1, 3])
+                ("images", "UINT8", [-1, -1, -1, 3]),
+                ("encoded_images", "BYTES", [-1]),
             ]
             assert [(one.name, one.datatype, list(one.shape)) for one in model.outputs] == [
                 ("logits", "FP32", [-1, 3]),
@@ -70,8 +71,9 @@ async def test_the_configuration_is_tritons_message_without_the_batch_in_its_siz
         config = json_format.ParseDict(service.model_config("demo", None), model_config_pb2.ModelConfig())
         assert (config.name, config.platform, config.backend) == ("demo", "onnxruntime_onnx", "onnxruntime")
         assert config.max_batch_size == 8
-        assert [(one.name, one.data_type, list(one.dims)) for one in config.input] == [
-            ("images", model_config_pb2.TYPE_UINT8, [-1, -1, 3])
+        assert [(one.name, one.data_type, list(one.dims), one.optional) for one in config.input] == [
+            ("images", model_config_pb2.TYPE_UINT8, [-1, -1, 3], False),
+            ("encoded_images", model_config_pb2.TYPE_STRING, [], True),
         ]
         assert [(one.name, one.data_type, list(one.dims)) for one in config.output] == [
             ("logits", model_config_pb2.TYPE_FP32, [3]),
@@ -356,7 +358,7 @@ def test_a_session_is_set_up_on_purpose(root: Path):
     async def options() -> onnxruntime.SessionOptions:
         service = Service(Repository(root, threads=1))
         await service.start()
-        session = service.repository.find("demo", None).model._session
+        session = service.repository.find("demo", None).model._compute.__self__
         await service.stop()
         return session.get_session_options()
 

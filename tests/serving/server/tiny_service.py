@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import uvloop
 
+from headstart.serving.server.encoded import ENCODED, ImageDecoder
 from headstart.serving.server.errors import not_found, too_many, unavailable
 from headstart.serving.server.http import HttpServer, serve_http
-from headstart.serving.server.protocol import DATATYPES, InferRequest, InferResponse
+from headstart.serving.server.protocol import DATATYPES, InferRequest, InferResponse, Limits
 from headstart.serving.server.settings import HttpSettings
 
 LABELS = ["dark", "grey", "light"]
@@ -29,6 +30,7 @@ class TinyService:
         self.calls: list[tuple[Any, ...]] = []
         self.gate = asyncio.Event()
         self.is_ready = True
+        self.images = ImageDecoder(Limits())
 
     async def start(self) -> None: ...
 
@@ -43,6 +45,8 @@ class TinyService:
             raise RuntimeError("secret of /etc/passwd")
         if request.model == "slow":
             return asyncio.ensure_future(self._slow(request))
+        if request.model == "photo" and ENCODED in request.inputs:
+            return self.images.infer(request, "images", 4, lambda parts: [self._answer(part) for part in parts])
         return self._answer(request)
 
     async def _slow(self, request: InferRequest) -> InferResponse:
@@ -83,7 +87,8 @@ class TinyService:
         self._known(name, version)
         images = {"name": "images", "datatype": "UINT8", "shape": [-1, -1, -1, 3]}
         outputs = [{"name": n, "datatype": "FP32", "shape": [-1, 3]} for n in ("logits", "probabilities")]
-        inputs = [images] if name == "photo" else [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]
+        files = {"name": ENCODED, "datatype": "BYTES", "shape": [-1]}
+        inputs = [images, files] if name == "photo" else [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]
         return {"name": name, "versions": ["1"], "platform": "onnx", "inputs": inputs, "outputs": outputs}
 
     def model_config(self, name: str, version: str | None) -> dict[str, Any]:

@@ -1,0 +1,125 @@
+"""Runs of a session at fixed batch sizes, in buffers that stay where they are: what a GPU wants.
+
+The CUDA provider plans and searches algorithms anew for each shape that it has not seen, and a CUDA graph replays its
+kernels on the addresses and shapes that it was captured with. So a batch is padded to the next of a few sizes, and for
+each size and shape there is one set of buffers on the device, bound once: a request is copied in, the outputs asked for
+are copied out. All of it runs on the CPU provider as well, where the tests compare it with plain runs bit for bit.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from headstart.serving.package import Tensor
+
+_MOST_PLANS = 64
+"""Shapes that buffers are kept for; further ones run without, as images of every size would fill the device."""
+_NO_GRAPH = "-1"
+
+
+class Bound:
+    """A session with its buffers. Calls from several threads are safe, and run one after the other.
+
+        bound = Bound(session, inputs, outputs, buckets=(1, 2, 4, 8), device="cuda")
+        bound.run(["logits"], {"images": images})
+
+    Args:
+        session: on the device's provider; with `enable_cuda_graph` each set of buffers gets a graph of its own.
+        inputs, outputs: of the session.
+        buckets: batch sizes to pad to, ascending.
+        device: where the buffers lie, `cuda` or `cpu`.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        *,
+        buckets: Sequence[int],
+        device: str,
+    ) -> None:
+        self._session, self._buckets, self._device = session, tuple(buckets), device
+        self._inputs, self._outputs = inputs, outputs
+        self._bindable = all(one.dtype != "object" for one in (*inputs, *outputs)) and all(
+            one.shape and all(isinstance(size, int) and size > 0 for size in one.shape[1:]) for one in outputs
+        )
+        self._plans: dict[Any, _Plan] = {}
+        self._lock = threading.Lock()
+
+    def run(self, names: list[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """As `session.run`: the same numbers, for the rows that were given."""
+        rows = len(feed[self._inputs[0].name])
+        bucket = next((size for size in self._buckets if size >= rows), None)
+        if bucket is None:
+            return self._run_unbound(names, feed)
+        key = (bucket, *(feed[one.name].shape[1:] for one in self._inputs))
+        with self._lock:
+            plan = self._plans.get(key)
+            if plan is None and self._bindable and len(self._plans) < _MOST_PLANS:
+                plan = self._plans[key] = self._bind(bucket, feed)
+            if plan is not None:
+                return plan.run(names, feed, rows)
+        padded = {name: _padded(array, bucket) for name, array in feed.items()}
+        return [array[:rows] for array in self._run_unbound(names, padded)]
+
+    def _run_unbound(self, names: list[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        found: list[NDArray[Any]] = self._session.run(names, feed, _options(_NO_GRAPH))
+        return found
+
+    def _bind(self, bucket: int, feed: dict[str, NDArray[Any]]) -> "_Plan":
+        shapes = {one.name: (bucket, *feed[one.name].shape[1:]) for one in self._inputs}
+        shapes |= {one.name: (bucket, *one.shape[1:]) for one in self._outputs}
+        values = {
+            one.name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+                shapes[one.name], np.dtype(one.dtype).type, self._device, 0
+            )
+            for one in (*self._inputs, *self._outputs)
+        }
+        binding = self._session.io_binding()
+        for one in self._inputs:
+            binding.bind_ortvalue_input(one.name, values[one.name])
+        for one in self._outputs:
+            binding.bind_ortvalue_output(one.name, values[one.name])
+        return _Plan(self._session, binding, values, bucket, str(len(self._plans) + 1))
+
+
+class _Plan:
+    """Buffers of one batch size and shape, bound to a session."""
+
+    def __init__(
+        self, session: onnxruntime.InferenceSession, binding: Any, values: dict[str, Any], bucket: int, graph: str
+    ) -> None:
+        self._session, self._binding, self._values, self._bucket = session, binding, values, bucket
+        self._options = _options(graph)
+
+    def run(self, names: list[str], feed: dict[str, NDArray[Any]], rows: int) -> list[NDArray[Any]]:
+        for name, array in feed.items():
+            self._values[name].update_inplace(np.ascontiguousarray(_padded(array, self._bucket)))
+        self._binding.synchronize_inputs()
+        self._session.run_with_iobinding(self._binding, self._options)
+        self._binding.synchronize_outputs()
+        # A copy: on the CPU the array lies in the buffer, which the next run writes.
+        return [np.array(self._values[name].numpy()[:rows]) for name in names]
+
+
+def buckets(max_batch: int) -> tuple[int, ...]:
+    """Batch sizes to pad to: 1, 2, 4, ... and `max_batch`."""
+    return (*(1 << power for power in range((max_batch - 1).bit_length())), max_batch)
+
+
+def _padded(array: NDArray[Any], bucket: int) -> NDArray[Any]:
+    """The last row again and again, up to a batch size."""
+    missing = bucket - len(array)
+    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
+
+
+def _options(graph: str) -> onnxruntime.RunOptions:
+    """Which CUDA graph a run captures, or replays; `-1` is none."""
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", graph)
+    return options

@@ -1,0 +1,72 @@
+"""The server's log: lines to read, or one JSON object a line."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+FORMATS = ("text", "json")
+FIELDS = ("worker", "request_id", "model", "version", "status", "ms", "bytes")
+"""What a record may say beside its message: given as `extra`, shown where it is there."""
+
+
+def configure(log_format: str, worker: int | None = None) -> None:
+    """Write the log to stderr.
+
+    Args:
+        log_format: one of `FORMATS`.
+        worker: the number of this process, which each line then bears.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonFormatter(worker) if log_format == "json" else _TextFormatter(worker))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+class _Formatter(logging.Formatter):
+    """The time is UTC in ISO 8601, with milliseconds."""
+
+    converter = staticmethod(time.gmtime)
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03dZ"
+
+    def __init__(self, worker: int | None) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        self._worker = {} if worker is None else {"worker": worker}
+
+    def fields(self, record: logging.LogRecord) -> Iterator[tuple[str, Any]]:
+        """What a record says beside its message."""
+        there = record.__dict__ | self._worker
+        return ((name, there[name]) for name in FIELDS if name in there)
+
+
+class _TextFormatter(_Formatter):
+    """`TIME LEVEL LOGGER: MESSAGE request_id=... status=...`."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        """The line, before a traceback."""
+        line = super().formatMessage(record)
+        return " ".join([line, *(f"{name}={_plain(value)}" for name, value in self.fields(record))])
+
+
+class _JsonFormatter(_Formatter):
+    """One object: `time`, `level`, `logger`, `message`, the fields, and `exception` with its traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        document = {
+            "time": self.formatTime(record),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **dict(self.fields(record)),
+        }
+        if record.exc_info:
+            document["exception"] = self.formatException(record.exc_info)
+        return json.dumps(document, default=str)
+
+
+def _plain(value: Any) -> str:
+    """A value on one line; what a stranger chose cannot begin another."""
+    text = str(value)
+    return text if text.isprintable() and " " not in text else json.dumps(text)
