@@ -1,0 +1,216 @@
+"""One run: every server in turn, at every concurrency, beside bare calls of the same minute on the same core."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.serving.client import ask, grpc_load, http_load
+from benchmarks.serving.formats import FORMATS, Format
+from benchmarks.serving.models import make_model, sample_inputs
+from benchmarks.serving.servers import CLIENT_CORE, PROGRAMS, SERVER_CORE, Running, Server
+from headstart.serving.package import MODEL
+from headstart.serving.runtime import open_session
+
+BARE = "session.run"
+TOLERANCE = 1e-4
+"""Largest difference of an answer from the bare call's, relative to the largest number in it: a batch rounds otherwise
+than a single row."""
+_BLOCKS = 4  # at concurrency 1, bare calls and requests take turns in blocks
+_BATCHES = (1, 4, 16)
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is measured."""
+
+    models: tuple[str, ...]
+    servers: tuple[Server, ...]
+    concurrencies: tuple[int, ...] = (1, 8, 32, 128)
+    rounds: int = 3
+    """Each starts every server afresh; a figure is the median of them."""
+    seconds: float = 2.0
+    """Of a server at one concurrency in one round, after the warm-up."""
+    models_folder: Path
+    environments: Path
+
+
+class Bare:
+    """`session.run` in a process of its own on the servers' core, which sleeps unless it is asked; a context."""
+
+    def __init__(self, package: Path) -> None:
+        command = ["taskset", "-c", str(SERVER_CORE), sys.executable, str(PROGRAMS / "bare.py"), str(package / MODEL)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._line()
+
+    def __enter__(self) -> "Bare":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(10)
+
+    def calls(self, batch: int, seconds: float) -> list[float]:
+        """Milliseconds of each call."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{batch} {seconds}\n")
+        self._process.stdin.flush()
+        taken: list[float] = json.loads(self._line())
+        return taken
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+
+def run(plan: Plan, say: Callable[[str], None]) -> Iterator[tuple[list[dict[str, Any]], dict[str, str]]]:
+    """Measure; yields for each model its rows, and why a server has none."""
+    os.sched_setaffinity(0, {CLIENT_CORE})
+    for model in plan.models:
+        package = make_model(plan.models_folder, model)
+        rounds: dict[tuple[str, str, int], list[Figures]] = {}
+        failures: dict[str, str] = {}
+        with tempfile.TemporaryDirectory() as folder, Bare(package) as bare:
+            for number in range(plan.rounds):
+                _bare_round(bare, plan.seconds, rounds)
+                for server in plan.servers:
+                    if server.name in failures:
+                        continue
+                    say(f"{model}, round {number + 1} of {plan.rounds}: {server.name}")
+                    try:
+                        _round(plan, server, model, package, bare, Path(folder, "log"), rounds)
+                    except (OSError, RuntimeError, ValueError) as error:
+                        failures[server.name] = f"{type(error).__name__}: {error}"
+        yield _rows(model, rounds), {f"{name} ({model})": reason for name, reason in failures.items()}
+
+
+def _bare_round(bare: Bare, seconds: float, rounds: dict[tuple[str, str, int], list[Figures]]) -> None:
+    """Calls of one row, and the best rate of any batch."""
+    rates = {}
+    for batch in _BATCHES:
+        taken = bare.calls(batch, seconds)
+        rates[batch] = batch * 1e3 / statistics.mean(taken)
+        if batch == 1:
+            rounds.setdefault((BARE, "", 1), []).append({**_quantiles(taken), "requests_per_s": rates[1]})
+    best = max(rates, key=lambda batch: rates[batch])
+    rounds.setdefault((f"{BARE}, best batch", "", 0), []).append({"requests_per_s": rates[best], "batch": best})
+
+
+def _round(
+    plan: Plan,
+    server: Server,
+    model: str,
+    package: Path,
+    bare: Bare,
+    log: Path,
+    rounds: dict[tuple[str, str, int], list[Figures]],
+) -> None:
+    """One server, started, asked in every way at every concurrency, and stopped."""
+    session = open_session(package / MODEL, threads=1)
+    name, output = session.get_inputs()[0].name, session.get_outputs()[-1].name
+    inputs = sample_inputs(model)
+    expected = [session.run([output], {name: row})[0][0] for row in inputs]
+    with Running(server, package, plan.environments, log) as running:
+        for kind in server.formats:
+            way = FORMATS[kind]
+            requests = [way.encode(row, name, output) for row in inputs]
+            if kind == server.formats[0]:
+                running.wait_until_ready(b"" if way.is_grpc else requests[0])
+            for concurrency in plan.concurrencies:
+                figures = _spell(running, way, requests, expected if server.answers else None, concurrency, plan, bare)
+                rounds.setdefault((server.name, kind, concurrency), []).append(figures)
+        peak = {"peak_mb": running.peak_mb(), "cold_start_s": running.cold_start_s}
+    for kind in server.formats:
+        for concurrency in plan.concurrencies:
+            rounds[server.name, kind, concurrency][-1].update(peak)
+
+
+def _spell(
+    running: Running,
+    way: Format,
+    requests: Sequence[bytes],
+    expected: Sequence[NDArray[np.float32]] | None,
+    concurrency: int,
+    plan: Plan,
+    bare: Bare,
+) -> Figures:
+    """One server at one concurrency; with a single client, bare calls in turn with it."""
+    load, port = (grpc_load, running.port + 1) if way.is_grpc else (http_load, running.port)
+    blocks = _BLOCKS if concurrency == 1 else 1
+    latencies: list[float] = []
+    calls: list[float] = []
+    rates, cpu_s, num_answers, worst = [], 0.0, 0, 0.0
+    for _ in range(blocks):
+        if concurrency == 1 and expected:
+            calls += bare.calls(1, plan.seconds / blocks)
+        before = running.cpu_s()
+        clock = load(port, requests, concurrency, plan.seconds / blocks)
+        cpu_s += running.cpu_s() - before
+        latencies += clock.latencies_ms
+        rates.append(clock.rate)
+        num_answers += clock.num_answers
+        worst = max([worst, *(_difference(way, one, expected) for one in clock.answers)]) if expected else 0.0
+    if not way.is_grpc and expected and concurrency == 1:
+        answers = [(number, ask(port, request)) for number, request in enumerate(requests)]
+        worst = max([worst, *(_difference(way, one, expected) for one in answers)])
+    if not worst <= TOLERANCE:
+        raise ValueError(f"an answer differs from the bare call's by {worst:.2g} of its largest number")
+    figures = _quantiles(latencies) if latencies else {}
+    figures |= {
+        "requests_per_s": statistics.mean(rates),
+        "cpu_ms_per_request": cpu_s * 1e3 / num_answers,
+        "difference": worst,
+    }
+    if calls and latencies:
+        figures["bare_p50_ms"] = statistics.median(calls)
+    return figures
+
+
+def _difference(way: Format, answer: tuple[int, bytes], expected: Sequence[NDArray[np.float32]]) -> float:
+    right = expected[answer[0]]
+    found = way.decode(answer[1])
+    if found.shape != right.shape:
+        raise ValueError(f"an answer has the shape {found.shape} instead of {right.shape}")
+    return float(np.abs(found - right).max() / np.abs(right).max())
+
+
+def _quantiles(taken: Sequence[float]) -> Figures:
+    values = np.quantile(taken, (0.5, 0.9, 0.99))
+    return {f"p{q}_ms": float(value) for q, value in zip((50, 90, 99), values, strict=True)}
+
+
+COLUMNS = (
+    "p50_ms", "p90_ms", "p99_ms", "requests_per_s", "cpu_ms_per_request", "peak_mb", "cold_start_s", "bare_p50_ms",
+    "overhead_ms", "p50_ratio", "rate_ratio", "difference", "batch",
+)  # fmt: skip
+"""Medians of the rounds. `bare_p50_ms`: bare calls in turn with these requests; `overhead_ms` and `p50_ratio`: the
+difference and the ratio of the two; `rate_ratio`: requests/s over those of bare calls at their best batch."""
+
+
+def _rows(model: str, rounds: dict[tuple[str, str, int], list[Figures]]) -> list[dict[str, Any]]:
+    best = statistics.median(one["requests_per_s"] for one in rounds[f"{BARE}, best batch", "", 0])
+    rows = []
+    for (server, way, concurrency), taken in rounds.items():
+        for one in taken:
+            if "bare_p50_ms" in one:
+                one["overhead_ms"] = one["p50_ms"] - one["bare_p50_ms"]
+                one["p50_ratio"] = one["p50_ms"] / one["bare_p50_ms"]
+            one["rate_ratio"] = one["requests_per_s"] / best
+        row: dict[str, Any] = {"model": model, "server": server, "transport": way, "concurrency": concurrency}
+        for column in COLUMNS:
+            values = [one[column] for one in taken if column in one]
+            row[column] = float(f"{statistics.median(values):.4g}") if values else ""
+        rows.append({**row, "rounds": len(taken)})
+    return rows

@@ -1,0 +1,83 @@
+"""The benchmark of the server: its clock, its formats, and a quick run of our own server."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.serving.client import Clock
+from benchmarks.serving.formats import FORMATS
+from benchmarks.serving.measure import TOLERANCE
+from benchmarks.serving.servers import PEERS, PROGRAMS, SERVERS
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_bursts_are_counted_at_their_rate(monkeypatch: pytest.MonkeyPatch):
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    clock = Clock(16, seconds=10)
+    for turn in range(1, 100):
+        now = turn * 0.7
+        more = [clock.answered(now - 0.7, is_first=turn == 1) for _ in range(16)]
+        if not all(more):
+            break
+    assert clock.rate == pytest.approx(16 / 0.7)
+    assert np.allclose(clock.latencies_ms, 700)
+
+
+def test_a_slow_client_s_first_answer_begins_the_spell(monkeypatch: pytest.MonkeyPatch):
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    clock = Clock(2, seconds=1)
+    for _ in range(50):
+        now += 0.1
+        assert clock.answered(now - 0.1, is_first=now < 0.15)
+    assert clock.latencies_ms == []  # the other client has not been answered yet
+    assert clock.answered(0, is_first=True)
+    now += 0.5
+    assert clock.answered(now - 0.1, is_first=False)
+    assert clock.rate == pytest.approx(2)
+
+
+@pytest.mark.parametrize("kind", ["binary", "JSON"])
+def test_requests_state_their_length_and_hold_the_row(kind: str):
+    row = np.arange(2048, dtype=np.float32)[None]
+    head, _, body = FORMATS[kind].encode(row, "features", "logits").partition(b"\r\n\r\n")
+    assert f"Content-Length: {len(body)}".encode() in head
+    length = int(head.split(b"Inference-Header-Content-Length: ")[1].split(b"\r\n")[0]) if kind == "binary" else None
+    document = json.loads(body[:length])
+    data = np.frombuffer(body[length:], np.float32) if length else document["inputs"][0]["data"]
+    assert np.array_equal(data, row[0])
+    assert document["inputs"][0]["shape"] == [1, 2048]
+
+
+def test_every_peer_has_a_program_and_a_pinned_list():
+    assert all((PROGRAMS / server.program).is_file() for server in SERVERS if server.program)
+    for peer in PEERS:
+        if peer != "ray":  # in the extra `serve`
+            assert all("==" in line for line in (PROGRAMS / f"{peer}.txt").read_text().split())
+
+
+@pytest.mark.slow
+def test_a_quick_run_measures_our_server(tmp_path: Path):
+    command = [sys.executable, "-m", "benchmarks.serving", "--quick", "--peers", "", "--no-rows", "--json"]
+    done = subprocess.run(
+        [*command, "--folder", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=200, check=True
+    )
+    report = json.loads(done.stdout)
+    assert report["failures"] == {}
+    rows = {(row["server"], row["transport"], row["concurrency"]): row for row in report["rows"]}
+    for way in ("binary", "JSON", "gRPC"):
+        for concurrency in (1, 32):
+            row = rows["headstart", way, concurrency]
+            assert 0 <= row["difference"] <= TOLERANCE
+            assert row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+            assert row["requests_per_s"] > 0
+            assert row["cpu_ms_per_request"] > 0
+    assert rows["headstart", "binary", 1]["overhead_ms"] > 0
+    assert 30 < rows["headstart", "binary", 1]["peak_mb"] < 1000  # torch would not fit
