@@ -16,10 +16,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from headstart.serving.device import Device, open_on
 from headstart.serving.errors import PackageError, first_line
 from headstart.serving.package import PARITY_BATCHES, Parity, ParityRow
 from headstart.serving.runtime import CPU, INPUT, OUTPUTS
-from headstart.serving.server.device import Device, open_on
 
 Images: TypeAlias = NDArray[np.uint8]
 Logits: TypeAlias = NDArray[np.float32]

@@ -19,10 +19,10 @@ from starlette.responses import Response
 
 from headstart.serving.server.command import open_repository
 from headstart.serving.server.errors import StartError, bad_request
-from headstart.serving.server.http import HttpServer
-from headstart.serving.server.inmemory import answer
 from headstart.serving.server.service import Service
 from headstart.serving.server.settings import HttpSettings, read_token
+from headstart.serving.server.transport.http import HttpServer
+from headstart.serving.server.transport.inmemory import answer
 
 _OPTIONS = {
     "repository", "provider", "threads", "max_queue", "max_batch", "max_delay_ms", "policy", "public_key", "drift",

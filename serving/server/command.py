@@ -12,10 +12,10 @@ from headstart.serving.server.errors import StartError
 from headstart.serving.signing import verify_signature
 
 if TYPE_CHECKING:
-    from headstart.serving.server.mirror import Mirror
-    from headstart.serving.server.repository import Repository
-    from headstart.serving.server.watch import Watch
-    from headstart.serving.server.worker import Link
+    from headstart.serving.server.models.mirror import Mirror
+    from headstart.serving.server.models.repository import Repository
+    from headstart.serving.server.processes.worker import Link
+    from headstart.serving.server.watching.watch import Watch
 
 
 def serve(
@@ -75,10 +75,10 @@ def serve(
         PackageError: an option cannot be, or the server cannot start; its exit code is 2.
     """
     options = {name: value for name, value in locals().items() if name not in ("workers", "say", "link")}
-    from headstart.serving.server.logs import FORMATS, configure
     from headstart.serving.server.main import Ports, run
     from headstart.serving.server.service import Service
     from headstart.serving.server.settings import HttpSettings, read_token, tls_context
+    from headstart.serving.server.watching.logs import FORMATS, configure
 
     token = read_token(token_file) if token_file is not None else None
     try:
@@ -112,7 +112,7 @@ def serve(
     if link is None:
         service = Service(kept)
     else:
-        from headstart.serving.server.worker import SharedService
+        from headstart.serving.server.processes.worker import SharedService
 
         service = SharedService(kept, link)
         settings = dataclasses.replace(settings, reuse_port=True)
@@ -150,10 +150,10 @@ def open_repository(
     Raises:
         PackageError: an option cannot be.
     """
-    from headstart.serving.server.device import Device, check, read_options
-    from headstart.serving.server.memory import read_size
-    from headstart.serving.server.mirror import Mirror, is_url
-    from headstart.serving.server.repository import Repository, Scheduling
+    from headstart.serving.device import Device, check, read_options
+    from headstart.serving.server.models.memory import read_size
+    from headstart.serving.server.models.mirror import Mirror, is_url
+    from headstart.serving.server.models.repository import Repository, Scheduling
 
     everywhere, by_model = _policies(policy)
     if not 0 <= max_delay_ms <= 10_000:
@@ -183,12 +183,12 @@ def _watch(access_log: bool, otel: bool) -> "Watch | None":
     Raises:
         StartError: OpenTelemetry is asked for and not installed, or its environment asks for what is not there.
     """
-    from headstart.serving.server.watch import AccessLog, Watches
+    from headstart.serving.server.watching.watch import AccessLog, Watches
 
     watches: list[Watch] = [AccessLog()] if access_log else []
     if otel:
         try:
-            from headstart.serving.server.tracing import Tracing
+            from headstart.serving.server.watching.tracing import Tracing
         except ImportError as error:
             if (error.name or "").partition(".")[0] != "opentelemetry":
                 raise
@@ -202,8 +202,8 @@ def _watch(access_log: bool, otel: bool) -> "Watch | None":
 
 def _supervise(options: dict[str, Any], workers: int, say: Callable[[str], None], mirror: "Mirror | None") -> int:
     """Serve with several processes; a repository behind a URL is copied once, for all of them."""
-    from headstart.serving.server.memory import read_size
-    from headstart.serving.server.supervisor import supervise
+    from headstart.serving.server.models.memory import read_size
+    from headstart.serving.server.processes.supervisor import supervise
 
     if options["max_memory"] is not None:
         options = {**options, "max_memory": str(read_size(options["max_memory"]) // workers)}
@@ -259,8 +259,8 @@ def show_package(path: Path) -> dict[str, Any]:
 
 def _policies(texts: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """The rule of all models (None where there is none), and those by model."""
-    from headstart.serving.server.folder import NAME
-    from headstart.serving.server.policy import Policy
+    from headstart.serving.server.models.folder import NAME
+    from headstart.serving.server.models.policy import Policy
 
     everywhere, by_model = None, {}
     for text in texts:

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Sequence
 from typing import Any, Protocol
 
-from headstart.serving.server.protocol import InferRequest, InferResponse
+from headstart.serving.server.wire.protocol import InferRequest, InferResponse
 
 
 class InferenceService(Protocol):

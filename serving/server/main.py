@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import uvloop
 
 from headstart.serving.server.errors import StartError
-from headstart.serving.server.http import serve_http
 from headstart.serving.server.interface import InferenceService
 from headstart.serving.server.settings import HttpSettings
-from headstart.serving.server.watch import Watch
+from headstart.serving.server.transport.http import serve_http
+from headstart.serving.server.watching.watch import Watch
 
 if TYPE_CHECKING:
-    from headstart.serving.server.grpc import GrpcServer
-    from headstart.serving.server.http import HttpServer
-    from headstart.serving.server.worker import Link
+    from headstart.serving.server.processes.worker import Link
+    from headstart.serving.server.transport.grpc import GrpcServer
+    from headstart.serving.server.transport.http import HttpServer
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ async def _drain(servers: "list[HttpServer | GrpcServer]", timeout: float | None
 
 async def _serve_grpc(service: InferenceService, settings: HttpSettings, watch: Watch | None) -> "GrpcServer":
     try:
-        from headstart.serving.server.grpc import serve_grpc
+        from headstart.serving.server.transport.grpc import serve_grpc
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("grpc", "google"):
             raise

@@ -10,17 +10,17 @@ import numpy as np
 
 from headstart.serving.package import MODEL, Tensor
 from headstart.serving.runtime import CPU
-from headstart.serving.server.drift import distance
-from headstart.serving.server.encoded import ENCODED, ImageDecoder, pixels_input
-from headstart.serving.server.entry import Entry
 from headstart.serving.server.errors import ServeError, bad_request
-from headstart.serving.server.metrics import Metrics
-from headstart.serving.server.protocol import Limits
-from headstart.serving.server.repository import Repository
-from headstart.serving.server.tensors import datatype_of
+from headstart.serving.server.models.drift import distance
+from headstart.serving.server.models.entry import Entry
+from headstart.serving.server.models.repository import Repository
+from headstart.serving.server.watching.metrics import Metrics
+from headstart.serving.server.wire.encoded import ENCODED, ImageDecoder, pixels_input
+from headstart.serving.server.wire.protocol import Limits
+from headstart.serving.server.wire.tensors import datatype_of
 
 if TYPE_CHECKING:
-    from headstart.serving.server.protocol import InferRequest, InferResponse
+    from headstart.serving.server.wire.protocol import InferRequest, InferResponse
 
 PLATFORM = "onnxruntime_onnx"
 EXTENSIONS = (

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headstart.serving.server.errors import StartError
-from headstart.serving.server.protocol import Limits
+from headstart.serving.server.wire.protocol import Limits
 
 
 @dataclass(frozen=True, kw_only=True)

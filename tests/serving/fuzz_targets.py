@@ -18,19 +18,19 @@ import numpy as np
 import uvloop
 from PIL import Image
 
-from headstart.serving.server.bodies import ChunkedBody, inflate, only_file
-from headstart.serving.server.connection import Connection
-from headstart.serving.server.decoding import RequestDecoder
-from headstart.serving.server.encoded import ENCODED, ImageDecoder
 from headstart.serving.server.errors import ServeError
-from headstart.serving.server.grpc_codec import GrpcDecoder, encode, parse
-from headstart.serving.server.grpc_messages import MESSAGES
-from headstart.serving.server.head import HeadParser
-from headstart.serving.server.http import HttpServer
-from headstart.serving.server.protocol import InferRequest, InferResponse, Limits, encode_response, error_body
-from headstart.serving.server.repository import Repository
+from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.service import Service
 from headstart.serving.server.settings import HttpSettings
+from headstart.serving.server.transport.connection import Connection
+from headstart.serving.server.transport.http import HttpServer
+from headstart.serving.server.wire.bodies import ChunkedBody, inflate, only_file
+from headstart.serving.server.wire.decoding import RequestDecoder
+from headstart.serving.server.wire.encoded import ENCODED, ImageDecoder
+from headstart.serving.server.wire.grpc_codec import GrpcDecoder, encode, parse
+from headstart.serving.server.wire.grpc_messages import MESSAGES
+from headstart.serving.server.wire.head import HeadParser
+from headstart.serving.server.wire.protocol import InferRequest, InferResponse, Limits, encode_response, error_body
 from tests.serving.server.graphs import write_package
 from tests.serving.server.tiny_service import infer_body
 

@@ -15,9 +15,9 @@ import pytest
 from headstart.serving.errors import PackageError
 from headstart.serving.package import MANIFEST, MODEL, SIGNATURE, verify
 from headstart.serving.server.errors import ServeError
-from headstart.serving.server.protocol import InferRequest
-from headstart.serving.server.repository import Repository
+from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.service import Service
+from headstart.serving.server.wire.protocol import InferRequest
 from headstart.serving.signing import check_public_key, sign, verify_signature
 from tests.serving.server.graphs import logits, rewrite_manifest, write_package
 
@@ -259,7 +259,7 @@ def test_a_server_that_asks_for_no_signatures_takes_signed_packages_too(signed: 
 
 
 def test_a_server_without_a_key_imports_no_library_of_signatures():
-    script = "import sys, headstart.serving.server.command, headstart.serving.server.repository\n"
+    script = "import sys, headstart.serving.server.command, headstart.serving.server.models.repository\n"
     script += "print([name for name in sys.modules if name in ('model_signing', 'cryptography', 'sigstore')])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

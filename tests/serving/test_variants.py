@@ -20,13 +20,13 @@ from onnx import helper
 from sklearn.datasets import load_digits
 from torch import nn
 
+from headstart.serving.device import Device
 from headstart.serving.errors import PackageError
 from headstart.serving.export import export_package
 from headstart.serving.package import MANIFEST, MODEL, Drift, Manifest, Tensor, verify
 from headstart.serving.parity import prove_providers
 from headstart.serving.runtime import Predictor, open_session
-from headstart.serving.server.device import Device
-from headstart.serving.server.model import load_package
+from headstart.serving.server.models.model import load_package
 from headstart.serving.variants import PARITY_TOLERANCES, make_variant, try_out
 
 from .conftest import Pixels, answer

@@ -22,18 +22,17 @@ from google.protobuf import json_format
 from tritonclient.grpc import model_config_pb2, service_pb2
 from tritonclient.utils import InferenceServerException
 
+from headstart.serving.device import _IDENTITY, CUDA, Device, check, open_on
 from headstart.serving.errors import PackageError
 from headstart.serving.package import MODEL
 from headstart.serving.server.command import serve, show_package, verify_package
-from headstart.serving.server.device import _IDENTITY, CUDA, Device, check, open_on
 from headstart.serving.server.errors import ServeError
-from headstart.serving.server.policy import Policy
-from headstart.serving.server.repository import Repository, Scheduling
+from headstart.serving.server.models.policy import Policy
+from headstart.serving.server.models.repository import Repository, Scheduling
 from headstart.serving.server.service import Service
-
-from .graphs import LABELS, identities, logits, write_package
-from .test_batching import on_a_loop
-from .test_repository import IMAGE, Graph, infer, served_by, serving
+from tests.serving.server.graphs import LABELS, identities, logits, write_package
+from tests.serving.server.models.test_repository import IMAGE, Graph, infer, served_by, serving
+from tests.serving.server.scheduling.test_batching import on_a_loop
 
 
 @pytest.fixture

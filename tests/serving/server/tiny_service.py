@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import uvloop
 
-from headstart.serving.server.encoded import ENCODED, ImageDecoder
 from headstart.serving.server.errors import not_found, too_many, unavailable
-from headstart.serving.server.http import HttpServer, serve_http
-from headstart.serving.server.protocol import DATATYPES, InferRequest, InferResponse, Limits
 from headstart.serving.server.settings import HttpSettings
+from headstart.serving.server.transport.http import HttpServer, serve_http
+from headstart.serving.server.wire.encoded import ENCODED, ImageDecoder
+from headstart.serving.server.wire.protocol import DATATYPES, InferRequest, InferResponse, Limits
 
 LABELS = ["dark", "grey", "light"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "demo"
-WORKER = b"headstart.serving.server.worker"
+WORKER = b"headstart.serving.server.processes.worker"
 
 
 class Server:

@@ -1,0 +1,82 @@
+"""One name of a repository: what lies in its folder, what is loaded of it, and who answers its requests."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from headstart.serving.server.models.folder import Folder, Snapshot
+from headstart.serving.server.models.memory import Taken
+from headstart.serving.server.models.model import LoadedModel
+from headstart.serving.server.models.policy import VERSION, Policy
+from headstart.serving.server.scheduling.batching import Scheduler
+
+State = Literal["READY", "LOADING", "UNAVAILABLE"]
+
+
+@dataclass(kw_only=True)
+class Served:
+    """A loaded version with its scheduler."""
+
+    model: LoadedModel
+    scheduler: Scheduler
+    files: Snapshot
+    """What its folder held when it was loaded."""
+    memory: Taken
+    """What it takes."""
+
+
+@dataclass(kw_only=True)
+class Attempt:
+    """A load that failed."""
+
+    files: Snapshot
+    reason: str
+    again_at: float | None = None
+    """`monotonic` seconds of the next attempt with the same files; None waits for others."""
+
+
+@dataclass(kw_only=True)
+class Entry:
+    """One name: what is there, what is loaded, and who answers."""
+
+    name: str
+    folder: Folder = field(default_factory=Folder)
+    policy: Policy = field(default_factory=Policy)
+    served: dict[int, Served] = field(default_factory=dict)
+    base: Served | None = None
+    canary: Served | None = None
+    count: int = 0
+    """Requests that left the version to us while there was a canary."""
+    loading: set[int] = field(default_factory=set)
+    failed: dict[int, Attempt] = field(default_factory=dict)
+    unloaded: bool = False
+    """By request, until it is loaded by request."""
+
+    def choose(self, version: str | None) -> Served | None:
+        """Who answers the next request."""
+        if version:
+            return self.served.get(int(version)) if VERSION.fullmatch(version) else None
+        if self.canary is None:
+            return self.base
+        self.count += 1
+        return self.canary if self.policy.takes(self.count - 1) else self.base
+
+    def index(self) -> list[dict[str, Any]]:
+        """Its rows of the repository index; a version that serves names a failure of what should follow it."""
+        rows = []
+        for version in sorted({*self.folder.versions, *self.served, *self.loading}):
+            state: State = "UNAVAILABLE"
+            reason = self.failed[version].reason if version in self.failed else ""
+            if version in self.served:
+                state = "READY"
+            elif version in self.loading:
+                state, reason = "LOADING", ""
+            elif self.unloaded:
+                reason = "unloaded by request; load it by request"
+            elif not reason:
+                reason = f"not chosen by the policy {self.policy}"
+            rows.append({"name": self.name, "version": str(version), "state": state, "reason": reason})
+        for refused, reason in sorted(self.folder.refused.items()):
+            rows.append({"name": self.name, "version": refused, "state": "UNAVAILABLE", "reason": reason})
+        return rows or [
+            {"name": self.name, "version": "", "state": "UNAVAILABLE", "reason": "there is no version folder"}
+        ]

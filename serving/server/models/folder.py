@@ -1,0 +1,86 @@
+"""What a repository's folder holds, read without opening a package: names, versions, policies, and what is odd."""
+
+import contextlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from headstart.serving.errors import PackageError
+from headstart.serving.package import MANIFEST
+from headstart.serving.server.models.policy import VERSION, Policy
+
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+POLICY_FILE = "policy"
+_LEADS_OUT = "its folder is a link that leads out of the repository; copy it there"
+
+Snapshot = tuple[tuple[str, int, int, int], ...]
+"""Path, bytes, time of change in ns and inode of every file of a folder: equal where nothing was written."""
+
+
+@dataclass(kw_only=True)
+class Folder:
+    """What is on the disk for one name."""
+
+    versions: dict[int, Snapshot] = field(default_factory=dict)
+    """By number."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Reasons by the name of what is no version."""
+    policy: Policy | None = None
+    """From its file, where it has one that can be read."""
+
+
+def snapshot(folder: Path) -> Snapshot:
+    """What a folder holds, without reading it; equal snapshots mean that nothing was written between them.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    rows = []
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        rows.append((path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns, status.st_ino))
+    return tuple(rows)
+
+
+def scan(root: Path) -> dict[str, Folder]:
+    """What the root holds. Hidden names are none of ours; other files and odd names are left alone.
+
+    Raises:
+        OSError: the root cannot be listed.
+    """
+    found = {}
+    for path in sorted(root.iterdir()):
+        if not path.name.startswith(".") and NAME.fullmatch(path.name) and path.is_dir():
+            # Removed while we look: it is gone at the next look.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                found[path.name] = _scan_model(path, root)
+    return found
+
+
+def _scan_model(folder: Path, root: Path) -> Folder:
+    found = Folder()
+    if not folder.resolve().is_relative_to(root):
+        found.refused[""] = _LEADS_OUT
+        return found
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.name == POLICY_FILE:
+            try:
+                found.policy = Policy.parse(path.read_text(encoding="utf-8")[:200])
+            except (PackageError, OSError, UnicodeDecodeError) as error:
+                reason = str(error) if isinstance(error, PackageError) else "it cannot be read"
+                found.refused[POLICY_FILE] = f"the file is not used: {reason}"
+        elif path.name == MANIFEST:
+            found.refused[""] = f"the package lies in {folder.name}/; copy it to {folder.name}/1/"
+        elif not path.is_dir():
+            continue
+        elif not path.resolve().is_relative_to(root):
+            found.refused[path.name[:80]] = _LEADS_OUT
+        elif not VERSION.fullmatch(path.name):
+            found.refused[path.name[:80]] = "its name is no version; accepted: 1, 2, 3 and so on"
+        else:
+            # Removed while we look.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                found.versions[int(path.name)] = snapshot(path.resolve())  # a link may be replaced meanwhile
+    return found

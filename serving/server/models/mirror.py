@@ -1,0 +1,258 @@
+"""A repository behind a URL: an fsspec file system's NAME/VERSION/, copied to a private folder and kept up with.
+
+The folder is what a `Repository` serves. Each version lies apart and is reached by a link that is replaced in one
+step, so that a look at the folder finds a version as it was or as it is. Whether it is sound is the repository's to
+say: half of an upload is copied as it is, refused there with a reason, and copied anew when the URL's listing changes.
+"""
+
+import hashlib
+import logging
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from headstart.serving.errors import PackageError, first_line
+from headstart.serving.server.errors import StartError
+from headstart.serving.server.models.folder import NAME, POLICY_FILE
+from headstart.serving.server.models.policy import VERSION
+
+LOOK_S = 10.0
+"""Seconds between two listings, which object stores charge for."""
+_STORE = ".versions"
+_CHUNK = 8 << 20
+_JOIN_S = 5.0  # a listing that hangs is not waited for
+# What the file systems call the time, the digest or the generation of a file; other entries may change by themselves.
+_TELLING = (
+    "ETag", "etag", "md5", "md5Hash", "content_md5", "checksum", "sha256", "generation", "VersionId", "version_id",
+    "mtime", "ino", "LastModified", "last_modified", "updated", "modified", "created", "Last-Modified",
+)  # fmt: skip
+_LOG = logging.getLogger(__name__)
+
+_Files = Mapping[str, Mapping[str, Any]]
+"""What a listing says of each file, by its path within the version."""
+
+
+def is_url(repository: str) -> bool:
+    """Whether a repository is given as a URL (`s3://bucket/models`, `zip::https://...`) and not as a folder."""
+    return "://" in repository or "::" in repository
+
+
+class Mirror:
+    """Copies what a URL holds to `folder`, again and again, in a thread of its own.
+
+        mirror = Mirror("s3://bucket/models")
+        mirror.start()  # the first look: blocks until what is there has been copied
+        repository = Repository(mirror.folder)
+        mirror.close()  # deletes the copy
+
+    A URL that cannot be reached later changes nothing, nor does one whose listing is empty all at once, as that of a
+    bucket without its permissions is; a version that cannot be copied leaves the one that was there. All of it is in
+    the log, once for each reason, and tried again at the next look. Credentials come from where the file system looks
+    for them: its environment variables and files.
+
+    Args:
+        url: what fsspec understands.
+        look_s: seconds between two looks.
+
+    Raises:
+        StartError: fsspec, or the package that its protocol needs, is not installed; the URL is none.
+    """
+
+    def __init__(self, url: str, *, look_s: float = LOOK_S) -> None:
+        self._files, self._root = _open(url)
+        self.url = _without_secrets(url)
+        """The URL, without a password in it."""
+        self._temporary = tempfile.TemporaryDirectory(prefix="headstart-mirror-", ignore_cleanup_errors=True)
+        self.folder = Path(self._temporary.name).resolve()
+        """The copy: readable by this user alone."""
+        (self.folder / _STORE).mkdir()
+        self._look_s = look_s
+        self._copied: dict[tuple[str, str], str] = {}  # (name, version) or (name, "policy") -> what the listing said
+        self._told: dict[str, str] = {}
+        self._number = 0
+        self._replaced: list[Path] = []  # deleted at the next look: somebody may be reading them
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Copy what is there, and go on looking.
+
+        Raises:
+            StartError: the URL cannot be listed.
+        """
+        if problem := self.look():
+            raise StartError(
+                f"{self.url} cannot be listed: {problem}; check the URL, the network and the credentials of its "
+                "file system, and copy packages to NAME/1 there"
+            )
+        self._thread = threading.Thread(target=self._watch, name="mirror", daemon=True)
+        self._thread.start()
+
+    def look(self) -> str:
+        """List the URL and copy what has changed.
+
+        Returns:
+            why the URL could not be listed, or an empty string.
+        """
+        try:
+            found = self._list()
+        except Exception as error:  # file systems raise what their libraries raise
+            problem = f"{type(error).__name__}: {_without_secrets(first_line(error))}"
+            self._tell("", f"{self.url} cannot be listed, what was copied stays: {problem}")
+            return problem
+        if not found and self._copied:
+            self._tell("", f"{self.url} is empty all at once; what was copied stays until something else lies there")
+            return ""
+        self._told.pop("", None)
+        while self._replaced:
+            shutil.rmtree(self._replaced.pop(), ignore_errors=True)
+        for key, files in found.items():
+            if self._stopping.is_set():
+                break
+            says = _digest(files)
+            if self._copied.get(key) != says:
+                self._follow(key, files, says)
+        for key in [key for key in self._copied if key not in found]:
+            self._remove(key)
+        return ""
+
+    def close(self) -> None:
+        """Stop, also within a file, and delete the copy."""
+        self._stopping.set()
+        if self._thread:
+            self._thread.join(_JOIN_S)
+        self._temporary.cleanup()
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(self._look_s):
+            self.look()
+
+    def _list(self) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+        """What lies at the URL, by name and version; `policy` stands for a version where it is that file."""
+        self._files.invalidate_cache()
+        found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+        prefix = f"{self._root}/" if self._root else ""  # an archive's root has no name
+        for path, entry in self._files.find(self._root, detail=True).items():
+            if entry.get("type") != "file" or not path.startswith(prefix):
+                continue
+            name, _, rest = path.removeprefix(prefix).partition("/")
+            version, _, inner = rest.partition("/")
+            if NAME.fullmatch(name) and not name.startswith("."):
+                if VERSION.fullmatch(version) and _is_plain(inner):
+                    found.setdefault((name, version), {})[inner] = {**entry, "path": path}
+                elif rest == POLICY_FILE:
+                    found[name, rest] = {"": {**entry, "path": path}}
+        for files in found.values():
+            for inner, entry in files.items():
+                if entry.get("size") is None:  # HTTP lists names alone
+                    files[inner] = {**self._files.info(entry["path"]), "path": entry["path"]}
+        return found
+
+    def _follow(self, key: tuple[str, str], files: _Files, says: str) -> None:
+        """Copy a version, or a policy, and put it in the place of the one before."""
+        name, version = key
+        self._number += 1
+        new = self.folder / _STORE / str(self._number)
+        try:
+            for inner, entry in files.items():
+                self._copy(entry, new / inner if inner else new)
+            place = self.folder / name / version
+            place.parent.mkdir(exist_ok=True)
+            before = place.resolve()
+            if version != POLICY_FILE:
+                link = self.folder / _STORE / "link"
+                link.unlink(missing_ok=True)
+                link.symlink_to(Path("..") / _STORE / new.name)
+                link.replace(place)
+                if before != place:
+                    self._replaced.append(before)
+            else:
+                new.replace(place)
+        except Exception as error:  # as above; and no space, or a file that is a folder as well
+            if new.is_dir():
+                shutil.rmtree(new, ignore_errors=True)
+            else:
+                new.unlink(missing_ok=True)
+            problem = getattr(error, "strerror", None) or _without_secrets(first_line(error))
+            self._tell(f"{name}/{version}", f"{name}/{version} of {self.url} cannot be copied: {problem}")
+            return
+        self._copied[key] = says
+        self._told.pop(f"{name}/{version}", None)
+        _LOG.info("%s/%s was copied from %s", name, version, self.url)
+
+    def _copy(self, entry: Mapping[str, Any], target: Path) -> None:
+        """Copy a file: as many bytes as its listing says, so that one that grows does not fill the disk."""
+        expected, copied = entry["size"], 0
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._files.open(entry["path"], "rb", block_size=_CHUNK) as source, target.open("xb") as file:
+            while piece := source.read(_CHUNK):
+                copied += len(piece)
+                if self._stopping.is_set():
+                    raise PackageError("the server stops")
+                if expected is not None and copied > expected:
+                    break
+                file.write(piece)
+        if expected is not None and copied != expected:
+            raise PackageError(f"{target.name} has not the {expected} bytes that its listing says: it is being written")
+
+    def _remove(self, key: tuple[str, str]) -> None:
+        name, version = key
+        place = self.folder / name / version
+        before = place.resolve()
+        place.unlink(missing_ok=True)
+        if before != place:
+            self._replaced.append(before)
+        if not any(place.parent.iterdir()):
+            place.parent.rmdir()
+        del self._copied[key]
+        _LOG.info("%s/%s is gone from %s", name, version, self.url)
+
+    def _tell(self, what: str, message: str) -> None:
+        """Log a failure once, and not at each look for as long as it lasts."""
+        if self._told.get(what) != message and not self._stopping.is_set():
+            self._told[what] = message
+            _LOG.warning("%s; it is tried again every %g s", message, self._look_s)
+
+
+def _open(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path within it."""
+    try:
+        import fsspec  # type: ignore[import-untyped] # it publishes no types
+    except ImportError as error:
+        raise StartError(
+            f"the repository {_without_secrets(url)} is a URL, which needs fsspec; "
+            "run `pip install fsspec` with what its protocol needs (s3fs, gcsfs, adlfs), or install headstart[remote]"
+        ) from error
+    try:
+        files, root = fsspec.core.url_to_fs(url)
+    except ImportError as error:  # fsspec's message names the package
+        raise StartError(f"the repository {_without_secrets(url)}: {first_line(error)}; pip install it") from error
+    except Exception as error:  # a protocol that is none, an archive that is none, credentials that cannot be read
+        raise StartError(
+            f"the repository {_without_secrets(url)} cannot be opened: {_without_secrets(first_line(error))}; "
+            "accepted: a folder, or a URL that fsspec knows, such as s3://BUCKET/models"
+        ) from error
+    return files, root.rstrip("/")
+
+
+def _is_plain(path: str) -> bool:
+    """Whether a path within a version stays within it."""
+    return bool(path) and "\\" not in path and "\0" not in path and not {"", ".", ".."} & set(path.split("/"))
+
+
+def _digest(files: _Files) -> str:
+    """Tells whether a listing says the same as another."""
+    rows = [
+        (inner, entry["path"], entry["size"], [(key, str(entry[key])) for key in _TELLING if key in entry])
+        for inner, entry in sorted(files.items())
+    ]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+def _without_secrets(text: str) -> str:
+    """A URL, or a text with one, without user names and passwords."""
+    return re.sub(r"://[^/@\s]*@", "://", text)

@@ -1,0 +1,399 @@
+"""The folder NAME/VERSION/ of packages: what it holds, what is loaded of it, and which version answers.
+
+`cp -r runs/demo/package REPOSITORY/demo/1` deploys. The folder is looked at every second; a version that is not whole
+yet, or not sound, is refused with a reason and tried again when its files have changed. A new version is loaded,
+verified and warmed up beside the old one, takes over between two requests, and the old one answers what it has.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+from headstart.serving.device import Device
+from headstart.serving.errors import PackageError, first_line
+from headstart.serving.server.errors import ServeError, bad_request, not_found, unavailable
+from headstart.serving.server.models.drift import check_share
+from headstart.serving.server.models.entry import Attempt, Entry, Served
+from headstart.serving.server.models.folder import POLICY_FILE, Folder, scan
+from headstart.serving.server.models.memory import Memory, Taken, resident
+from headstart.serving.server.models.mirror import Mirror
+from headstart.serving.server.models.model import LoadedModel, load_package, public
+from headstart.serving.server.models.policy import VERSION, Policy
+from headstart.serving.server.scheduling.batching import Scheduler
+from headstart.serving.server.scheduling.queueing import Budget
+from headstart.serving.server.watching.metrics import Metrics
+from headstart.serving.signing import check_public_key
+
+POLL_S = 1.0
+_RETRY_S = 30.0  # a failure of the machine, not of the package: no memory, no space
+_REMEMBERED = 64  # versions whose labels are kept when they no longer serve
+_LOG = logging.getLogger(__name__)
+
+Loader = Callable[[Path, str, str], LoadedModel]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduling:
+    """Limits of each model."""
+
+    max_batch: int | None = None
+    """Rows of one execution; None, and at most, the largest batch whose parity the package proves."""
+    max_delay_s: float = 0.0
+    """Seconds that a batch may wait to be filled."""
+    max_queue: int = 256
+    """Requests of one model that may wait."""
+    max_queue_bytes: int = 1 << 30
+    """Bytes of the inputs of all models' requests that wait."""
+
+    def __post_init__(self) -> None:
+        if self.max_batch is not None and self.max_batch < 1:
+            raise PackageError(f"max_batch is {self.max_batch}; accepted: at least 1")
+        if not 0 <= self.max_delay_s <= 10:
+            raise PackageError(f"max_delay_s is {self.max_delay_s:g}; accepted: 0 to 10 seconds")
+        if self.max_queue < 1:
+            raise PackageError(f"max_queue is {self.max_queue}; accepted: at least 1")
+
+
+class Repository:
+    """Loads what a folder holds and keeps up with it; belongs to one event loop.
+
+        repository = Repository(Path("models"))
+        await repository.start()
+        served = repository.route("demo", None)
+        await repository.stop()
+
+    While a version is replaced both are in memory.
+
+    Args:
+        root: the folder.
+        provider: execution provider that must run every model.
+        threads: threads within an operator; None is one per core.
+        provider_options: of the CUDA or TensorRT provider, as `Device.options`.
+        policy: the rule of models that have none of their own; None is latest.
+        policies: rules by model. A file NAME/policy (`latest`, `pinned:2`, `canary:3:10%`) goes before both, and
+            is read again when it changes.
+        scheduling: limits of each model; None is the defaults.
+        public_key: PEM of the key that must have signed every package; None asks for no signatures.
+        metrics: where to count.
+        poll_s: seconds between two looks at the folder.
+        loader: how a version's folder becomes a model; tests give another.
+        mirror: keeps the root up with a URL; started and closed here.
+        drift: share of executions whose features are compared with the training images', 0 to 1, where a package has
+            what that needs; the others cost nothing more.
+        max_memory: bytes that models may take together, both versions while one is replaced; None is no limit.
+
+    Raises:
+        PackageError: the root is no folder, the key cannot be used, or the provider or threads cannot be.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        provider: str = Device.provider,
+        threads: int | None = None,
+        provider_options: Mapping[str, str] | None = None,
+        policy: Policy | None = None,
+        policies: Mapping[str, Policy] | None = None,
+        scheduling: Scheduling | None = None,
+        public_key: Path | None = None,
+        metrics: Metrics | None = None,
+        poll_s: float = POLL_S,
+        loader: Loader | None = None,
+        mirror: Mirror | None = None,
+        drift: float = 0.0,
+        max_memory: int | None = None,
+    ) -> None:
+        if not root.is_dir():
+            raise PackageError(f"{root} is no folder; make it, and copy packages to {root}/NAME/1")
+        device = Device(provider=provider, threads=threads, options=provider_options or {})
+        if public_key is not None:
+            check_public_key(public_key)
+        check_share(drift)
+        self.root = root.resolve()
+        self.scheduling = scheduling or Scheduling()
+        self.metrics = metrics or Metrics()
+        self._policy, self._policies = policy or Policy(), dict(policies or {})
+        self._poll_s = poll_s
+        self._memory = Memory(max_memory)
+        self._budget = Budget(self.scheduling.max_queue_bytes)
+        self.mirror = mirror
+        """Keeps the root up with a URL; None where the folder is one's own."""
+        self._load_model = loader or (
+            lambda folder, name, version: load_package(
+                folder,
+                name=name,
+                version=version,
+                device=device,
+                max_batch=self.scheduling.max_batch,
+                public_key=public_key,
+                drift=drift,
+            )
+        )
+        self.labels: dict[tuple[str, str], tuple[str, ...] | None] = {}
+        """Class names by name and version: of what serves, and of the last that did."""
+        self.unloaded: set[str] = set()
+        """Names that were taken down by request."""
+        self._entries: dict[str, Entry] = {}
+        self._lock = asyncio.Lock()
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._poller: asyncio.Task[None] | None = None
+        self.started = self.stopping = False
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """What is known, by name."""
+        return self._entries
+
+    def route(self, name: str, version: str | None) -> Served:
+        """Who answers this request; the canary's share is counted here.
+
+        Raises:
+            ServeError: 404, where there is no such model or version; 503, where it is there and not ready.
+        """
+        entry = self._entries.get(name)
+        served = entry.choose(version) if entry else None
+        if served is None:
+            raise self._absence(entry, name, version)
+        return served
+
+    def find(self, name: str, version: str | None) -> Served:
+        """As `route`, for a question about a model: nothing is counted, and no version means the canary's base."""
+        entry = self._entries.get(name)
+        served = (entry.choose(version) if version else entry.base) if entry else None
+        if served is None:
+            raise self._absence(entry, name, version)
+        return served
+
+    async def start(self) -> None:
+        """Load what the policies choose, then watch the folder. A package that is refused stops nothing.
+
+        Raises:
+            StartError: the mirror's URL cannot be listed.
+        """
+        if self.mirror:
+            await asyncio.to_thread(self.mirror.start)
+        await self.look()
+        self.started = True
+        self._poller = asyncio.create_task(self._poll())
+
+    async def stop(self, drain_s: float = 30.0) -> None:
+        """Refuse new requests, answer those that wait for up to `drain_s` seconds, close all."""
+        self.stopping = True
+        if self._poller:
+            self._poller.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._poller
+        for entry in self._entries.values():
+            self._set(entry, None, None)
+        if self._retiring:
+            _, late = await asyncio.wait(self._retiring, timeout=drain_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        if self.mirror:
+            await asyncio.to_thread(self.mirror.close)
+
+    async def look(self) -> None:
+        """Compare the folder with what is loaded, and follow it."""
+        async with self._lock:
+            try:
+                folders = await asyncio.to_thread(scan, self.root)
+            except OSError as error:  # what is loaded serves on
+                _LOG.error("%s cannot be read: %s", self.root, error)
+                return
+            for name in [*folders, *(one for one in self._entries if one not in folders)]:
+                entry = self._entry(name)
+                entry.folder = folders.get(name, Folder())
+                await self._follow(entry)
+                if name not in folders:
+                    del self._entries[name]
+
+    async def load(self, name: str) -> None:
+        """Load a model, now and also where it failed before; undoes `unload`.
+
+        Raises:
+            ServeError: 404, where the repository has no such model; 400 with the reason, where it cannot be loaded.
+        """
+        async with self._lock:
+            try:
+                folders = await asyncio.to_thread(scan, self.root)
+            except OSError as error:
+                _LOG.error("%s cannot be read: %s", self.root, error)
+                raise unavailable("the repository cannot be read; the server's log says why") from error
+            if name not in folders:
+                raise not_found(f"the repository has no model {name[:128]!r}; copy a package to NAME/1 first")
+            entry = self._entry(name)
+            entry.folder, entry.unloaded = folders[name], False
+            self.unloaded.discard(name)
+            entry.failed.clear()
+            await self._follow(entry)
+            if entry.failed:
+                version, attempt = max(entry.failed.items())
+                raise bad_request(f"{name} version {version} cannot be loaded: {attempt.reason}")
+            if entry.base is None:
+                raise bad_request(f"{name} cannot be loaded: {entry.index()[-1]['reason']}")
+
+    async def unload(self, name: str) -> None:
+        """Take a model down until it is loaded by request; returns when its last request is answered.
+
+        Raises:
+            ServeError: 404, where there is no such model.
+        """
+        async with self._lock:
+            entry = self._entries.get(name)
+            if entry is None:
+                raise not_found(f"there is no model {name[:128]!r} to unload")
+            entry.unloaded = True
+            self.unloaded.add(name)
+            retiring = self._set(entry, None, None)
+        await asyncio.gather(*retiring)
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(self._poll_s)
+            try:
+                await self.look()
+            except Exception:
+                # A watcher that dies ends deployments without a word.
+                _LOG.exception("the look at %s failed; it is tried again", self.root)
+
+    def _entry(self, name: str) -> Entry:
+        """What is known of a name: from before, or nothing yet."""
+        policy, unloaded = self._policies.get(name, self._policy), name in self.unloaded
+        return self._entries.setdefault(name, Entry(name=name, policy=policy, unloaded=unloaded))
+
+    async def _follow(self, entry: Entry) -> None:
+        """Load what the policy chooses, hand over to it, and retire the rest."""
+        if POLICY_FILE not in entry.folder.refused:  # a damaged one leaves the rule as it was
+            entry.policy = entry.folder.policy or self._policies.get(entry.name, self._policy)
+        versions = [*entry.folder.versions]
+        entry.failed = {version: one for version, one in entry.failed.items() if version in versions}
+        if entry.unloaded:
+            self._set(entry, None, None)
+            return
+        base = canary = None
+        for version in entry.policy.candidates(versions):
+            base = await self._ensure(entry, version)
+            if base:
+                break
+        chosen = entry.policy.canary(versions)
+        if chosen:
+            canary = await self._ensure(entry, chosen)
+        if base is None and canary is None and versions and entry.base and self._is_there(entry, entry.base):
+            base = entry.base  # nothing that was chosen is sound: the old one stays
+        if not self.stopping:
+            self._set(entry, base or canary, canary if base else None)
+
+    async def _ensure(self, entry: Entry, version: int) -> Served | None:
+        """A version loaded from the files that are there now, the one that was loaded before them, or None."""
+        files, old, failed = entry.folder.versions[version], entry.served.get(version), entry.failed.get(version)
+        if old and old.files == files:
+            entry.failed.pop(version, None)
+            return old
+        if failed and failed.files == files and (failed.again_at is None or monotonic() < failed.again_at):
+            return old
+        entry.loading.add(version)
+        try:
+            estimated, before = self._memory.estimate(files), resident()
+            model, known = await asyncio.to_thread(self._load, entry.name, version)
+        except PackageError as error:
+            reason = public(str(error), self.root / entry.name / str(version))
+            cause = error.__cause__
+            passes = isinstance(cause, (OSError, MemoryError)) and not isinstance(cause, FileNotFoundError)
+            again_at = monotonic() + _RETRY_S if passes else None
+            entry.failed[version] = Attempt(files=files, reason=reason, again_at=again_at)
+            self.metrics.loaded(ready=False)
+            _LOG.warning("%s version %d is refused: %s", entry.name, version, error)
+            return old
+        finally:
+            entry.loading.discard(version)
+        entry.failed.pop(version, None)
+        self.metrics.loaded(ready=True)
+        _LOG.info("%s version %d is loaded on %s", entry.name, version, model.provider)
+        self._remember(model)
+        taken = Taken(estimated=estimated, measured=max(0, resident() - before))
+        self._memory.take(taken)
+        return Served(model=model, scheduler=self._schedule(model, known, taken), files=files, memory=taken)
+
+    def _load(self, name: str, version: int) -> tuple[LoadedModel, list[tuple[int, int]]]:
+        """In a thread: everything that takes time. The error is a PackageError, whatever a damaged graph raises."""
+        try:
+            model = self._load_model(self.root / name / str(version), name, str(version))
+            return model, model.warm_up()
+        except PackageError:
+            raise
+        except Exception as error:
+            raise PackageError(f"it does not run: {first_line(error)}") from error
+
+    def _remember(self, model: LoadedModel) -> None:
+        self.labels.pop((model.name, model.version), None)
+        self.labels[model.name, model.version] = model.labels
+        serving = {(name, str(version)) for name, entry in self._entries.items() for version in entry.served}
+        for key in [key for key in self.labels if key not in serving][:-_REMEMBERED]:
+            del self.labels[key]
+
+    def _schedule(self, model: LoadedModel, known: list[tuple[int, int]], taken: Taken) -> Scheduler:
+        statistics = self.metrics.track(model.name, model.version)
+        statistics.memory = taken.measured
+        statistics.drift = model.drift.state if model.drift else dict
+        return Scheduler(
+            model,
+            max_batch=model.max_batch,
+            max_delay_s=self.scheduling.max_delay_s,
+            max_queue=self.scheduling.max_queue,
+            budget=self._budget,
+            statistics=statistics,
+            known=known,
+        )
+
+    def _set(self, entry: Entry, base: Served | None, canary: Served | None) -> list["asyncio.Task[None]"]:
+        """Let these answer from the next request on; the others answer what they have and are closed."""
+        before = entry.served
+        entry.served = {int(one.model.version): one for one in (base, canary) if one}
+        entry.base, entry.canary = base, canary
+        tasks = []
+        for version, one in before.items():
+            if entry.served.get(version) is not one:
+                one.scheduler.stop_accepting()
+                tasks.append(asyncio.create_task(self._retire(entry, one)))
+        self._retiring.update(tasks)
+        for task in tasks:
+            task.add_done_callback(self._retiring.discard)
+        return tasks
+
+    async def _retire(self, entry: Entry, one: Served) -> None:
+        try:
+            await one.scheduler.drained()
+        finally:
+            one.scheduler.close()
+            one.model.close()
+            self._memory.release(one.memory)
+            now = self._entries.get(entry.name)
+            if now is None or int(one.model.version) not in now.served:
+                self.metrics.forget(one.model.name, one.model.version)
+
+    def _is_there(self, entry: Entry, one: Served) -> bool:
+        return int(one.model.version) in entry.folder.versions
+
+    def _absence(self, entry: Entry | None, name: str, version: str | None) -> ServeError:
+        self.metrics.unknown()
+        if self.stopping:
+            return unavailable("the server is shutting down")
+        if entry is None:
+            if not self.started:
+                return unavailable("the server is starting; try again")
+            return not_found(f"there is no model {name[:128]!r}; GET /v2/repository/index lists those that are")
+        if version is None or version == "":
+            rows = entry.index()
+            return unavailable(f"{name} is not ready: {rows[-1]['reason'] or 'it is being loaded'}")
+        rows = [row for row in entry.index() if row["version"] == version]
+        number = int(version) if VERSION.fullmatch(version) else 0
+        if rows and (entry.unloaded or number in entry.failed or number in entry.loading or not self.started):
+            return unavailable(f"{name} version {number} is not ready: {rows[0]['reason'] or 'it is being loaded'}")
+        served = ", ".join(map(str, sorted(entry.served))) or "none"
+        return not_found(f"{name} version {version[:20]!r} is not served; served: {served}")

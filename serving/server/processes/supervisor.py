@@ -1,0 +1,270 @@
+"""One server of several processes on one port: starts them, starts them again, speaks for all, ends them.
+
+Each worker is a whole server that listens on the same port (SO_REUSEPORT: the kernel gives each new connection to one
+of them) and is started as a program of its own: ONNX Runtime does not survive a fork. What must hold for all goes
+through here: `load` and `unload`, one at a time and in one order; the counts that make `/metrics` and the statistics
+those of the whole server; the end. A worker that notices that its supervisor has gone ends as at a SIGTERM.
+"""
+
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+from headstart.serving.server.errors import ServeError, StartError
+from headstart.serving.server.processes.channel import Channel
+from headstart.serving.server.watching.metrics import added
+
+PROGRAM = "headstart.serving.server.processes.worker"
+_FIRST_DELAY, _LONGEST_DELAY = 0.1, 10.0
+_CALM = 10.0
+"""Seconds after which a worker that ends is started again as quickly as the first time."""
+_CUT = 5.0
+"""Seconds that a worker is given once it is told to cut off what it does."""
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, kw_only=True)
+class _Worker:
+    """A process that runs."""
+
+    number: int
+    pid: int
+    channel: Channel
+    joined: bool = False
+    """Whether it takes `load` and `unload`: from the moment that it was told what is unloaded."""
+    ready: bool = False
+    counts: dict[str, Any] = field(default_factory=dict)
+    """What it last said that it had counted."""
+
+
+class Supervisor:
+    """Runs the workers of one server; `supervise` makes it.
+
+    Args:
+        options: of `command.serve`, for each worker; what JSON cannot hold is a path.
+        workers: how many.
+        say: is given the ready line when all are ready.
+    """
+
+    def __init__(self, options: Mapping[str, Any], workers: int, say: Callable[[str], None]) -> None:
+        self._options = json.dumps(options, default=lambda path: {"path": str(path)})
+        self._count = workers
+        self._say = say
+        self._running: dict[int, _Worker] = {}
+        self._ready: set[int] = set()
+        self._begun = False  # whether all have been ready
+        self._failure: str | None = None
+        self._restarts = 0
+        self._unloaded: set[str] = set()
+        self._gone: dict[str, Any] = {}  # counts of workers that ended
+        self._lock = asyncio.Lock()
+        self._first, self._second = asyncio.Event(), asyncio.Event()
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; at a second one what is left is cut off. Returns 0.
+
+        Raises:
+            StartError: a worker cannot start, for a reason that the operator can mend.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, lambda: (self._second if self._first.is_set() else self._first).set())
+        ending = asyncio.ensure_future(self._end())
+        try:
+            await asyncio.gather(*(self._keep(number) for number in range(self._count)))
+        finally:
+            ending.cancel()
+        if self._failure is not None:
+            raise StartError(self._failure)
+        return 0
+
+    async def _keep(self, number: int) -> None:
+        """Run a worker, and another in its place when it ends, until the server is to stop."""
+        delay = _FIRST_DELAY
+        while not self._first.is_set():
+            started = monotonic()
+            try:
+                how = await self._run_worker(number)
+            except OSError as error:  # no memory, no process, no file is left
+                how = f"cannot be started ({error.strerror})"
+            if self._first.is_set():
+                return
+            if monotonic() - started > _CALM:
+                delay = _FIRST_DELAY
+            self._restarts += 1
+            _LOG.error("worker %d %s; it is started again in %g s", number, how, delay)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._first.wait(), delay)
+            delay = min(2 * delay, _LONGEST_DELAY)
+
+    async def _run_worker(self, number: int) -> str:
+        """Start a worker and wait for its end, which is told in words."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # -P: a folder that the server is started in holds no modules for it. A group of its own: what a terminal
+            # or a shell sends to the group is for the supervisor to pass on, once.
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno()), str(number), self._options,
+                pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, process_group=0,
+            )  # fmt: skip
+        channel = await Channel.open(ours, lambda what, arguments: self._answer(worker, what, arguments))
+        worker = self._running[number] = _Worker(number=number, pid=process.pid, channel=channel)
+        serving = asyncio.ensure_future(channel.serve())
+        if self._first.is_set():
+            channel.tell("stop")
+        cutting = asyncio.ensure_future(self._cut(process))
+        try:
+            code = await process.wait()
+            await serving  # what it said last
+        finally:
+            cutting.cancel()
+            del self._running[number]
+            worker.counts.pop("now", None)
+            self._gone = added(self._gone, worker.counts)
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        return f"(pid {process.pid}) {how}"
+
+    async def _end(self) -> None:
+        """Pass the end on."""
+        for event, what in ((self._first, "stop"), (self._second, "cut")):
+            await event.wait()
+            for worker in self._running.values():
+                worker.channel.tell(what)
+
+    async def _cut(self, process: asyncio.subprocess.Process) -> None:
+        await self._second.wait()
+        await asyncio.sleep(_CUT)
+        process.kill()
+
+    # What workers ask.
+
+    async def _answer(self, worker: _Worker, what: str, arguments: list[Any]) -> Any:
+        if what == "join":
+            async with self._lock:
+                worker.joined = True
+                return {"unloaded": sorted(self._unloaded), "begun": self._begun}
+        if what == "ready":
+            return self._note_ready(worker, *arguments)
+        if what == "failed":
+            return self._note_failure(worker, *arguments)
+        if what == "counts":
+            return await self._counts()
+        return await self._all(what, *arguments)
+
+    def _note_ready(self, worker: _Worker, line: str) -> None:
+        worker.ready = True
+        self._ready.add(worker.number)
+        if not self._begun and len(self._ready) == self._count:
+            self._begun = True
+            self._say(f"{line}, with {self._count} workers")
+
+    def _note_failure(self, worker: _Worker, message: str) -> None:
+        """A worker that cannot start ends the server at its start; later the others serve on, and it is tried again."""
+        if self._begun:
+            _LOG.error("worker %d cannot start: %s", worker.number, message)
+        elif self._failure is None:
+            self._failure = message
+            self._first.set()
+
+    async def _all(self, what: str, name: str) -> None:
+        """`load` or `unload` a model everywhere; those that start later are told what is unloaded."""
+        async with self._lock:
+            (self._unloaded.add if what == "unload" else self._unloaded.discard)(name)
+            asked = [worker for worker in self._running.values() if worker.joined]
+            answers = await asyncio.gather(*(one.channel.ask(what, name) for one in asked), return_exceptions=True)
+            refusals = [one for one in answers if isinstance(one, ServeError)]
+            if refusals:
+                if what == "unload" and len(refusals) == len(asked):  # there is no such model
+                    self._unloaded.discard(name)
+                raise refusals[0]
+
+    async def _counts(self) -> dict[str, Any]:
+        """What each worker has counted, what those had that ended, and how often one was started again."""
+        asked = [worker for worker in self._running.values() if worker.ready]
+        answers = await asyncio.gather(*(one.channel.ask("counts") for one in asked), return_exceptions=True)
+        for worker, answer in zip(asked, answers, strict=True):
+            if isinstance(answer, dict):
+                worker.counts = answer
+        # One that ended meanwhile is among those that are gone.
+        there = [worker for worker in asked if self._running.get(worker.number) is worker]
+        return {
+            "workers": [{"number": one.number, "pid": one.pid, "counts": one.counts} for one in there],
+            "gone": self._gone,
+            "restarts": self._restarts,
+        }
+
+
+def supervise(options: Mapping[str, Any], workers: int, say: Callable[[str], None]) -> int:
+    """Serve with several processes until SIGTERM or SIGINT; returns the exit code.
+
+    Args:
+        options: of `command.serve`; `port` and `grpc_port` 0 are replaced by free ones, which all workers share, and
+            `threads` None by a worker's share of the cores.
+        workers: how many, at least 2.
+        say: is given one line when all are ready.
+
+    Raises:
+        StartError: a port is in use or may not be used, or a worker cannot start.
+    """
+    with contextlib.ExitStack() as reserved:
+        options = dict(options)
+        options["port"] = reserved.enter_context(_Reserved(options["host"], options["port"], "--port")).port
+        if options["grpc_port"] is not None:
+            held = reserved.enter_context(_Reserved(options["host"], options["grpc_port"], "--grpc-port"))
+            options["grpc_port"] = held.port
+        if options["threads"] is None:
+            options["threads"] = max(1, len(os.sched_getaffinity(0)) // workers)
+
+        async def run() -> int:
+            return await Supervisor(options, workers, say).run()
+
+        return asyncio.run(run())
+
+
+class _Reserved:
+    """A port that the workers of this server may listen on and nobody else: bound, and never listened on.
+
+    Raises:
+        StartError: it is in use or may not be used, or the address is not this machine's.
+    """
+
+    def __init__(self, host: str, port: int, option: str) -> None:
+        where = f"{host}:{port}"
+        self._sockets: list[socket.socket] = []
+        try:
+            for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+                # First alone: a port that is shared could be another server's of the same user, who would not be told.
+                with socket.socket(family, kind, protocol) as alone:
+                    alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    alone.bind((address[0], port, *address[2:]))
+                    port = alone.getsockname()[1]
+                self._sockets.append(shared := socket.socket(family, kind, protocol))
+                shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                shared.bind((address[0], port, *address[2:]))
+        except OSError as error:
+            self.__exit__()
+            if error.errno == errno.EADDRINUSE:
+                raise StartError(f"{where} is in use; stop what listens there, or give another {option}") from error
+            if error.errno == errno.EACCES:
+                raise StartError(f"{where} may not be used by this user; give a {option} from 1024 on") from error
+            raise StartError(
+                f"cannot listen on {where} ({error.strerror or error}); give --host an address of this machine"
+            ) from error
+        self.port = port
+
+    def __enter__(self) -> "_Reserved":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for one in self._sockets:
+            one.close()

@@ -1,0 +1,398 @@
+"""The scheduler of one model: on the event loop when it is idle and short, in a thread and in batches otherwise.
+
+A request that finds nothing running runs where it arrived, if the model is known to be short: a thread costs more
+than the model then. Requests that arrive together, in one turn of the event loop or while a batch is running, share
+the next batch. No timer is needed for that, and none runs by default.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Iterable, Sequence
+from queue import SimpleQueue
+from time import monotonic, perf_counter_ns, time_ns
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from headstart.serving.package import Tensor
+from headstart.serving.server.errors import ServeError, internal, timeout, too_many, unavailable
+from headstart.serving.server.scheduling.queueing import Budget, Queue, Waiting
+from headstart.serving.server.scheduling.signature import Signature
+from headstart.serving.server.watching.metrics import Statistics
+from headstart.serving.server.watching.watch import CLIENT_GONE
+from headstart.serving.server.wire.protocol import InferResponse
+
+if TYPE_CHECKING:
+    from headstart.serving.server.wire.protocol import InferRequest
+
+SHORT_NS = 2_000_000
+"""A model that takes less on average may hold up the event loop; other connections wait as long."""
+_KNOWN_AFTER = 3  # calls of a size before its average is believed
+_CALM_AFTER = 8  # turns with a single request before the next may run where it arrived
+
+_LOG = logging.getLogger(__name__)
+
+
+class Runnable(Protocol):
+    """What a scheduler needs of a model: `repository.LoadedModel`, or a stand-in of a test."""
+
+    name: str
+    version: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    def run(self, feed: dict[str, Any], outputs: list[str]) -> list[Any]:
+        """Compute the named outputs; called by one thread or by several."""
+
+
+class _Costs:
+    """Running average of a call's ns, by the power of two of its input's bytes: large images are not small ones."""
+
+    def __init__(self) -> None:
+        self._calls = [0] * 64
+        self._average = [0.0] * 64
+
+    def learn(self, num_bytes: int, nanoseconds: float) -> None:
+        slot = num_bytes.bit_length()
+        self._calls[slot] += 1
+        weight = 1 / min(self._calls[slot], 8)
+        self._average[slot] += weight * (nanoseconds - self._average[slot])
+
+    def short(self, num_bytes: int) -> bool:
+        slot = num_bytes.bit_length()
+        return self._calls[slot] >= _KNOWN_AFTER and self._average[slot] < SHORT_NS
+
+
+class _Batch:
+    """What is run together, and what came of it."""
+
+    __slots__ = ("answers", "ended", "executions", "items", "num_bytes", "rows", "started")
+
+    def __init__(self, items: list[Waiting]) -> None:
+        self.items = items
+        self.rows = sum(item.rows for item in items)
+        self.num_bytes = sum(item.num_bytes for item in items)
+        self.started = self.ended = 0
+        self.executions: list[tuple[int, int]] = []  # rows, ns
+        self.answers: list[dict[str, Any] | Exception] = []
+
+
+class Scheduler:
+    """Takes the requests of one model; belongs to the event loop that it is made on.
+
+        scheduler = Scheduler(model, max_batch=16, max_queue=256)
+        answer = scheduler.infer(request)  # an InferResponse, or a future of one
+        scheduler.stop_accepting()
+        await scheduler.drained()
+        scheduler.close()
+
+    Args:
+        model: what runs.
+        max_batch: rows of one execution, and of one request.
+        max_delay_s: seconds that a batch may wait to be filled; 0 starts it at once.
+        max_queue: requests that may wait.
+        budget: of the bytes of their inputs, which other models may share.
+        threads: batches that may run at once, each in a thread.
+        statistics: where to count.
+        known: (bytes of the input, ns) of calls already timed, such as the warm-up's.
+    """
+
+    def __init__(
+        self,
+        model: Runnable,
+        *,
+        max_batch: int,
+        max_queue: int,
+        max_delay_s: float = 0.0,
+        budget: Budget | None = None,
+        threads: int = 1,
+        statistics: Statistics | None = None,
+        known: Iterable[tuple[int, int]] = (),
+    ) -> None:
+        for name, value in (("max_batch", max_batch), ("max_queue", max_queue), ("threads", threads)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; accepted: at least 1")
+        self.model = model
+        self.signature = Signature(model.name, model.inputs, model.outputs, max_batch)
+        self.statistics = statistics or Statistics(model.name, model.version)
+        self.statistics.depth = lambda: self._queue.depth
+        self._run = model.run
+        self._budget = budget or Budget(1 << 30)
+        self._queue = Queue(max_requests=max_queue, budget=self._budget)
+        self._max_delay_ns = int(max_delay_s * 1e9)
+        self._loop = asyncio.get_running_loop()
+        self._running = 0
+        self._ran_this_turn = self._dispatching = self._stopping = False
+        self._crowded = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._seconds_per_request = 0.0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._costs = _Costs()
+        for num_bytes, nanoseconds in known:
+            self._costs.learn(num_bytes, nanoseconds)
+        self._threads = threads
+        self._jobs: SimpleQueue[_Batch | None] = SimpleQueue()
+        self._workers: list[threading.Thread] = []
+
+    def infer(self, request: "InferRequest") -> "InferResponse | asyncio.Future[InferResponse]":
+        """Answer at once, or say when.
+
+        A request whose `cancelled` is set, or whose future is cancelled, is dropped when its turn comes. Outputs
+        of batched requests are views of one array.
+
+        Raises:
+            ServeError: here or from the future. 400: it does not fit the model. 429: the queue is full. 503: the
+                scheduler has stopped accepting. 504: its deadline passed before it ran. 500: the model failed.
+        """
+        arrived = perf_counter_ns()
+        try:
+            rows, key = self.signature.check(request)
+            if self._stopping:
+                raise unavailable(f"{self.model.name} version {self.model.version} is being taken down; try again")
+            if request.deadline is not None and request.deadline <= monotonic():
+                raise timeout("the deadline had passed when the request arrived")
+            num_bytes = sum([array.nbytes for array in request.inputs.values()])
+            names = self.signature.wanted(request)
+            if (
+                not self._queue
+                and not self._running
+                and not self._max_delay_ns
+                and not (self.signature.batchable and (self._crowded or self._ran_this_turn))
+                and self._costs.short(num_bytes)
+            ):
+                if not self._ran_this_turn:
+                    self._ran_this_turn = True
+                    self._loop.call_soon(self._turn_over)
+                return self._run_here(request, names, rows, num_bytes, arrived)
+            self._make_room(num_bytes)
+        except ServeError as error:
+            self.statistics.failed(error.status, perf_counter_ns() - arrived)
+            raise
+        if self._ran_this_turn:
+            self._crowded = _CALM_AFTER
+        item = Waiting(request, names, rows, num_bytes, arrived, self._loop.create_future())
+        self._queue.push(key if self.signature.batchable else (), item)
+        self._idle.clear()
+        if not self._dispatching and self._running < self._threads:
+            self._dispatching = True
+            self._loop.call_soon(self._dispatch)
+        return item.future
+
+    def stop_accepting(self) -> None:
+        """Refuse new requests with 503; those that wait are still answered, and wait for no batch to be filled."""
+        self._stopping = True
+        if self._queue and not self._dispatching:
+            self._dispatching = True
+            self._loop.call_soon(self._dispatch)
+
+    async def drained(self) -> None:
+        """Return when nothing waits or runs."""
+        await self._idle.wait()
+
+    def close(self) -> None:
+        """End the threads, each after the batch that it runs; what still waits is refused."""
+        self._stopping = True
+        if self._timer:
+            self._timer.cancel()
+        for item in self._queue.clear():
+            self._refuse(item, unavailable(f"{self.model.name} was taken down before the request's turn came"))
+        for _ in self._workers:
+            self._jobs.put(None)
+        self._workers.clear()
+
+    # On the event loop ------------------------------------------------------------------------------------------
+
+    def _run_here(
+        self, request: "InferRequest", names: list[str], rows: int, num_bytes: int, arrived: int
+    ) -> InferResponse:
+        started = perf_counter_ns()
+        try:
+            outputs = self._run(request.inputs, names)
+        except Exception as error:  # anything that a graph can raise
+            raise self._failure(error, request.request_id) from error
+        ended = perf_counter_ns()
+        self._costs.learn(num_bytes, ended - started)
+        self.statistics.executed(rows, ended - started)
+        return self._response(request, dict(zip(names, outputs, strict=True)), rows, arrived, started, ended)
+
+    def _turn_over(self) -> None:
+        self._ran_this_turn = False
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Raise 429 where the queue is full, after looking for clients that have gone."""
+        if self._queue.has_room(num_bytes):
+            return
+        for item in self._queue.take_gone():
+            self._drop(item)
+        if self._queue.has_room(num_bytes):
+            return
+        depth = self._queue.depth
+        wait_s = min(max(depth * self._seconds_per_request, 0.001), 60.0) if self._seconds_per_request else 1.0
+        raise too_many(
+            f"the queue of {self.model.name} is full ({depth} requests wait, {self._budget.held >> 20} MiB with those "
+            f"of other models); try again in {wait_s:.3g} s",
+            retry_after=wait_s,
+        )
+
+    def _dispatch(self) -> None:
+        """Start what can be started."""
+        self._dispatching = False
+        while self._queue and self._running < self._threads:
+            batch = self._next()
+            if batch is None:
+                return
+            if not batch.items:
+                continue
+            self._crowded = _CALM_AFTER if len(batch.items) > 1 else max(0, self._crowded - 1)
+            if not self._running and self._costs.short(batch.num_bytes):
+                self._execute(batch)
+                self._settle(batch)
+                if self._queue and not self._dispatching:  # others first: sockets, timers
+                    self._dispatching = True
+                    self._loop.call_soon(self._dispatch)
+                return
+            self._running += 1
+            if len(self._workers) < self._threads:
+                name = f"headstart-{self.model.name}-{self.model.version}"
+                self._workers.append(threading.Thread(target=self._work, name=name, daemon=True))
+                self._workers[-1].start()
+            self._jobs.put(batch)
+        self._note_idle()
+
+    def _timer_over(self) -> None:
+        self._timer = None
+        self._dispatch()
+
+    def _next(self) -> _Batch | None:
+        """The next batch, which may turn out empty; None where the timer is left to start it."""
+        latest = None
+        if self._max_delay_ns and not self._stopping:
+            latest = perf_counter_ns() - self._max_delay_ns
+        key, oldest = self._queue.next_key(self.signature.max_batch, latest)
+        if latest is not None and oldest > latest:
+            if self._timer is None:
+                self._timer = self._loop.call_later((oldest - latest) * 1e-9, self._timer_over)
+            return None
+        items, gone, late = self._queue.take(key, self.signature.max_batch if self.signature.batchable else 1)
+        for item in gone:
+            self._drop(item)
+        for item in late:
+            self._refuse(item, timeout("the deadline passed while the request waited in the queue"))
+        return _Batch(items)
+
+    def _drop(self, item: Waiting) -> None:
+        self.statistics.failed(CLIENT_GONE, perf_counter_ns() - item.arrived)
+        item.future.cancel()
+
+    def _refuse(self, item: Waiting, error: ServeError) -> None:
+        self.statistics.failed(error.status, perf_counter_ns() - item.arrived)
+        if item.gone:
+            item.future.cancel()
+        else:
+            item.future.set_exception(error)
+
+    def _finished(self, batch: _Batch) -> None:
+        """A thread has run a batch: the next one starts before this one's answers are sent."""
+        self._running -= 1
+        if self._queue and not self._dispatching:
+            self._dispatch()
+        self._settle(batch)
+
+    def _settle(self, batch: _Batch) -> None:
+        """Hand each request what is its own."""
+        for rows, nanoseconds in batch.executions:
+            self.statistics.executed(rows, nanoseconds)
+        if len(batch.executions) == 1:
+            self._costs.learn(batch.num_bytes, batch.ended - batch.started)
+        spent = (batch.ended - batch.started) * 1e-9 / len(batch.items)
+        self._seconds_per_request += (0.2 if self._seconds_per_request else 1.0) * (spent - self._seconds_per_request)
+        for item, answer in zip(batch.items, batch.answers, strict=True):
+            if isinstance(answer, Exception):
+                self._refuse(item, self._failure(answer, item.request.request_id))
+            elif item.gone:
+                self.statistics.failed(CLIENT_GONE, batch.ended - item.arrived)
+                item.future.cancel()
+            else:
+                response = self._response(item.request, answer, item.rows, item.arrived, batch.started, batch.ended)
+                item.future.set_result(response)
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._queue and not self._running:
+            self._idle.set()
+
+    def _response(
+        self, request: "InferRequest", outputs: dict[str, Any], rows: int, arrived: int, started: int, ended: int
+    ) -> InferResponse:
+        queue_ns, compute_ns = started - arrived, ended - started
+        self.statistics.answered(rows, queue_ns, compute_ns, perf_counter_ns() - arrived, time_ns() // 1_000_000)
+        return InferResponse(
+            model=self.model.name,
+            version=self.model.version,
+            id=request.id,
+            outputs=outputs,
+            parameters={},
+            timings_ns={"queue": queue_ns, "compute": compute_ns},
+        )
+
+    def _failure(self, error: Exception, request_id: str) -> ServeError:
+        """What a client is told of an error that the model raised: the log has its words, which may hold paths."""
+        if isinstance(error, ServeError):
+            return error
+        extra = {"request_id": request_id, "model": self.model.name, "version": self.model.version}
+        _LOG.error("%s version %s failed", self.model.name, self.model.version, exc_info=error, extra=extra)
+        return internal(f"{self.model.name} failed on this request; the server's log says why")
+
+    # In a thread, or on the event loop when it is short --------------------------------------------------------
+
+    def _work(self) -> None:
+        while (batch := self._jobs.get()) is not None:
+            self._execute(batch)
+            try:
+                self._loop.call_soon_threadsafe(self._finished, batch)
+            except RuntimeError:  # the loop was closed without us
+                return
+
+    def _execute(self, batch: _Batch) -> None:
+        """Run a batch; one that fails is run request by request, so that it fails those alone that must."""
+        batch.started = perf_counter_ns()
+        try:
+            batch.answers = [*self._run_together(batch)]
+        except Exception as error:  # anything that a graph can raise
+            if len(batch.items) == 1:
+                batch.answers = [error]
+            else:
+                _LOG.warning("a batch of %s failed and is run one by one: %s", self.model.name, type(error).__name__)
+                batch.answers = [self._run_alone(batch, item) for item in batch.items]
+        batch.ended = perf_counter_ns()
+
+    def _run_together(self, batch: _Batch) -> Sequence[dict[str, Any]]:
+        items = batch.items
+        if len(items) == 1:
+            return [self._timed(batch, items[0].request.inputs, items[0].names, items[0].rows)]
+        first = items[0].request.inputs
+        feed = {name: np.concatenate([item.request.inputs[name] for item in items]) for name in first}
+        wanted = list(dict.fromkeys(name for item in items for name in item.names))
+        outputs = self._timed(batch, feed, wanted, batch.rows)
+        if any(array.shape[:1] != (batch.rows,) for array in outputs.values()):
+            self.signature.batchable = False  # a graph that mixes rows: from now on each request runs alone
+            raise ValueError("an output without a row for each of the batch")
+        answers, start = [], 0
+        for item in items:
+            answers.append({name: outputs[name][start : start + item.rows] for name in item.names})
+            start += item.rows
+        return answers
+
+    def _run_alone(self, batch: _Batch, item: Waiting) -> dict[str, Any] | Exception:
+        try:
+            return self._timed(batch, item.request.inputs, item.names, item.rows)
+        except Exception as error:  # anything that a graph can raise
+            return error
+
+    def _timed(self, batch: _Batch, feed: dict[str, Any], names: list[str], rows: int) -> dict[str, Any]:
+        started = perf_counter_ns()
+        outputs = self._run(feed, names)
+        batch.executions.append((rows, perf_counter_ns() - started))
+        return dict(zip(names, outputs, strict=True))

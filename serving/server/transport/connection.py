@@ -1,0 +1,431 @@
+"""One connection of the HTTP server: requests one after the other, in the order in which they come.
+
+It reads into its own buffers and not through asyncio's streams: a head is found and parsed in the connection's
+buffer, a body of known length is received where it will be used, and a request whose model runs at once is
+answered without a task. A head whose bytes equal the last one's is not parsed again.
+"""
+
+import asyncio
+import logging
+from enum import Enum, auto
+from functools import partial
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from headstart.serving.server.errors import ServeError, bad_request, internal, too_large, unauthenticated, unavailable
+from headstart.serving.server.transport.exchange import STATUS_LINES, Exchange, Later, Response, error_response
+from headstart.serving.server.transport.routes import HEALTH
+from headstart.serving.server.watching.watch import CLIENT_GONE, Outcome, Seen
+from headstart.serving.server.wire.bodies import ChunkedBody
+from headstart.serving.server.wire.head import Head, HeadParser, too_many_headers
+
+if TYPE_CHECKING:
+    from headstart.serving.server.transport.http import HttpServer
+
+log = logging.getLogger(__name__)
+
+_EMPTY = memoryview(b"")
+_ALIGNMENT = 16
+"""Where the first tensor of a body starts; memory that is asked for starts so."""
+_LINGER = 2.0
+"""Seconds for which what a refused client still sends is thrown away, so that it reads the refusal before a reset."""
+_NEVER = float("inf")
+_JOINED = 1 << 16
+
+
+class _State(Enum):
+    HEAD = auto()
+    BODY = auto()
+    CHUNKS = auto()
+    BUSY = auto()
+    DISCARD = auto()
+
+
+class Connection(asyncio.BufferedProtocol):
+    """The protocol of one connection.
+
+    Args:
+        server: whose settings, routes and clock it uses.
+    """
+
+    def __init__(self, server: "HttpServer") -> None:
+        self._server = server
+        self._choose_id, self._watch = server.request_ids.choose, server.watch
+        self._settings = server.settings
+        self._transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self._parser = HeadParser(server.settings.max_headers)
+        self._buffer = bytearray(server.settings.max_header_bytes)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0  # of what has come and was not read yet
+        self._state = _State.HEAD
+        self._head: Head = cast(Head, None)
+        self._head_bytes = b""  # of a head that was let in
+        self._trusted = False
+        self._body = self._rest = _EMPTY  # a body, and what of it is still to come
+        self._chunks: ChunkedBody = cast(ChunkedBody, None)
+        self._held = 0
+        self._exchange: Exchange | None = None
+        self._reading = True
+        self._writing = True
+        self._closing = False
+        self.deadline = _NEVER
+        """When `expire` is due, by the server's clock."""
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client has connected."""
+        self._transport = cast(asyncio.Transport, transport)
+        self.deadline = self._server.clock() + self._settings.header_timeout
+        if self._server.add(self):
+            return
+        if self._settings.token is None:
+            self._refuse(unavailable("too many connections are open"))
+        else:
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone, or we have closed."""
+        self._closing = True
+        self._release()
+        self._parser.close()
+        self._server.remove(self)
+        if self._exchange is not None:
+            self._exchange.leave()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the next bytes go."""
+        if self._state is _State.BODY:
+            return self._rest
+        if self._state is _State.DISCARD:
+            return self._view
+        return self._view[self._end :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Bytes have come."""
+        if self._state is _State.BODY:
+            self._rest = self._rest[nbytes:]
+            if not self._rest:
+                self._answer(self._head, self._body)
+                self._advance()
+            return
+        if self._state is _State.DISCARD:
+            return
+        self._end += nbytes
+        if self._state is not _State.BUSY and self._writing:
+            self._advance()
+        elif self._end == len(self._buffer):
+            self._pause()
+
+    def eof_received(self) -> bool:
+        """The client sends no more. What it has asked and was not answered yet is dropped, as if it had gone."""
+        if self._state is _State.BODY:
+            declared, missing = len(self._body), len(self._rest)
+            self._refuse(
+                bad_request(f"Content-Length is {declared}, the body ended after {declared - missing} bytes"),
+                self._head,
+            )
+        elif self._state is _State.CHUNKS:
+            self._refuse(bad_request(f"the chunked body was cut off after {len(self._chunks)} bytes"), self._head)
+        return False
+
+    def pause_writing(self) -> None:
+        """The client does not read its answers."""
+        self._writing = False
+        self.deadline = self._server.clock() + self._settings.body_timeout
+
+    def resume_writing(self) -> None:
+        """The client reads again."""
+        self._writing = True
+        if self._state is _State.HEAD:
+            self.deadline = self._server.clock() + self._settings.idle_timeout
+            self._advance()
+        elif self._state is _State.BUSY:
+            self.deadline = _NEVER
+
+    # What the server calls.
+
+    def expire(self) -> None:
+        """Close a connection whose deadline has passed, with 408 where a request has begun."""
+        settings = self._settings
+        if self._state is _State.DISCARD or not self._writing:
+            self._transport.abort()
+        elif self._state is _State.HEAD and self._start == self._end:
+            self._close()
+        elif self._state is _State.HEAD:
+            self._refuse(_too_slow(f"the headers took longer than {settings.header_timeout:g} s"))
+        elif self._state is not _State.BUSY:
+            self._refuse(_too_slow(f"the body took longer than {settings.body_timeout:g} s"), self._head)
+
+    def wind_down(self, deadline: float) -> None:
+        """Serve what has come, and close by `deadline` where nothing does."""
+        if self._state is _State.HEAD:
+            self.deadline = min(self.deadline, deadline)
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._transport.abort()
+
+    # Reading.
+
+    def _advance(self) -> None:
+        """Read as many requests as have come and can be answered now."""
+        while self._start < self._end and self._writing and not self._closing:
+            if self._state is _State.HEAD:
+                if not self._find_head():
+                    break
+            elif self._state is _State.CHUNKS:
+                self._feed_chunks()
+            else:
+                break
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._end == len(self._buffer):
+            self._compact()
+        if not self._reading and self._end < len(self._buffer) and not self._closing:
+            self._reading = True
+            self._transport.resume_reading()
+
+    def _compact(self) -> None:
+        left = self._end - self._start
+        self._buffer[:left] = self._buffer[self._start : self._end]
+        self._start, self._end = 0, left
+        if left == len(self._buffer):
+            self._pause()
+
+    def _pause(self) -> None:
+        if self._start:
+            self._compact()
+        elif self._reading and not self._closing:
+            self._reading = False
+            self._transport.pause_reading()
+
+    def _find_head(self) -> bool:
+        """Read a head if all of it has come."""
+        while self._buffer.startswith(b"\r\n", self._start, self._end):  # empty lines before a request are allowed
+            self._start += 2
+        end = self._buffer.find(b"\r\n\r\n", self._start, self._end)
+        if end < 0:
+            if self._end - self._start == len(self._buffer):
+                self._refuse(too_many_headers(f"more than {len(self._buffer)} bytes"))
+            elif self._end - self._start and self.deadline > (
+                latest := self._server.clock() + self._settings.header_timeout
+            ):
+                self.deadline = latest
+            return False
+        raw = self._view[self._start : end + 4].tobytes()
+        self._start = end + 4
+        try:
+            if raw != self._head_bytes:
+                self._read_head(raw)
+            self._begin(self._head)
+        except ServeError as error:
+            self._refuse(error, self._head if self._trusted else None)
+        return True
+
+    def _read_head(self, raw: bytes) -> None:
+        """Parse a head, let it in and find its handler."""
+        self._trusted = False
+        self._head_bytes = b""
+        head = self._parser.parse(raw)
+        self._trusted = self._server.trusts(head.headers.get(b"authorization"))
+        if not self._trusted:
+            if not (self._settings.open_health and head.path in _HEALTH_PATHS):
+                raise unauthenticated()
+            self._trusted = True
+        self._head = head
+        try:
+            self._server.routes.resolve(head)
+        except ServeError as error:
+            if head.length or head.chunked:
+                raise
+            head.handler = partial(_refused, error)
+        if head.length > self._settings.max_body_bytes:
+            raise too_large(f"Content-Length is {head.length}; accepted: {self._settings.max_body_bytes} bytes")
+        self._head_bytes = raw
+
+    def _begin(self, head: Head) -> None:
+        """Make room for a body, and answer if there is none to wait for."""
+        padding = -(head.json_length or 0) % _ALIGNMENT
+        if head.chunked:
+            self._chunks = ChunkedBody(self._settings.max_body_bytes, padding)
+            self._state = _State.CHUNKS
+        elif head.length == 0:
+            self._answer(head, _EMPTY)
+            return
+        else:
+            self._hold(head.length)
+            body = np.empty(head.length + padding, np.uint8).data[padding:]
+            come = min(head.length, self._end - self._start)
+            body[:come] = self._view[self._start : self._start + come]
+            self._start += come
+            if come == head.length:
+                self._answer(head, body)
+                return
+            self._body, self._rest = body, body[come:]
+            self._state = _State.BODY
+        self.deadline = self._server.clock() + self._settings.body_timeout
+        if head.expects_continue and self._start == self._end:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _feed_chunks(self) -> None:
+        chunks, before = self._chunks, len(self._chunks)
+        try:
+            self._start += chunks.feed(self._view[self._start : self._end])
+            self._hold(len(chunks) - before)
+        except ServeError as error:
+            self._refuse(error, self._head)
+            return
+        if chunks.done:
+            padding = len(chunks.data) - len(chunks)
+            self._chunks = cast(ChunkedBody, None)
+            self._answer(self._head, memoryview(chunks.data)[padding:])
+
+    def _hold(self, nbytes: int) -> None:
+        """Count bytes of a body."""
+        if not self._server.hold(nbytes):
+            raise unavailable("the bodies of other requests fill the memory that the server may take")
+        self._held += nbytes
+
+    def _release(self) -> None:
+        if self._held:
+            self._server.hold(-self._held)
+            self._held = 0
+
+    # Answering.
+
+    def _answer(self, head: Head, body: memoryview) -> None:
+        """Call a request's handler, and answer at once where it can."""
+        self._state = _State.BUSY
+        self._body = self._rest = _EMPTY
+        exchange = Exchange(head, body, self._choose_id(head.request_id), perf_counter_ns() if self._watch else 0)
+        try:
+            result: Response | Later = head.handler(exchange, *head.arguments)  # type: ignore[misc]
+        except Exception as error:
+            result = _failure(error, exchange.request_id)
+        if isinstance(result, Response):
+            self._respond(exchange, result)
+            return
+        self.deadline = _NEVER
+        self._exchange = exchange
+        later = result
+        future: asyncio.Future[Any] = asyncio.ensure_future(later.awaitable)
+        future.add_done_callback(lambda done: self._answered(exchange, later, done))
+
+    def _answered(self, exchange: Exchange, later: Later, done: "asyncio.Future[Any]") -> None:
+        """What an answer waited for is there."""
+        self._exchange = None
+        if self._closing:
+            if not done.cancelled():
+                done.exception()  # asked for, or asyncio would complain that nobody did
+            if self._watch is not None:
+                head = exchange.head
+                self._watch.ended(exchange, Outcome(head.method, head.path, CLIENT_GONE, 0, head.texts))
+            return
+        try:
+            response = later.finish(done.result())
+        except asyncio.CancelledError:
+            response = error_response(unavailable("the request was dropped"))
+        except Exception as error:
+            response = _failure(error, exchange.request_id)
+        self._respond(exchange, response)
+        self._advance()
+
+    def _respond(self, exchange: Exchange, response: Response) -> None:
+        """Send a response, and be ready for the next request."""
+        head, (status, headers, parts) = exchange.head, response
+        keep = head.keep_alive and not self._server.closing
+        length = sum(map(len, parts))
+        if head.method == "HEAD":
+            parts = []
+        line = b"%s%s%sX-Request-Id: %s\r\nContent-Length: %d\r\n%s\r\n" % (
+            STATUS_LINES[status],
+            self._server.date,
+            headers,
+            exchange.request_id.encode(),
+            length,
+            b"Connection: close\r\n" if not keep else b"Connection: keep-alive\r\n" if head.old else b"",
+        )
+        if length < _JOINED:
+            self._transport.write(b"".join((line, *parts)))
+        else:
+            self._transport.writelines((line, *parts))
+        self._release()
+        if keep:
+            self._state = _State.HEAD
+            if self._writing:
+                self.deadline = self._server.clock() + self._settings.idle_timeout
+        else:
+            self._linger()
+        if self._watch is not None:
+            self._watch.ended(exchange, Outcome(head.method, head.path, status, length, head.texts))
+
+    def _refuse(self, error: ServeError, head: Head | None = None) -> None:
+        """Answer what cannot be read any further, and close; `head` is the request's, where it was let in."""
+        if not self._trusted and self._settings.token is not None:
+            error = unauthenticated()
+        self._release()
+        request_id = self._choose_id(head.request_id if head else "")
+        _, more, parts = error_response(error)
+        self._transport.write(
+            b"".join(
+                (
+                    STATUS_LINES[error.status],
+                    self._server.date,
+                    more,
+                    b"X-Request-Id: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+                    % (request_id.encode(), len(parts[0])),
+                    *parts,
+                )
+            )
+        )
+        self._linger()
+        if self._watch is not None:
+            method, path, headers = (head.method, head.path, head.texts) if head else ("-", "-", dict)
+            outcome = Outcome(method, path, error.status, len(parts[0]), headers)
+            self._watch.ended(Seen(request_id, perf_counter_ns()), outcome)
+
+    def _linger(self) -> None:
+        """Close our side, and throw away what still comes until the client closes its own."""
+        self._state = _State.DISCARD
+        self._start = self._end = 0
+        self._closing = True
+        self._body = self._rest = _EMPTY
+        self.deadline = self._server.clock() + _LINGER
+        if self._transport.is_closing():
+            return
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+            if not self._reading:
+                self._reading = True
+                self._transport.resume_reading()
+        else:
+            self._transport.close()
+
+    def _close(self) -> None:
+        self._closing = True
+        self._transport.close()
+
+
+_HEALTH_PATHS = tuple(f"/v2/health/{one}" for one in HEALTH)
+
+
+def _failure(error: Exception, request_id: str) -> Response:
+    """What a handler raised; the cause of what it did not mean to raise is in the log alone."""
+    if isinstance(error, ServeError):
+        return error_response(error)
+    if isinstance(error, MemoryError):
+        return error_response(unavailable("the server is out of memory for this request"))
+    log.error("request %s failed", request_id, exc_info=error, extra={"request_id": request_id})
+    return error_response(internal(f"the server failed; its log says why under {request_id}"))
+
+
+def _refused(error: ServeError, exchange: Exchange) -> Response:
+    """The handler of a request that has none and no body either, after which the connection can go on."""
+    return error_response(error)
+
+
+def _too_slow(message: str) -> ServeError:
+    return ServeError(408, message, grpc="DEADLINE_EXCEEDED")

@@ -1,0 +1,353 @@
+"""The gRPC server: `inference.GRPCInferenceService` on grpc.aio, beside the HTTP server and on its loop.
+
+    server = await serve_grpc(service, HttpSettings(grpc_port=8001))
+    ...
+    server.close()
+    await server.drain(timeout=30)
+
+Imported only where a gRPC port is asked for: a server of HTTP alone needs neither grpcio nor protobuf.
+"""
+
+import asyncio
+import errno
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from time import perf_counter_ns
+from typing import Any
+
+import grpc  # type: ignore[import-untyped]
+import grpc.aio  # type: ignore[import-untyped]
+from google.protobuf import json_format  # type: ignore[import-untyped]
+
+from headstart.serving.server.errors import ServeError, StartError, internal, unauthenticated, unavailable
+from headstart.serving.server.interface import InferenceService
+from headstart.serving.server.settings import HttpSettings, same_token, tls_context, token_digest
+from headstart.serving.server.transport.grpc_health import SERVICE as HEALTH
+from headstart.serving.server.transport.grpc_health import Health
+from headstart.serving.server.watching.watch import Outcome, RequestIds, Seen, Watch
+from headstart.serving.server.wire.grpc_codec import GrpcDecoder, encode, parse, read_parameters
+from headstart.serving.server.wire.grpc_messages import MESSAGES, SERVICE
+from headstart.serving.server.wire.protocol import InferRequest, InferResponse
+
+log = logging.getLogger(__name__)
+
+_HEALTH = ("ServerLive", "ServerReady")
+_LONGEST_DETAILS = 1000
+"""Characters of an error's message; clients refuse trailers of 8 KiB."""
+
+Answer = Callable[[bytes, Any, Seen], Awaitable[bytes]]
+
+
+_FOREVER = 1e6
+"""Seconds of grace that never end before `drain` does. When the grace of one stop ends while another has just destroyed
+the server, grpc.aio 1.85 cancels the calls of a null pointer: 13 of 112 processes ended with a segmentation fault."""
+
+
+class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """A running server; `serve_grpc` makes it.
+
+    Args:
+        service: answers the requests.
+        settings: those of the HTTP server: address, token, certificate, limits; and `grpc_port`.
+        watch: is shown every call that was answered; None is nobody.
+    """
+
+    def __init__(self, service: InferenceService, settings: HttpSettings, watch: Watch | None = None) -> None:
+        self.settings = settings
+        self._watch = watch
+        self._request_ids = RequestIds()
+        self.port = 0
+        """The port that it listens on."""
+        self._methods = Methods(service, settings)
+        self._health = Health(lambda: service.ready() and not self._methods.closing)
+        self._token = None if settings.token is None else token_digest(settings.token.encode())
+        self._held = 0
+        self._active = 0
+        self._stopping: asyncio.Task[None] | None = None
+        self._server: Any = None
+        self._refuse = grpc.stream_unary_rpc_method_handler(_refuse_unread)
+        answers: dict[str, Answer] = {
+            name: self._methods.infer if name == "ModelInfer" else self._methods.document(name) for name in _NAMES
+        }
+        self._handlers = {
+            path: grpc.unary_unary_rpc_method_handler(self._guarded(path, answer))
+            for path, answer in [
+                *((f"/{SERVICE}/{name}", answer) for name, answer in answers.items()),
+                (f"/{HEALTH}/Check", self._check),
+            ]
+        }
+        self._handlers[f"/{HEALTH}/Watch"] = grpc.unary_stream_rpc_method_handler(self._watched)
+        probes = [f"/{SERVICE}/{name}" for name in _HEALTH] + [f"/{HEALTH}/{name}" for name in ("Check", "Watch")]
+        self._open = set(probes) if settings.open_health else set()
+
+    def service(self, handler_call_details: Any) -> Any:
+        """The handler of a call, for grpc; None is UNIMPLEMENTED. Without the token nothing of a call is read."""
+        if self._token is not None and handler_call_details.method not in self._open:
+            given = [value for key, value in handler_call_details.invocation_metadata if key == "authorization"]
+            header = given[0].encode() if len(given) == 1 and isinstance(given[0], str) else None
+            if not same_token(header, self._token):
+                return self._refuse
+        return self._handlers.get(handler_call_details.method)
+
+    async def listen(self) -> None:
+        """Open the port.
+
+        Raises:
+            StartError: the port is in use or may not be used, the address is not this machine's, or TLS fails.
+        """
+        settings, port = self.settings, self.settings.grpc_port or 0
+        tls_context(settings)  # says what is wrong with a certificate, where grpc only fails
+        _probe(settings.host, port, settings.reuse_port)
+        self._server = grpc.aio.server(
+            maximum_concurrent_rpcs=settings.max_connections,
+            options=[
+                ("grpc.so_reuseport", int(settings.reuse_port)),
+                ("grpc.max_receive_message_length", settings.max_body_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_metadata_size", settings.max_header_bytes),
+                ("grpc.max_allowed_incoming_connections", settings.max_connections),
+                ("grpc.server_handshake_timeout_ms", round(settings.header_timeout * 1000)),
+                ("grpc.keepalive_time_ms", round(settings.idle_timeout * 1000)),
+            ],
+        )
+        self._server.add_generic_rpc_handlers((self,))
+        where = f"[{settings.host}]:{port}" if ":" in settings.host else f"{settings.host}:{port}"
+        try:
+            if settings.tls_cert is None:
+                self.port = self._server.add_insecure_port(where)
+            else:
+                chain = settings.tls_cert.read_bytes()
+                key = chain if settings.tls_key is None else settings.tls_key.read_bytes()
+                self.port = self._server.add_secure_port(where, grpc.ssl_server_credentials([(key, chain)]))
+        except (RuntimeError, OSError) as error:
+            raise StartError(f"gRPC cannot listen on {where}; give another --grpc-port or --host") from error
+        await self._server.start()
+
+    def close(self) -> None:
+        """Stop accepting: calls in flight are answered, later ones are told UNAVAILABLE."""
+        if self._stopping is None and self._server is not None:
+            self._methods.closing = True
+            self._health.close()
+            self._stopping = asyncio.ensure_future(self._server.stop(_FOREVER))
+
+    async def drain(self, timeout: float | None = None) -> int:
+        """Wait until the calls in flight are answered.
+
+        Args:
+            timeout: seconds, after which what is left is cut off; None is the settings' `drain_timeout`.
+
+        Returns:
+            the number of calls that were cut off.
+        """
+        self.close()
+        if self._stopping is None:
+            return 0
+        wait = self.settings.drain_timeout if timeout is None else timeout
+        await asyncio.wait((self._stopping,), timeout=wait)
+        left = 0 if self._stopping.done() else self._active
+        if not self._stopping.done():
+            await self._server.stop(None)
+        await self._stopping
+        return left
+
+    def _guarded(self, path: str, answer: Answer) -> Callable[[bytes, Any], Awaitable[bytes]]:
+        """A method that counts what it holds, tells refusals as statuses, and names its request in the trailers."""
+
+        async def call(body: bytes, context: Any) -> bytes:
+            seen = Seen(self._named(context), perf_counter_ns() if self._watch else 0)
+            refusal: ServeError | None = None
+            status, data = "CANCELLED", b""
+            self._held += len(body)
+            self._active += 1
+            try:
+                if self._held > self.settings.max_held_bytes:
+                    raise unavailable("the server holds as many bytes of requests as it may; send this one again later")
+                data = await answer(body, context, seen)
+                context.set_trailing_metadata((("x-request-id", seen.request_id),))
+                status = "OK"
+                return data
+            except ServeError as error:
+                refusal = error
+            except MemoryError:
+                refusal = unavailable("the server is out of memory for this request")
+            # Whatever else an answer raises is our fault: grpc.aio would send the exception's words to the client,
+            # which may hold paths. Cancelling is no Exception and passes.
+            except Exception:
+                log.exception("call %s failed", seen.request_id, extra={"request_id": seen.request_id})
+                refusal = internal(f"the server failed; its log says why under {seen.request_id}")
+            finally:
+                self._held -= len(body)
+                self._active -= 1
+                if self._watch is not None:
+                    self._tell(self._watch, seen, path, refusal.grpc if refusal else status, len(data), context)
+            await _abort(context, refusal, seen.request_id)
+            return b""  # not reached: abort raises
+
+        return call
+
+    def _named(self, context: Any) -> str:
+        """The name of a call's request."""
+        given = [value for key, value in context.invocation_metadata() or () if key == "x-request-id"]
+        return self._request_ids.choose(given[0] if len(given) == 1 and isinstance(given[0], str) else "")
+
+    def _tell(self, watch: Watch, seen: Seen, path: str, status: str, num_bytes: int, context: Any) -> None:
+        def metadata() -> dict[str, str]:
+            return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+        watch.ended(seen, Outcome(path[1:], "", status, num_bytes, metadata))
+
+    async def _check(self, body: bytes, context: Any, seen: Seen) -> bytes:
+        return self._health.check(body)
+
+    async def _watched(self, body: bytes, context: Any) -> AsyncIterator[bytes]:
+        try:
+            async for status in self._health.watch(body):
+                yield status
+        except ServeError as error:
+            await _abort(context, error, self._named(context))
+
+
+class Methods:
+    """What the methods answer, over one service.
+
+    Args:
+        service: answers the requests.
+        settings: the limits.
+    """
+
+    def __init__(self, service: InferenceService, settings: HttpSettings) -> None:
+        self.service = service
+        self.closing = False
+        """Whether the server has stopped accepting, which makes it not ready."""
+        self._limits = settings.limits
+        self._decoder = GrpcDecoder(settings.limits)
+        self._working: set[asyncio.Future[None]] = set()
+
+    async def infer(self, body: bytes, context: Any, seen: Seen) -> bytes:
+        """ModelInfer. A client that goes, or whose deadline passes, cancels its request."""
+        request = self._decoder.decode(body)
+        remaining = context.time_remaining()
+        if remaining is not None:
+            deadline = time.monotonic() + remaining
+            request.deadline = deadline if request.deadline is None else min(request.deadline, deadline)
+        seen.asked(request)
+        try:
+            result = self.service.infer(request)
+            response = result if isinstance(result, InferResponse) else await result
+        except asyncio.CancelledError:
+            request.cancel()
+            raise
+        seen.told(response)
+        return encode(response, request.outputs, self._label(request, response))
+
+    def _label(self, request: InferRequest, response: InferResponse) -> Callable[[int], str | None]:
+        if not any(output.classification for output in request.outputs or ()):
+            return lambda index: None
+        return dict(enumerate(self.service.labels(response.model, response.version) or ())).get
+
+    def document(self, name: str) -> Answer:
+        """The method of this name, whose answer the service gives as a document."""
+        method: Callable[[Any], Any] = getattr(self, f"_{name}")
+        kind = MESSAGES[f"{name}Response"]
+
+        async def answer(body: bytes, context: Any, seen: Seen) -> bytes:
+            found = method(parse(f"{name}Request", body))
+            if asyncio.iscoroutine(found):
+                found = await found
+            data: bytes = json_format.ParseDict(found, kind(), ignore_unknown_fields=True).SerializeToString()
+            return data
+
+        return answer
+
+    def _ServerLive(self, request: Any) -> dict[str, Any]:  # noqa: N802 - these bear the protocol's names
+        return {"live": self.service.live()}
+
+    def _ServerReady(self, request: Any) -> dict[str, Any]:  # noqa: N802
+        return {"ready": self.service.ready() and not self.closing}
+
+    def _ModelReady(self, request: Any) -> dict[str, Any]:  # noqa: N802
+        return {"ready": self.service.model_ready(request.name, request.version or None) and not self.closing}
+
+    def _ServerMetadata(self, request: Any) -> dict[str, Any]:  # noqa: N802
+        return self.service.server_metadata()
+
+    def _ModelMetadata(self, request: Any) -> dict[str, Any]:  # noqa: N802
+        return self.service.model_metadata(request.name, request.version or None)
+
+    def _ModelConfig(self, request: Any) -> dict[str, Any]:  # noqa: N802
+        return {"config": self.service.model_config(request.name, request.version or None)}
+
+    def _ModelStatistics(self, request: Any) -> Any:  # noqa: N802
+        return self.service.statistics(request.name or None, request.version or None)
+
+    def _RepositoryIndex(self, request: Any) -> dict[str, Any]:  # noqa: N802
+        return {"models": self.service.repository_index(request.ready)}
+
+    async def _RepositoryModelLoad(self, request: Any) -> dict[str, Any]:  # noqa: N802
+        return await self._finish(self.service.load(request.model_name, read_parameters(request, self._limits)))
+
+    async def _RepositoryModelUnload(self, request: Any) -> dict[str, Any]:  # noqa: N802
+        return await self._finish(self.service.unload(request.model_name))
+
+    async def _finish(self, work: Coroutine[Any, Any, None]) -> dict[str, Any]:
+        """Do what must not be left half done where the client goes."""
+        working = asyncio.ensure_future(work)
+        self._working.add(working)
+        working.add_done_callback(self._working.discard)
+        await asyncio.shield(working)
+        return {}
+
+
+_NAMES = ("ModelInfer", *(name[1:] for name in vars(Methods) if name[1:2].isupper()))
+"""All methods that are served."""
+
+
+async def serve_grpc(service: InferenceService, settings: HttpSettings, watch: Watch | None = None) -> GrpcServer:
+    """Start a server on the running loop, at `settings.grpc_port`.
+
+    Raises:
+        StartError: the port, the address or the certificate cannot be used.
+    """
+    server = GrpcServer(service, settings, watch)
+    await server.listen()
+    return server
+
+
+async def _refuse_unread(requests: Any, context: Any) -> None:
+    await _abort(context, unauthenticated())
+
+
+async def _abort(context: Any, error: ServeError, request_id: str = "") -> None:
+    """End a call with an error's status; `grpc-retry-pushback-ms` is gRPC's own Retry-After."""
+    status = getattr(grpc.StatusCode, error.grpc, grpc.StatusCode.UNKNOWN)
+    after = error.retry_after
+    trailing = [] if after is None else [("grpc-retry-pushback-ms", str(round(after * 1000)))]
+    if request_id:
+        trailing.append(("x-request-id", request_id))
+    await context.abort(status, error.message[:_LONGEST_DETAILS], trailing_metadata=tuple(trailing))
+
+
+def _probe(host: str, port: int, reuse_port: bool) -> None:
+    """Say why a port cannot be had, which grpc does not.
+
+    Raises:
+        StartError: it is in use or may not be used, or the address is not this machine's.
+    """
+    where = f"{host}:{port}"
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if reuse_port:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise StartError(f"{where} is in use; stop what listens there, or give another --grpc-port") from error
+        if error.errno == errno.EACCES:
+            raise StartError(f"{where} may not be used by this user; give a --grpc-port from 1024 on") from error
+        raise StartError(
+            f"gRPC cannot listen on {where} ({error.strerror or error}); give --host an address of this machine"
+        ) from error

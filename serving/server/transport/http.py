@@ -1,0 +1,180 @@
+"""The HTTP/1.1 server: listens, lets in, keeps time and winds down.
+
+    server = await serve_http(service, HttpSettings(port=8000))
+    ...
+    server.close()
+    await server.drain(timeout=30)
+
+It must run on uvloop or asyncio; it imports neither torch nor ray.
+"""
+
+import asyncio
+import errno
+import logging
+from collections.abc import Callable
+from email.utils import formatdate
+
+from headstart.serving.server.errors import StartError
+from headstart.serving.server.interface import InferenceService
+from headstart.serving.server.settings import HttpSettings, same_token, tls_context, token_digest
+from headstart.serving.server.transport.connection import Connection
+from headstart.serving.server.transport.routes import Routes
+from headstart.serving.server.watching.watch import RequestIds, Watch
+
+log = logging.getLogger(__name__)
+
+_GRACE = 0.5
+"""Seconds for which an idle connection may still bring a request once the server winds down."""
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class HttpServer:
+    """A running server; `serve_http` makes it.
+
+    Args:
+        service: answers the requests.
+        settings: limits, token and times.
+        watch: is shown every request that was answered; None is nobody.
+    """
+
+    def __init__(self, service: InferenceService, settings: HttpSettings, watch: Watch | None = None) -> None:
+        self.settings = settings
+        self.watch = watch
+        self.request_ids = RequestIds()
+        self.routes = Routes(service, settings)
+        self.closing = False
+        """Whether it has stopped accepting."""
+        self.port = 0
+        """The port that it listens on."""
+        self.date = b""
+        """The header `Date`, a second old at most."""
+        loop = asyncio.get_running_loop()
+        self.clock: Callable[[], float] = loop.time
+        """Seconds; what deadlines are compared with."""
+        self._loop = loop
+        self._token = None if settings.token is None else token_digest(settings.token.encode())
+        self._connections: set[Connection] = set()
+        self._held = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._tick = min(1.0, settings.header_timeout / 4, settings.body_timeout / 4, settings.idle_timeout / 4)
+        self._listener: asyncio.Server | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def listen(self) -> None:
+        """Open the port.
+
+        Raises:
+            StartError: the port is in use or may not be used, the address is not this machine's, or TLS fails.
+        """
+        settings = self.settings
+        context = tls_context(settings)
+        where = f"{settings.host}:{settings.port}"
+        try:
+            self._listener = await self._loop.create_server(
+                lambda: Connection(self),
+                settings.host,
+                settings.port,
+                ssl=context,
+                backlog=1024,
+                reuse_port=settings.reuse_port or None,
+                ssl_handshake_timeout=settings.header_timeout if context else None,
+                ssl_shutdown_timeout=1.0 if context else None,
+            )
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise StartError(f"{where} is in use; stop what listens there, or give another --port") from error
+            if error.errno == errno.EACCES:
+                raise StartError(f"{where} may not be used by this user; give a --port from 1024 on") from error
+            raise StartError(
+                f"cannot listen on {where} ({error.strerror or error}); give --host an address of this machine"
+            ) from error
+        self.port = self._listener.sockets[0].getsockname()[1]
+        if settings.host not in _LOOPBACK:
+            if settings.token is None:
+                log.warning("%s: whoever reaches this address is let in; give --token-file", where)
+            elif context is None:
+                log.warning("%s: tokens and tensors cross the network in the clear; give --tls-cert", where)
+        self._sweep()
+
+    def close(self) -> None:
+        """Stop accepting: no new connections; each open one is closed after the request that it has begun."""
+        if self.closing:
+            return
+        self.closing = self.routes.closing = True
+        if self._listener is not None:
+            self._listener.close()
+        for connection in self._connections:
+            connection.wind_down(self.clock() + _GRACE)
+        self._tick = min(self._tick, _GRACE / 2)
+        self._sweep()
+
+    async def drain(self, timeout: float | None = None) -> int:
+        """Wait until the requests in flight are answered.
+
+        Args:
+            timeout: seconds, after which what is left is cut off; None is the settings' `drain_timeout`.
+
+        Returns:
+            the number of connections that were cut off.
+        """
+        self.close()
+        left = 0
+        try:
+            await asyncio.wait_for(self._empty.wait(), self.settings.drain_timeout if timeout is None else timeout)
+        except TimeoutError:
+            left = len(self._connections)
+            for connection in list(self._connections):
+                connection.abort()
+            await asyncio.sleep(0)
+        if self._timer is not None:
+            self._timer.cancel()
+        self.routes.close()
+        return left
+
+    # What connections call.
+
+    def add(self, connection: Connection) -> bool:
+        """Note a new connection; False where there are too many."""
+        self._connections.add(connection)
+        self._empty.clear()
+        return len(self._connections) <= self.settings.max_connections
+
+    def remove(self, connection: Connection) -> None:
+        """Forget a connection that is closed."""
+        self._connections.discard(connection)
+        if not self._connections:
+            self._empty.set()
+
+    def trusts(self, authorization: bytes | None) -> bool:
+        """Whether a request with this `Authorization` header is let in."""
+        return self._token is None or same_token(authorization, self._token)
+
+    def hold(self, nbytes: int) -> bool:
+        """Count bytes of bodies that are held, or, below 0, let go; False where there is no room for them."""
+        if nbytes > 0 and self._held + nbytes > self.settings.max_held_bytes:
+            return False
+        self._held += nbytes
+        return True
+
+    def _sweep(self) -> None:
+        """Once per tick: set the date, and close what is too slow."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.date = f"Date: {formatdate(usegmt=True)}\r\n".encode()
+        now = self.clock()
+        for connection in list(self._connections):
+            if connection.deadline <= now:
+                connection.expire()
+        self._timer = self._loop.call_later(self._tick, self._sweep)
+
+
+async def serve_http(service: InferenceService, settings: HttpSettings, watch: Watch | None = None) -> HttpServer:
+    """Start a server on the running loop.
+
+    Raises:
+        StartError: the port, the address or the certificate cannot be used.
+    """
+    server = HttpServer(service, settings, watch)
+    await server.listen()
+    return server

@@ -1,0 +1,159 @@
+"""The Open Inference Protocol v2 as data: what a request asks, what a model answered, and the body of an answer.
+
+Pure functions, no I/O. `decoding` reads the bodies of requests, `tensors` knows the datatypes.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from headstart.serving.server.errors import ServeError, bad_request
+from headstart.serving.server.wire.tensors import DATATYPES, classify, datatype_of, to_binary, to_json
+
+__all__ = ["DATATYPES", "InferRequest", "InferResponse", "Limits", "RequestedOutput"]
+__all__ += ["datatype_of", "encode_response", "error_body"]
+
+_compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request may ask for, checked before anything is allocated."""
+
+    max_tensors: int = 64
+    """Inputs, outputs or parameters in one request."""
+    max_rank: int = 16
+    """Dimensions of a tensor."""
+    max_elements: int = 1 << 28
+    """Elements of a numeric tensor."""
+    max_strings: int = 1 << 18
+    """Elements of a BYTES tensor, each of which is an object in memory."""
+    max_json_bytes: int = 8 << 20
+    """Bytes of JSON, which take up to twenty times as much memory when read."""
+    max_image_bytes: int = 16 << 20
+    """Bytes of an encoded image."""
+    max_pixels: int = 25_000_000
+    """Pixels of all encoded images of a request, checked before one is decoded."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestedOutput:
+    """An output that a request names."""
+
+    name: str
+    """Its name in the model."""
+    binary: bool
+    """Whether it comes back as bytes after the JSON rather than in it."""
+    classification: int = 0
+    """How many of the largest scores to return as `score:index:label`; 0 is the tensor itself."""
+
+
+@dataclass(kw_only=True, slots=True)
+class InferRequest:
+    """An inference request, whatever brought it."""
+
+    model: str
+    """Name of the model."""
+    version: str | None = None
+    """Version asked for; None leaves it to the server."""
+    id: str = ""
+    """The client's own name of the request, echoed in the response."""
+    inputs: dict[str, NDArray[Any]]
+    """Arrays by the inputs' names, as `DATATYPES` types them."""
+    outputs: tuple[RequestedOutput, ...] | None = None
+    """The outputs asked for; None is all."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """What else the client said: strings, numbers and booleans."""
+    deadline: float | None = None
+    """When the client stops waiting, in seconds of `time.monotonic`; None is never."""
+    priority: int = 0
+    """Larger goes first."""
+    cancelled: bool = False
+    """Set by `cancel` when the client has gone."""
+    request_id: str = ""
+    """The transport's name of the request, for the log."""
+    parts: tuple["InferRequest", ...] = ()
+    """What it was split into, where it was."""
+
+    def cancel(self) -> None:
+        """Drop the work: nobody waits for it."""
+        for one in (self, *self.parts):
+            one.cancelled = True
+
+
+@dataclass(kw_only=True, slots=True)
+class InferResponse:
+    """What a model answered."""
+
+    model: str
+    """Name of the model."""
+    version: str
+    """Version that ran."""
+    id: str = ""
+    """The request's."""
+    outputs: dict[str, NDArray[Any]]
+    """Arrays by the outputs' names."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """What else the server says: strings, numbers and booleans."""
+    timings_ns: dict[str, int] = field(default_factory=dict)
+    """Nanoseconds by stage: `queue`, `compute`."""
+
+
+def encode_response(
+    response: InferResponse,
+    requested: Sequence[RequestedOutput] | None,
+    binary: bool,
+    label: Callable[[int], str | None] = lambda index: None,
+) -> tuple[list[bytes | memoryview], int | None]:
+    """A response to the parts of a body.
+
+    Args:
+        response: what the model answered.
+        requested: the outputs to return, in this order; None is all.
+        binary: whether outputs come back as bytes where `requested` is None.
+        label: the label of a class, for the classification extension.
+
+    Returns:
+        the body's parts, JSON first, and the length of the JSON, or None where it is all there is.
+
+    Raises:
+        ServeError: 400, for an output that the model lacks or that JSON cannot carry.
+    """
+    if requested is None:
+        requested = [RequestedOutput(name=name, binary=binary) for name in response.outputs]
+    # Written out: all of this takes 4.4 us for one output, where the encoder takes 5.2 us for the document alone.
+    outputs: list[str] = []
+    parts: list[bytes | memoryview] = [b""]
+    for wanted in requested:
+        array = response.outputs.get(wanted.name)
+        if array is None:
+            known = ", ".join(response.outputs)
+            raise bad_request(f"model {response.model!r} has no output {wanted.name!r}; it has {known}")
+        if wanted.classification:
+            array = classify(wanted.name, array, wanted.classification, label)
+        if wanted.binary:
+            data = to_binary(array)
+            content = f'"parameters":{{"binary_data_size":{len(data)}}}'
+            parts.append(data)
+        else:
+            content = f'"data":{_compact(to_json(wanted.name, array))}'
+        shape = ",".join(map(str, array.shape))
+        outputs.append(
+            f'{{"name":{_compact(wanted.name)},"datatype":"{datatype_of(array.dtype)}","shape":[{shape}],{content}}}'
+        )
+    beside = f'"id":{_compact(response.id)},' if response.id else ""
+    if response.parameters:
+        beside += f'"parameters":{_compact(response.parameters)},'
+    parts[0] = head = (
+        f'{{"model_name":{_compact(response.model)},"model_version":{_compact(response.version)},{beside}'
+        f'"outputs":[{",".join(outputs)}]}}'
+    ).encode()
+    return parts, len(head) if len(parts) > 1 else None
+
+
+def error_body(error: ServeError) -> bytes:
+    """`{"error": "..."}`, the protocol's form of every refusal."""
+    return _compact({"error": error.message}).encode()

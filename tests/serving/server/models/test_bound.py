@@ -1,0 +1,145 @@
+"""Fixed batch sizes and buffers: a GPU's path, run on the CPU provider and compared with plain runs bit for bit."""
+
+import re
+import threading
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from headstart.serving.device import CUDA, Device, open_on
+from headstart.serving.errors import PackageError
+from headstart.serving.server.models import bound as module
+from headstart.serving.server.models.bound import Bound, buckets
+from headstart.serving.server.models.model import LoadedModel, load_graph
+from tests.serving.server.graphs import classifier, identities, mlp
+
+BUCKETS = (1, 2, 4, 6)
+
+
+def bind(graph: bytes, sizes: tuple[int, ...] = BUCKETS) -> tuple[Bound, Any]:
+    model = load_graph(graph, name="m", device=Device(threads=1), max_batch=max(sizes))
+    session = open_on(Device(threads=1), graph)
+    return Bound(session, model.inputs, model.outputs, buckets=sizes, device="cpu"), session
+
+
+def padded(array: np.ndarray, sizes: tuple[int, ...] = BUCKETS) -> np.ndarray:
+    size = next(one for one in sizes if one >= len(array))
+    return np.concatenate([array, np.repeat(array[-1:], size - len(array), axis=0)])
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (16, (1, 2, 4, 8, 16)), (17, (1, 2, 4, 8, 16, 17))],
+)
+def test_buckets_double_up_to_the_largest_batch(most: int, sizes: tuple[int, ...]):
+    assert buckets(most) == sizes
+
+
+def test_a_bound_run_is_the_plain_run_of_the_padded_batch_bit_for_bit():
+    bound, session = bind(mlp())
+    random = np.random.default_rng(0)
+    kept = []
+    for rows in (*range(1, 7), *range(6, 0, -1)):
+        x = random.normal(size=(rows, 16)).astype(np.float32)
+        (found,) = bound.run(["y"], {"x": x})
+        (plain,) = session.run(["y"], {"x": padded(x)})
+        assert np.array_equal(found, plain[:rows])
+        kept.append((found, plain[:rows].copy()))
+    assert all(np.array_equal(found, plain) for found, plain in kept), "an answer changes when the next one is computed"
+    assert sorted(bucket for bucket, *_ in bound._plans) == [1, 2, 4, 6], "one set of buffers for each size"
+
+
+def test_buffers_stay_where_they_are():
+    bound, _ = bind(mlp())
+    x = np.ones((3, 16), np.float32)
+    places = []
+    for _ in range(3):
+        bound.run(["y"], {"x": x})
+        (plan,) = bound._plans.values()
+        places.append({name: value.data_ptr() for name, value in plan._values.items()})
+    assert places[0] == places[1] == places[2]
+    assert set(places[0]) == {"x", "y"}
+
+
+def test_every_type_is_bound_and_strings_run_without():
+    kinds = {
+        onnx.helper.tensor_dtype_to_np_dtype(kind).name: kind
+        for name, kind in onnx.TensorProto.DataType.items()
+        if re.fullmatch("FLOAT|DOUBLE|FLOAT16|BOOL|U?INT(8|16|32|64)", name)
+    }
+    bound, _ = bind(identities(kinds))
+    feed = {f"in_{name}": np.array([[1, 0], [3, 7], [0, 1]]).astype(name) for name in kinds}
+    for name, array in zip(kinds, bound.run([f"out_{name}" for name in kinds], feed), strict=True):
+        np.testing.assert_array_equal(array, feed[f"in_{name}"], strict=True)
+    assert len(bound._plans) == 1
+    bound, _ = bind(identities({"s": onnx.TensorProto.STRING}))
+    texts = np.array([["a", "é"], ["", "b"], ["c", "d"]], dtype=object)
+    assert bound.run(["out_s"], {"in_s": texts})[0].tolist() == texts.tolist()
+    assert not bound._plans
+
+
+def test_images_of_many_sizes_run_without_buffers_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "_MOST_PLANS", 2)
+    bound, session = bind(classifier(1))
+    for size in (4, 5, 6, 7, 4, 7):
+        images = np.random.default_rng(size).integers(0, 256, (3, size, size, 3), np.uint8)
+        for found, plain in zip(
+            bound.run(["probabilities", "logits"], {"images": images}),
+            session.run(["probabilities", "logits"], {"images": padded(images)}),
+            strict=True,
+        ):
+            assert np.array_equal(found, plain[:3])
+    assert [shape[:2] for _, shape in bound._plans] == [(4, 4), (5, 5)]
+
+
+def test_a_batch_beyond_the_largest_runs_as_it_is():
+    bound, session = bind(mlp())
+    x = np.random.default_rng(0).normal(size=(9, 16)).astype(np.float32)
+    assert np.array_equal(bound.run(["y"], {"x": x})[0], session.run(["y"], {"x": x})[0])
+
+
+def test_threads_do_not_read_each_others_buffers():
+    bound, session = bind(mlp())
+    wrong: list[int] = []
+
+    def ask(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        for _ in range(100):
+            x = random.normal(size=(3, 16)).astype(np.float32)
+            if not np.array_equal(bound.run(["y"], {"x": x})[0], session.run(["y"], {"x": padded(x)})[0][:3]):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_model_with_buckets_is_bound_and_warmed_at_each():
+    session = open_on(Device(threads=1), mlp())
+    model = LoadedModel(name="m", version="1", session=session, max_batch=6, buckets=BUCKETS)
+    assert len(model.warm_up()) == 3
+    bound = model._compute.__self__
+    assert sorted(bucket for bucket, *_ in bound._plans) == [1, 2, 4, 6]
+    x = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
+    assert np.array_equal(model.run({"x": x}, ["y"])[0], session.run(["y"], {"x": padded(x)})[0][:5])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "graphs"])
+def test_cuda_answers_as_the_cpu_does(graphs: bool):
+    try:
+        device = Device(provider=CUDA, threads=1, options={"enable_cuda_graph": "1"} if graphs else {})
+        session = open_on(device, mlp())
+    except PackageError as error:
+        pytest.skip(str(error))
+    model = LoadedModel(name="m", version="1", session=session, max_batch=6, buckets=BUCKETS, memory=device.memory)
+    model.warm_up()
+    plain = open_on(Device(threads=1), mlp())
+    for rows in (1, 3, 6, 3, 1, 5):  # a graph is captured on the first runs of a size, and replayed on the others
+        x = np.random.default_rng(rows).normal(size=(rows, 16)).astype(np.float32)
+        np.testing.assert_allclose(model.run({"x": x}, ["y"])[0], plain.run(["y"], {"x": x})[0], rtol=1e-3, atol=1e-3)

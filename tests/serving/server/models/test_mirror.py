@@ -1,0 +1,367 @@
+"""Repositories behind URLs: what file, zip and HTTP file systems hold is served, followed, and kept when they fail."""
+
+import contextlib
+import errno
+import functools
+import io
+import logging
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from headstart.serving.package import MANIFEST, MODEL
+from headstart.serving.server.errors import StartError
+from headstart.serving.server.models.folder import Folder, scan
+from headstart.serving.server.models.mirror import Mirror, is_url
+from headstart.serving.server.service import Service
+from tests.serving.server.graphs import write_package
+from tests.serving.server.models.test_repository import rows, served_by, serving, status_of
+from tests.serving.server.scheduling.test_batching import on_a_loop
+
+
+class Faulty(LocalFileSystem):
+    """The local file system, which fails when a test says so."""
+
+    protocol = "faulty"
+    cachable = False
+    fault: ClassVar[str] = ""
+    more: ClassVar[dict[str, Any]] = {}
+    listed: Any = None
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("faulty://"))
+
+    def find(self, path: str, *arguments: Any, **options: Any) -> Any:
+        if self.fault == "listing":
+            raise ConnectionError("no route to user:secret, https://user:secret@store.example/x")
+        if self.listed is None:  # kept until it is told to forget it, as object stores' file systems do
+            self.listed = super().find(path, *arguments, **options)
+        found = self.listed
+        if self.fault == "vanished":
+            next(Path(one) for one in found if one.endswith("/2/model.onnx")).unlink()
+        return {**found, **self.more}
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.listed = None
+
+    def open(self, path: str, *arguments: Any, **options: Any) -> Any:
+        if self.fault == "longer" and path.endswith("/2/model.onnx"):
+            with Path(path).open("ab") as file:
+                file.write(b"more")
+        if self.fault == "reset" and path.endswith("/2/model.onnx"):
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+        if self.fault == "slow" and path.endswith("weights"):
+            return Slow()
+        return super().open(path, *arguments, **options)
+
+
+class Slow(io.BytesIO):
+    """A file that takes a minute."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        time.sleep(0.02)
+        return bytes(1024)
+
+
+@pytest.fixture(autouse=True)
+def faulty() -> Iterator[None]:
+    fsspec.register_implementation("faulty", Faulty, clobber=True)
+    yield
+    Faulty.fault, Faulty.more = "", {}
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Path:
+    folder = tmp_path / "bucket"
+    write_package(folder / "demo" / "1", 1)
+    return folder
+
+
+@asynccontextmanager
+async def mirrored(url: str) -> AsyncIterator[tuple[Service, Mirror]]:
+    """A service of a URL, which is looked at when `follow` says so."""
+    mirror = Mirror(url, look_s=3600)
+    async with serving(mirror.folder, mirror=mirror, poll_s=3600) as service:
+        yield service, mirror
+    assert not mirror.folder.exists()
+
+
+async def follow(service: Service, mirror: Mirror) -> None:
+    mirror.look()
+    await service.repository.look()
+
+
+@contextlib.contextmanager
+def over_http(folder: Path) -> Iterator[str]:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@on_a_loop
+async def test_a_file_system_an_archive_and_a_web_server_are_served(remote: Path, tmp_path: Path):
+    archive = shutil.make_archive(str(tmp_path / "models"), "zip", remote)
+    with over_http(tmp_path) as address:
+        for url in (f"file://{remote}", f"file://{remote}/", f"zip::file://{archive}", f"{address}/bucket"):
+            async with mirrored(url) as (service, _):
+                assert await served_by(service) == "1", url
+                assert rows(service) == {("demo", "1"): ("READY", "")}
+
+
+@pytest.mark.parametrize("scheme", ["file", "http"])
+@on_a_loop
+async def test_versions_and_policies_are_followed(remote: Path, scheme: str):
+    with over_http(remote) as address:
+        async with mirrored(f"file://{remote}" if scheme == "file" else address) as (service, mirror):
+            write_package(remote / "demo" / "2", 2)
+            write_package(remote / "other" / "7", 7)
+            await follow(service, mirror)
+            assert (await served_by(service), await served_by(service, "other")) == ("2", "7")
+            (remote / "demo" / "policy").write_text("pinned:1")
+            await follow(service, mirror)
+            assert await served_by(service) == "1"
+            (remote / "demo" / "policy").unlink()
+            shutil.rmtree(remote / "other")
+            await follow(service, mirror)
+            assert await served_by(service) == "2"
+            assert await status_of(service, "other") == 404
+            shutil.rmtree(remote / "demo" / "2")
+            await follow(service, mirror)
+            assert await served_by(service) == "1"
+            await follow(service, mirror)
+            held = sorted(path.name for path in (mirror.folder / ".versions").iterdir() if path.name.isdigit())
+            assert len(held) == 1, "what was replaced and removed is deleted"
+
+
+@on_a_loop
+async def test_half_an_upload_is_refused_and_the_old_one_stays(remote: Path, tmp_path: Path):
+    whole = write_package(tmp_path / "whole", 2)
+    async with mirrored(f"file://{remote}") as (service, mirror):
+        target = remote / "demo" / "2"
+        target.mkdir()
+        shutil.copy(whole / MODEL, target)  # the manifest is still to come
+        await follow(service, mirror)
+        assert await served_by(service) == "1"
+        assert rows(service)["demo", "2"][0] == "UNAVAILABLE"
+        assert str(mirror.folder) not in rows(service)["demo", "2"][1]
+        shutil.copy(whole / MANIFEST, target)
+        await follow(service, mirror)
+        assert await served_by(service) == "2"
+
+
+@pytest.mark.parametrize("scheme", ["file", "http"])
+@on_a_loop
+async def test_a_version_that_is_overwritten_serves_on_until_the_new_one_is_whole(
+    remote: Path, tmp_path: Path, scheme: str
+):
+    other = write_package(tmp_path / "other", 1.5)
+    place = remote / "demo" / "1"
+    with over_http(remote) as address:
+        async with mirrored(f"file://{remote}" if scheme == "file" else address) as (service, mirror):
+            shutil.copy(other / MODEL, place)
+            os.utime(place / MODEL, (2e9, 2e9))  # HTTP tells whole seconds
+            await follow(service, mirror)
+            assert await served_by(service) == "1"  # with the old one's answer
+            assert "SHA-256" in rows(service)["demo", "1"][1]
+            shutil.copy(other / MANIFEST, place)
+            os.utime(place / MANIFEST, (2e9, 2e9))
+            await follow(service, mirror)
+            assert rows(service)["demo", "1"] == ("READY", "")
+            assert service.repository.find("demo", None).model.manifest.name == "mark-1.5"
+
+
+@pytest.mark.parametrize("fault", ["listing", "vanished", "longer", "reset"])
+@on_a_loop
+async def test_what_is_loaded_serves_on_while_the_remote_fails(
+    remote: Path, fault: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+):
+    async with mirrored(f"faulty://{remote}") as (service, mirror):
+        write_package(remote / "demo" / "2", 2)
+        kept = shutil.copytree(remote / "demo" / "2", tmp_path / "kept")
+        Faulty.fault = fault
+        with caplog.at_level(logging.WARNING, "headstart"):
+            for _ in range(1 if fault == "vanished" else 3):
+                await follow(service, mirror)
+                assert await served_by(service) == "1"
+                assert set(rows(service)) == {("demo", "1")}
+        told = [one for one in caplog.messages if "cannot be" in one]
+        assert len(told) == (3 if fault == "longer" else 1), told  # its size differs each time
+        assert "secret@" not in caplog.text
+        Faulty.fault = ""
+        shutil.copytree(kept, remote / "demo" / "2", dirs_exist_ok=True)
+        await follow(service, mirror)
+        assert await served_by(service) == "2"
+
+
+@on_a_loop
+async def test_a_url_that_is_empty_all_at_once_takes_nothing_down(remote: Path, caplog: pytest.LogCaptureFixture):
+    async with mirrored(f"file://{remote}") as (service, mirror):
+        remote.rename(remote.with_name("unmounted"))
+        await follow(service, mirror)
+        assert await served_by(service) == "1"
+        assert "empty all at once" in caplog.text
+
+
+@on_a_loop
+async def test_a_disk_that_is_full_refuses_the_version_alone(remote: Path, caplog: pytest.LogCaptureFixture):
+    async with mirrored(f"file://{remote}") as (service, mirror):
+        write_package(remote / "demo" / "2", 2)
+        (remote / "demo" / "2" / "weights").write_bytes(bytes(3 << 20))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))  # a write beyond it fails as on a full disk
+        try:
+            await follow(service, mirror)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert await served_by(service) == "1"
+        assert os.strerror(errno.EFBIG) in caplog.text
+        assert len(list((mirror.folder / ".versions").glob("[0-9]*"))) == 1, "no half is left"
+
+
+def test_names_that_lead_elsewhere_are_not_followed(remote: Path, tmp_path: Path):
+    outside = tmp_path / "outside"
+    outside.write_text("outside")
+    root = str(remote)
+    names = [
+        "../escaped/1/a", "demo/../../escaped", "demo/1/../../../escaped", "demo/1/../../x", "demo/1//etc/x",
+        "demo/01/a", "demo/1/", "demo/1", "demo/2/a/./b", "demo/2/..\\x", "demo/2/a\0b", ".versions/1/model.onnx",
+        "..", "/etc/1/x", "demo/policy/../../x", "demo/latest/model.onnx",
+    ]  # fmt: skip
+    entry = {"type": "file", "size": 7, "mtime": 1.0}
+    Faulty.more = {f"{root}/{name}": {**entry, "name": str(outside)} for name in names}
+    Faulty.more |= {"/elsewhere/demo/3/model.onnx": entry, "elsewhere/3/model.onnx": entry}
+    before = set(tmp_path.rglob("*"))
+    mirror = Mirror(f"faulty://{remote}")
+    try:
+        mirror.start()
+        found = {path.relative_to(mirror.folder).as_posix() for path in (mirror.folder / "demo" / "1").rglob("*")} | {
+            path.name for path in mirror.folder.iterdir()
+        }
+        assert found == {"demo/1/model.onnx", "demo/1/manifest.json", "demo", ".versions"}
+        assert set(tmp_path.rglob("*")) == before
+        assert [path.name for path in (mirror.folder / "demo").iterdir()] == ["1"]
+    finally:
+        mirror.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("dropbox://models", "pip install"),
+        ("nonsense://models", "Protocol not known: nonsense"),
+        ("zip::file:///nowhere/models.zip", "cannot be opened"),
+    ],
+)
+def test_a_url_that_cannot_be_opened_is_told(url: str, words: str):
+    with pytest.raises(StartError, match=words):
+        Mirror(url)
+
+
+def test_without_fsspec_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(StartError, match=r"pip install fsspec.*headstart\[remote\]") as caught:
+        Mirror("https://user:secret@store.example/models")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_url_that_cannot_be_listed_ends_the_start(remote: Path):
+    Faulty.fault = "listing"
+    mirror = Mirror(f"faulty://{remote}")
+    with pytest.raises(StartError, match="ConnectionError: no route") as caught:
+        mirror.start()
+    assert "secret@" not in str(caught.value)
+    mirror.close()
+
+
+def test_a_stop_does_not_wait_for_a_file_that_is_being_copied(remote: Path):
+    (remote / "demo" / "1" / "weights").write_bytes(bytes(3 << 20))
+    Faulty.fault = "slow"
+    mirror = Mirror(f"faulty://{remote}")
+    starting = threading.Thread(target=mirror.start)
+    starting.start()
+    time.sleep(0.2)
+    began = time.monotonic()
+    mirror.close()
+    starting.join(5)
+    assert not starting.is_alive()
+    assert time.monotonic() - began < 2
+    assert not mirror.folder.exists()
+
+
+def test_a_version_is_whole_at_every_moment_while_it_is_replaced(remote: Path, tmp_path: Path):
+    others = [write_package(tmp_path / f"other{number}", number) for number in (2, 3)]
+    (remote / "demo" / "1" / "only0").touch()
+    mirror = Mirror(f"file://{remote}", look_s=3600)
+    mirror.start()
+    seen, wrong = set(), []
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            versions = scan(mirror.folder).get("demo", Folder()).versions
+            names = {row[0] for row in versions.get(1, ())}
+            if not {MODEL, MANIFEST} < names:
+                wrong.append(names)
+            seen.add(versions.get(1))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for number in range(60):
+            for name in (MODEL, MANIFEST):
+                shutil.copy(others[number % 2] / name, remote / "demo" / "1")
+            (remote / "demo" / "1" / f"only{number}").rename(remote / "demo" / "1" / f"only{number + 1}")
+            mirror.look()
+            time.sleep(0.01)
+    finally:
+        done.set()
+        thread.join()
+        mirror.close()
+    assert not wrong
+    assert len(seen) > 20
+
+
+def test_a_folder_is_no_url():
+    assert [is_url(text) for text in ("models", "/a/b:c", "s3://b/m", "zip::/a.zip", "file:///m")] == [
+        False, False, True, True, True,
+    ]  # fmt: skip
+
+
+def test_the_command_serves_a_url_and_deletes_its_copy(remote: Path, tmp_path: Path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "headstart.cluster.cli", "serve", f"file://{remote}", "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--threads", "1"], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(scratch)}
+    ) as server:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        assert re.search(rf"serves 1 of 1 versions in file://{re.escape(str(remote))}$", line.strip()), line
+        (copy,) = scratch.glob("headstart-mirror-*")
+        assert copy.stat().st_mode & 0o077 == 0
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+    assert not [*scratch.glob("headstart-*")]

@@ -1,0 +1,353 @@
+"""A server of two processes on one port: spread, killed, told to load and unload, counted as one, ended."""
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton_grpc
+
+from headstart.serving.errors import PackageError
+from headstart.serving.server.command import serve
+from headstart.serving.server.errors import ServeError, StartError
+from headstart.serving.server.processes.supervisor import Supervisor
+from headstart.serving.server.watching.metrics import added
+from tests.serving.server.graphs import classifier, logits, write_package
+from tests.serving.server.models.test_repository import IMAGE as IMAGES
+from tests.serving.server.tiny_service import RawClient, infer_body, wait_until
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from headstart.serving.server.command import serve
+say = lambda line: print(line, flush=True)
+code = serve(Path(sys.argv[1]), port=int(sys.argv[2]), grpc_port=0, threads=1, workers=2, say=say)
+sys.exit(code)
+"""
+IMAGE = IMAGES[:1]
+BODY, LENGTH = infer_body(IMAGE, names=["images"], outputs=[{"name": "logits"}])
+EXPECTED = logits(IMAGE, 1)
+
+
+class Workers:
+    """`serve` with two workers, in a process of its own."""
+
+    def __init__(self, root: Path, port: int = 0) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(root), str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+        )  # fmt: skip
+        self.log: list[str] = []
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline()
+        found = re.match(r"ready: http://127\.0\.0\.1:(\d+) \(gRPC at 127\.0\.0\.1:(\d+)\)", self.line)
+        assert found, (self.line, self.process.communicate()[1])
+        self.port, self.grpc_port = int(found[1]), int(found[2])
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.log.extend(self.process.stderr)
+
+    def pids(self) -> list[int]:
+        """Of the workers that run now."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        # The supervisor starts processes from its main thread alone.
+        return [int(one) for one in children.read_text().split()]
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample, by its name and labels."""
+        for _ in range(5):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
+                    lines = answer.read().decode().splitlines()
+                break
+            except OSError:  # it was given to a worker that was just killed
+                time.sleep(0.05)
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(20)
+
+
+def ask(client: RawClient) -> Any:
+    return client.ask("POST", "/v2/models/demo/infer", BODY, Inference_Header_Content_Length=LENGTH)
+
+
+def right(answer: Any) -> bool:
+    return answer.status == 200 and np.allclose(answer.json()["outputs"][0]["data"], EXPECTED[0], rtol=1e-6)
+
+
+def sockets(pid: int) -> int:
+    return sum("socket:" in str(one.readlink()) for one in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("workers") / "models"
+    write_package(root / "demo" / "1", 1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(root: Path) -> Iterator[Workers]:
+    """Shared by all tests that leave it as it was."""
+    started = Workers(root)
+    yield started
+    started.process.kill()
+    started.process.wait()
+
+
+@pytest.fixture
+def clients(server: Workers) -> Iterator[list[RawClient]]:
+    """Forty connections: that one worker has none of them happens once in 5e11."""
+    with ExitStack() as stack:
+        clients = [RawClient(server.port) for _ in range(40)]
+        for client in clients:
+            stack.enter_context(closing(client.socket))
+        yield clients
+
+
+def test_requests_are_spread_over_workers_and_counted_as_one(server: Workers):
+    assert f"serves 1 of 1 versions in {server.line.split(' in ')[1]}" in server.line
+    assert server.line.endswith(", with 2 workers\n")
+    pids = server.pids()
+    assert len(pids) == 2
+    before = [sockets(pid) for pid in pids]
+    counted = server.metrics()['headstart_requests_answered_total{model="demo",version="1"}']
+    with ExitStack() as stack:
+        clients = [RawClient(server.port) for _ in range(40)]
+        for client in clients:
+            stack.enter_context(closing(client.socket))
+            assert right(ask(client))
+        assert all(now - then >= 3 for then, now in zip(before, map(sockets, pids), strict=True))
+        for client in clients[:8]:  # whoever answers, it is the count of all
+            (row,) = client.ask("GET", "/v2/models/demo/stats").json()["model_stats"]
+            assert row["inference_count"] == counted + 40
+            assert row["inference_stats"]["success"]["count"] == counted + 40
+            assert sum(one["compute_infer"]["count"] for one in row["batch_stats"]) == row["execution_count"]
+    metrics = server.metrics()
+    assert metrics['headstart_requests_answered_total{model="demo",version="1"}'] == counted + 40
+    assert metrics['headstart_batch_rows_sum{model="demo",version="1"}'] == counted + 40
+    assert metrics['headstart_queue_depth{model="demo",version="1"}'] == 0
+    assert metrics["headstart_workers"] == 2
+    assert metrics['process_resident_memory_bytes{worker="0"}'] > 1e7
+    assert metrics['process_resident_memory_bytes{worker="1"}'] > 1e7
+
+
+def test_grpc_shares_its_port_too(server: Workers):
+    pids, statistics = server.pids(), []
+    before = [sockets(pid) for pid in pids]
+    tensor = triton_grpc.InferInput("images", list(IMAGE.shape), "UINT8")
+    tensor.set_data_from_numpy(IMAGE)
+    with ExitStack() as stack:
+        for _ in range(24):
+            client = triton_grpc.InferenceServerClient(
+                f"127.0.0.1:{server.grpc_port}", channel_args=[("grpc.use_local_subchannel_pool", 1)]
+            )
+            stack.enter_context(client)
+            np.testing.assert_allclose(client.infer("demo", [tensor]).as_numpy("logits"), EXPECTED, rtol=1e-6)
+            statistics.append(client.get_inference_statistics("demo").model_stats[0].inference_count)
+        assert all(now - then >= 2 for then, now in zip(before, map(sockets, pids), strict=True))
+    assert statistics == list(range(statistics[0], statistics[0] + 24))
+
+
+def test_load_and_unload_hold_in_all_workers_and_in_those_that_start_later(server: Workers, clients: list[RawClient]):
+    assert clients[0].ask("POST", "/v2/repository/models/demo/unload").status == 200
+    assert {ask(client).status for client in clients} == {503}
+    killed = server.pids()[0]
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: len(server.pids()) == 2 and killed not in server.pids())
+    wait_until(lambda: server.metrics()["headstart_workers"] == 2, 10)
+    again = [RawClient(server.port) for _ in range(20)]
+    assert {ask(client).status for client in again} == {503}
+    assert again[0].ask("POST", "/v2/repository/models/demo/load").status == 200
+    assert all(right(ask(client)) for client in again)
+    assert again[0].ask("POST", "/v2/repository/models/absent/load").status == 404
+    assert again[0].ask("POST", "/v2/repository/models/absent/unload").status == 404
+    assert again[0].ask("POST", "/v2/repository/models/demo/load", b'{"parameters":{"config":"x"}}').status == 400
+    for client in again:
+        client.socket.close()
+
+
+def test_a_killed_worker_is_replaced_while_the_others_answer(server: Workers):
+    stop = threading.Event()
+    counts: list[tuple[int, int, int]] = []
+
+    def work() -> None:
+        answered = wrong = reset = 0
+        while not stop.is_set():
+            try:
+                with closing((client := RawClient(server.port)).socket):
+                    for _ in range(20):
+                        if right(ask(client)):
+                            answered += 1
+                        else:
+                            wrong += 1
+            except OSError:  # the killed one's connections
+                reset += 1
+        counts.append((answered, wrong, reset))
+
+    before = server.metrics()
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    killed, other = server.pids()
+    os.kill(killed, signal.SIGKILL)
+    restarts = before["headstart_worker_restarts_total"] + 1
+
+    def replaced() -> bool:
+        now = server.metrics()
+        return (now["headstart_worker_restarts_total"], now["headstart_workers"]) == (restarts, 2)
+
+    wait_until(replaced, 20)
+    stop.set()
+    for thread in threads:
+        thread.join(10)
+    after = server.metrics()
+    assert sum(one[0] for one in counts) > 100
+    assert sum(one[1] for one in counts) == 0
+    assert sum(one[2] for one in counts) < 60
+    assert other in server.pids()
+    assert killed not in server.pids()
+    for sample, value in before.items():  # what was reported once is never taken back
+        if sample.endswith("_total") and sample.startswith("headstart"):
+            assert after[sample] >= value, sample
+    assert any(f"(pid {killed}) was ended by SIGKILL; it is started again in" in line for line in server.log)
+
+
+def test_a_shared_port_is_for_one_server_alone(server: Workers, root: Path):
+    for workers in (1, 2):
+        with pytest.raises(PackageError, match="is in use; stop what listens there") as caught:
+            serve(root, port=server.port, workers=workers)
+        assert caught.value.exit_code == 2
+    with pytest.raises(PackageError, match="give another --grpc-port"):
+        serve(root, port=0, grpc_port=server.grpc_port, workers=2)
+    with pytest.raises(PackageError, match="cannot listen on 203"):
+        serve(root, host="203.0.113.7", port=0, workers=2)
+    with pytest.raises(PackageError, match="workers is 0"):
+        serve(root, workers=0)
+
+
+def test_a_worker_that_cannot_start_ends_the_server_with_its_reason(root: Path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        options = {"repository": root, "host": "127.0.0.1", "port": taken.getsockname()[1], "threads": 1}
+        said: list[str] = []
+        with pytest.raises(StartError, match="is in use; stop what listens there"):
+            asyncio.run(asyncio.wait_for(run(options, said), 20))
+    assert not said
+
+
+async def run(options: dict[str, Any], said: list[str]) -> int:
+    return await Supervisor(options, 2, said.append).run()
+
+
+def test_at_sigterm_all_workers_drain_and_the_server_ends_with_0(tmp_path: Path):
+    write_package(tmp_path / "demo" / "1", 1, graph=classifier(1, turns=80_000))  # a tenth of a second or more
+    server = Workers(tmp_path)
+    pids = server.pids()
+    with ThreadPoolExecutor(6) as pool:
+        clients = [RawClient(server.port) for _ in range(6)]
+        for client in clients:
+            client.ask("GET", "/v2")
+        asked = [pool.submit(ask, client) for client in clients]
+        time.sleep(0.15)
+        for pid in pids:  # as a service manager does that signals all of a unit
+            os.kill(pid, signal.SIGTERM)
+        assert server.end() == 0
+        assert all(right(one.result()) for one in asked)
+    assert not any(map(alive, pids))
+    assert not any("started again" in line for line in server.log)
+
+
+def test_a_second_signal_cuts_off(tmp_path: Path):
+    write_package(tmp_path / "demo" / "1", 1)
+    server = Workers(tmp_path)
+    pids = server.pids()
+    with closing(RawClient(server.port).socket) as half:
+        half.sendall(b"POST /v2/models/demo/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.7)
+        assert server.process.poll() is None
+        started = time.monotonic()
+        assert server.end(signal.SIGINT) == 0
+        assert time.monotonic() - started < 4
+    assert not any(map(alive, pids))
+
+
+def test_workers_end_when_their_supervisor_is_killed(tmp_path: Path):
+    write_package(tmp_path / "demo" / "1", 1)
+    server = Workers(tmp_path)
+    pids = server.pids()
+    server.process.kill()
+    wait_until(lambda: not any(map(alive, pids)), 10)
+    shutil.rmtree(tmp_path / "demo")
+
+
+def test_counts_are_added_number_by_number():
+    one = {"a": {"x": [1, [2.5, 3]]}, "n": 1, "last_inference_ms": 7, "mine": {"b": 1}}
+    other = {"a": {"x": [1, [0.5, 1]]}, "n": 2, "last_inference_ms": 5, "yours": 4}
+    assert added(one, other) == {
+        "a": {"x": [2, [3.0, 4]]},
+        "n": 3,
+        "last_inference_ms": 7,
+        "mine": {"b": 1},
+        "yours": 4,
+    }
+    assert added({}, one) == one
+
+
+def test_a_refusal_is_the_same_on_both_ends_of_a_channel():
+    from headstart.serving.server.processes.channel import Channel
+
+    async def answer(what: str, arguments: list[Any]) -> Any:
+        if what == "refuse":
+            raise ServeError(429, "full", grpc="RESOURCE_EXHAUSTED", retry_after=2.5)
+        if what == "break":
+            raise RuntimeError("secret of /etc/passwd")
+        return [what, *arguments]
+
+    async def talk() -> None:
+        ends = socket.socketpair()
+        one, other = [await Channel.open(end, answer) for end in ends]
+        serving = [asyncio.ensure_future(end.serve()) for end in (one, other)]
+        assert await asyncio.gather(one.ask("a", 1), other.ask("b", {"c": None})) == [["a", 1], ["b", {"c": None}]]
+        with pytest.raises(ServeError) as caught:
+            await one.ask("refuse")
+        assert (caught.value.status, caught.value.message, caught.value.retry_after) == (429, "full", 2.5)
+        with pytest.raises(ServeError, match=r"failed \(RuntimeError\)"):
+            await one.ask("break")
+        waiting = asyncio.ensure_future(one.ask("late"))
+        await asyncio.sleep(0)
+        other.close()
+        with pytest.raises(ConnectionError):
+            await waiting
+        with pytest.raises(ConnectionError):
+            await other.ask("more")
+        await asyncio.gather(*serving)
+
+    asyncio.run(talk())

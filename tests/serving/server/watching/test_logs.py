@@ -1,0 +1,217 @@
+"""Names of requests, and what the log says of each: read from a served repository over HTTP and gRPC."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+from tritonclient.grpc import service_pb2
+
+from headstart.serving.errors import PackageError
+from headstart.serving.server.command import serve
+from headstart.serving.server.settings import HttpSettings
+from headstart.serving.server.watching.logs import configure
+from headstart.serving.server.watching.watch import RequestIds
+from tests.serving.server.graphs import model_bytes, value, write_package
+from tests.serving.server.models.test_repository import IMAGE
+from tests.serving.server.tiny_service import RawClient, Running, infer_body, wait_until
+from tests.serving.server.transport.test_grpc import RunningGrpc
+
+MADE = re.compile(r"[0-9a-f]{12}-[0-9a-f]+")
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from headstart.serving.server.command import serve
+say = lambda line: print(line, flush=True)
+sys.exit(serve(Path(sys.argv[1]), port=0, grpc_port=0, threads=1, say=say, **json.loads(sys.argv[2])))
+"""
+PATH = "/v2/models/demo/infer"
+BODY, LENGTH = infer_body(IMAGE, names=["images"])
+ODD_BODY, ODD_LENGTH = infer_body(IMAGE[:, :2], names=["images"])
+
+
+def of_one_size() -> bytes:
+    """A classifier that ONNX Runtime runs on images of 4 x 4 pixels, and on others fails with an error of its own."""
+    nodes = [
+        helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("Reshape", ["pixels", "shape"], ["rows"]),
+        helper.make_node("ReduceMean", ["rows", "axes"], ["logits"], keepdims=0),
+        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+    ]
+    inputs = [value("images", ["batch", "height", "width", 3], TensorProto.UINT8)]
+    outputs = [value(name, ["batch", 3]) for name in ("logits", "probabilities")]
+    constants = {"shape": np.array([0, 16, 3], np.int64), "axes": np.array([1], np.int64)}
+    return model_bytes(nodes, inputs, outputs, constants)
+
+
+@pytest.mark.parametrize("given", ["abc", "A.b_c~d:e/f+g=h@i-1", "x" * 128])
+def test_a_plain_name_is_kept(given: str):
+    assert RequestIds().choose(given) == given
+
+
+@pytest.mark.parametrize("given", ["", "x" * 129, "a b", "a\r\nSet-Cookie: b", "naïve", '{"a":1}', "a,b", "\x00"])
+def test_another_name_is_replaced_by_one_of_ours(given: str):
+    ids = RequestIds()
+    found = [ids.choose(given) for _ in range(100)]
+    assert len(set(found)) == 100
+    assert all(MADE.fullmatch(one) for one in found)
+
+
+def test_every_answer_over_http_bears_its_name():
+    with Running(HttpSettings(port=0, max_body_bytes=300)) as running, running.connect() as client:
+        for path in ("/v2", "/v2/models/nope", "/nope"):
+            assert client.ask("GET", path, X_Request_Id="mine").headers["x-request-id"] == "mine"
+        first, second = (client.ask("GET", "/v2").headers["x-request-id"] for _ in range(2))
+        assert first != second
+        body, length = infer_body(np.zeros(2, np.float32))
+        for model in ("echo", "full"):
+            path, options = f"/v2/models/{model}/infer", {"Inference_Header_Content_Length": length}
+            assert client.ask("POST", path, body, X_Request_Id="m", **options).headers["x-request-id"] == "m"
+        failed = client.ask("POST", "/v2/models/broken/infer", body, X_Request_Id="b-1", **options)
+        assert failed.error.endswith("its log says why under b-1")
+        refused = client.ask("POST", path, b"x" * 301, X_Request_Id="mine")
+        assert (refused.status, refused.headers["x-request-id"]) == (413, "mine")
+    with Running(HttpSettings(port=0, token="t")) as running, running.connect() as client:
+        refused = client.ask("GET", "/v2", X_Request_Id="mine")  # what was not let in is not even echoed
+        assert (refused.status, bool(MADE.fullmatch(refused.headers["x-request-id"]))) == (401, True)
+    with Running(HttpSettings(port=0)) as running, running.connect() as client:
+        client.send(b"nonsense\r\n\r\n")
+        assert MADE.fullmatch(client.read().headers["x-request-id"])
+
+
+def test_every_answer_over_grpc_bears_its_name():
+    with RunningGrpc(HttpSettings(grpc_port=0)) as running, grpc.insecure_channel(running.url) as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
+        _, known = call.with_call(b"", metadata=[("x-request-id", "mine")])
+        assert dict(known.trailing_metadata())["x-request-id"] == "mine"
+        _, known = call.with_call(b"", metadata=[("x-request-id", "a"), ("x-request-id", "b")])
+        assert MADE.fullmatch(dict(known.trailing_metadata())["x-request-id"])
+        request = service_pb2.ModelMetadataRequest(name="nope").SerializeToString()
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/inference.GRPCInferenceService/ModelMetadata")(
+                request, metadata=[("x-request-id", "mine")]
+            )
+        error: Any = caught.value
+        assert (error.code(), dict(error.trailing_metadata())["x-request-id"]) == (grpc.StatusCode.NOT_FOUND, "mine")
+
+
+class Logged:
+    """`serve` in a process of its own, and the lines of its log."""
+
+    def __init__(self, root: Path, **options: Any) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(root), json.dumps(options)], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = re.findall(r"127\.0\.0\.1:(\d+)", line)
+        assert found, (line, self.process.communicate()[1])
+        self.port, self.grpc_port = map(int, found)
+        self.lines: list[str] = []
+        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr or ()), daemon=True)
+        self.reader.start()
+
+    def stop(self) -> list[str]:
+        self.process.terminate()
+        assert self.process.wait(20) == 0
+        self.reader.join(5)
+        return self.lines
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    write_package(tmp_path / "demo" / "1", 1)
+    write_package(tmp_path / "odd" / "1", 1, graph=of_one_size())
+    return tmp_path
+
+
+def ask_all(server: Logged) -> None:
+    client = RawClient(server.port)
+    options = {"Inference_Header_Content_Length": LENGTH}
+    assert client.ask("POST", PATH, BODY, X_Request_Id="good", **options).status == 200
+    assert client.ask("GET", "/v2/models/absent?secret=1", X_Request_Id="absent").status == 404
+    options = {"Inference_Header_Content_Length": ODD_LENGTH}
+    assert client.ask("POST", "/v2/models/odd/infer", ODD_BODY, X_Request_Id="bad", **options).status == 500
+    client.send(b"nonsense\r\n\r\n")
+    assert client.read().status == 400
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelReady")
+        call(service_pb2.ModelReadyRequest(name="demo").SerializeToString(), metadata=[("x-request-id", "rpc")])
+    client.socket.close()
+
+
+def test_json_lines_say_what_became_of_each_request(root: Path):
+    server = Logged(root, log_format="json", access_log=True)
+    ask_all(server)
+    documents = [json.loads(line) for line in server.stop()]
+    assert all(re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", one["time"]) for one in documents)
+    assert all({"time", "level", "logger", "message"} <= one.keys() for one in documents)
+    access = {one["request_id"]: one for one in documents if one["logger"] == "headstart.access"}
+    good = access["good"]
+    assert (good["message"], good["status"], good["model"], good["version"]) == (f"POST {PATH}", 200, "demo", "1")
+    assert 0 < good["ms"] < 1000
+    assert good["bytes"] > 24
+    assert (access["absent"]["message"], access["absent"]["status"]) == ("GET /v2/models/absent", 404)
+    assert "model" not in access["absent"]
+    assert access["rpc"]["message"] == "inference.GRPCInferenceService/ModelReady"
+    assert access["rpc"]["status"] == "OK"
+    (odd,) = (one for name, one in access.items() if MADE.fullmatch(name))
+    assert (odd["message"], odd["status"]) == ("- -", 400)
+    (failure,) = (one for one in documents if one["level"] == "ERROR")
+    assert (failure["request_id"], failure["model"], failure["version"]) == ("bad", "odd", "1")
+    assert "Traceback" in failure["exception"]
+    assert access["bad"]["status"] == 500
+    assert len(access) == 5
+
+
+def test_without_an_access_log_the_log_has_failures_alone(root: Path):
+    server = Logged(root)
+    ask_all(server)
+    lines = server.stop()
+    assert any(
+        re.search(r"Z ERROR headstart\.\S+: odd version 1 failed request_id=bad model=odd", one) for one in lines
+    )
+    assert not any("headstart.access" in line for line in lines)
+
+
+def test_lines_of_workers_bear_their_number(root: Path):
+    server = Logged(root, workers=2, access_log=True)
+    clients = [RawClient(server.port) for _ in range(24)]
+    for client in clients:
+        client.ask("GET", "/v2")
+    wait_until(lambda: sum("headstart.access" in line for line in server.lines) == 24)
+    for client in clients:
+        client.socket.close()
+    lines = server.stop()
+    assert {line.split()[-5] for line in lines if "headstart.access" in line} == {"worker=0", "worker=1"}
+
+
+def test_what_a_stranger_chose_cannot_begin_a_line(capsys: pytest.CaptureFixture[str]):
+    for log_format in ("text", "json"):
+        root = logging.getLogger()
+        before, root.handlers = root.handlers, []
+        level = root.level
+        try:
+            configure(log_format)
+            logging.getLogger("headstart.x").info("it", extra={"model": "a\nERROR forged", "status": 200})
+        finally:
+            root.handlers, root.level = before, level
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "forged" in line
+        assert "200" in line
+
+
+def test_another_format_is_refused(root: Path):
+    with pytest.raises(PackageError, match="log_format is 'xml'; accepted: text, json"):
+        serve(root, log_format="xml")

@@ -1,0 +1,89 @@
+"""Providers and their options: what is asked of ONNX Runtime, and what is refused on a machine without a GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+
+from headstart.serving.device import (
+    CUDA,
+    ENGINES,
+    TENSORRT,
+    Device,
+    check,
+    open_on,
+    providers,
+    read_options,
+)
+from headstart.serving.errors import PackageError
+from headstart.serving.runtime import CPU
+from tests.serving.server.graphs import mlp
+
+lacks_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
+has_builds = pytest.mark.skipif(
+    not {CUDA, TENSORRT} <= set(onnxruntime.get_available_providers()), reason="needs the GPU build of ONNX Runtime"
+)
+
+
+@has_builds
+def test_cuda_has_the_cpu_behind_it_and_our_options_below_the_operators():
+    assert providers(Device(provider=CUDA)) == [
+        (CUDA, {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}),
+        CPU,
+    ]
+    asked = {"enable_cuda_graph": "1", "cudnn_conv_algo_search": "EXHAUSTIVE"}
+    (_, options), _ = providers(Device(provider=CUDA, options=asked))
+    assert options == {**asked, "arena_extend_strategy": "kSameAsRequested"}
+
+
+@has_builds
+def test_tensorrt_has_cuda_and_the_cpu_behind_it_and_engines_by_package(tmp_path: Path):
+    found = providers(Device(provider=TENSORRT))
+    assert [one if isinstance(one, str) else one[0] for one in found] == [TENSORRT, CUDA, CPU]
+    device = Device(provider=TENSORRT, options={ENGINES: str(tmp_path), "trt_fp16_enable": "1"})
+    first, second = (providers(device, key)[0][1] for key in ("a", "b"))
+    assert first[ENGINES] == str(tmp_path / "a")
+    assert second[ENGINES] == str(tmp_path / "b")
+    assert {key: first[key] for key in first if key != ENGINES} == {
+        "trt_fp16_enable": "1",
+        "trt_engine_cache_enable": "1",
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(tmp_path),
+    }
+    assert providers(device)[0][1] == {"trt_fp16_enable": "1"}, "a graph without a key keeps no engine"
+
+
+@lacks_gpu
+@has_builds
+@pytest.mark.parametrize("provider", [CUDA, TENSORRT])
+def test_a_provider_that_does_not_load_is_refused(provider: str):
+    for call in (lambda: check(Device(provider=provider)), lambda: open_on(Device(provider=provider), mlp())):
+        with pytest.raises(PackageError, match=f"({provider}.* does not load|cannot load the graph on {provider})"):
+            call()
+
+
+@lacks_gpu
+@has_builds
+@pytest.mark.parametrize("provider", [CUDA, TENSORRT])
+def test_the_command_refuses_it_before_it_serves(provider: str, tmp_path: Path):
+    command = [sys.executable, "-m", "headstart.cluster.cli", "serve", str(tmp_path), "--port", "0"]
+    ended = subprocess.run(
+        [*command, "--provider", provider, "--provider-option", "device_id=0"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout == ""
+    assert provider in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+
+
+def test_options_are_read_and_refused():
+    assert read_options(["a=1", "b=x=y"]) == {"a": "1", "b": "x=y"}
+    for wrong in (["a"], ["=1"], ["a="], ["a=1", "a=2"]):
+        with pytest.raises(PackageError, match="KEY=VALUE"):
+            read_options(wrong)
+    with pytest.raises(PackageError, match=f"{CPU} takes no options, found a"):
+        Device(options={"a": "1"})
