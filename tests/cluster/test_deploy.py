@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import yaml
 
+from headstart.cluster.connect import set_environment
 from headstart.serving.runtime import Predictor
 from headstart.serving.server.errors import StartError
 from tests.serving.server.graphs import write_package
@@ -39,6 +40,12 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ray_environment() -> None:
+    """Ray reads its environment, the token too, when it is first imported; in whichever test that is."""
+    set_environment()
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
@@ -51,7 +58,7 @@ def serve_config() -> dict[str, Any]:
 
 
 def test_the_configuration_is_one_of_ray_serve_and_names_what_is_there():
-    schema = pytest.importorskip("ray.serve.schema")
+    schema = importlib.import_module("ray.serve.schema")
     config = schema.ServeDeploySchema.model_validate(serve_config())
     (application,) = config.applications
     module, _, name = application.import_path.partition(":")
@@ -71,7 +78,6 @@ def test_the_configuration_is_one_of_ray_serve_and_names_what_is_there():
     [({}, "repository is missing"), ({"repository": "/m", "replicas": 2}, "'replicas' is no option")],
 )
 def test_arguments_that_cannot_be_are_refused(args: dict[str, Any], words: str):
-    pytest.importorskip("ray.serve")
     app = importlib.import_module("headstart.cluster.deploy.app").app
     with pytest.raises(StartError, match=f"{words}; accepted in args: .*repository"):
         app(args)
@@ -228,11 +234,11 @@ def test_the_image_copies_what_is_there_and_starts_what_exists():
 @pytest.fixture(scope="module")
 def running(models: Path) -> Iterator[tuple[str, Any]]:
     """The application of serve.yaml on a Ray of its own, with two replicas: its address, and the module of it."""
-    ray, serve = pytest.importorskip("ray"), pytest.importorskip("ray.serve")
+    ray, serve = importlib.import_module("ray"), importlib.import_module("ray.serve")
     module = importlib.import_module("headstart.cluster.deploy.app")
     config = serve_config()["applications"][0]
     port = free_port()
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         arguments = {**config["args"], "repository": str(models)}
