@@ -1,6 +1,7 @@
 """The repository: what is loaded of a folder, what is refused and why, and versions that change under load."""
 
 import asyncio
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from headstart.serving.errors import PackageError
 from headstart.serving.package import MANIFEST, MODEL
 from headstart.serving.runtime import Predictor
 from headstart.serving.server.errors import ServeError
+from headstart.serving.server.models import repository
 from headstart.serving.server.models.model import LoadedModel, load_graph, load_package, public
 from headstart.serving.server.models.policy import Policy
 from headstart.serving.server.models.repository import Repository, Scheduling
@@ -234,6 +236,27 @@ async def test_a_package_that_was_refused_is_not_read_again_until_it_changes(roo
         with pytest.raises(ServeError, match=r"demo version 1 cannot be loaded: .*was changed"):
             await service.load("demo", {})
         assert attempts == ["1", "1"]
+
+
+@on_a_loop
+async def test_a_full_disk_refuses_a_version_until_there_is_space_again(root: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_space(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    write_package(root / "demo" / "1", 1)
+    async with serving(root) as service:
+        monkeypatch.setattr(repository, "_RETRY_S", 0.2)
+        with monkeypatch.context() as full:
+            full.setattr(shutil, "copyfile", no_space)
+            write_package(root / "demo" / "2", 2)
+            await until(lambda: "No space left" in rows(service).get(("demo", "2"), ("", ""))[1])
+            state, reason = rows(service)["demo", "2"]
+            assert state == "UNAVAILABLE"
+            assert "free space" in reason
+            assert str(root) not in reason
+            assert await served_by(service) == "1"
+        await until(lambda: rows(service)["demo", "2"] == ("READY", ""))
+        assert await served_by(service) == "2"
 
 
 @on_a_loop
