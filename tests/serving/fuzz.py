@@ -49,10 +49,11 @@ class Outcome:
         )
 
 
-def run(target: str, seconds: int) -> Outcome:
-    """Fuzz a target in a process of its own."""
+def run(target: str, seconds: int, seed: int = 0) -> Outcome:
+    """Fuzz a target in a process of its own; seed 0 takes another way each time."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "tests.serving.fuzz", "--seconds", str(seconds), "--work", folder, target]
+        words = [sys.executable, "-m", "tests.serving.fuzz", "--seconds", str(seconds), "--seed", str(seed)]
+        words += ["--work", folder, target]
         done = subprocess.run(
             words, cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=seconds + 120, check=False
         )
@@ -71,7 +72,7 @@ def run(target: str, seconds: int) -> Outcome:
         )
 
 
-def fuzz(target: str, seconds: int, work: Path) -> None:
+def fuzz(target: str, seconds: int, seed: int, work: Path) -> None:
     """Fuzz a target in this process, which ends with it."""
     import atheris
 
@@ -87,6 +88,7 @@ def fuzz(target: str, seconds: int, work: Path) -> None:
         "max_len": MOST_BYTES,
         "max_total_time": seconds,
         "print_final_stats": 1,
+        "seed": seed,
         "rss_limit_mb": 0,  # it is held against what Linux calls this process's peak, which is the parent's too
         "timeout": HANG_S,
     }
@@ -147,20 +149,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("--seed", type=int, default=0, help="of what is tried; 0 takes another each time")
     parser.add_argument("--replay", type=Path, help="an input, given once to the target")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if unknown := sorted(one for one in given.targets if one not in TARGETS and ":" not in one):
         parser.error(f"there is no target {unknown[0]}; accepted: {', '.join(TARGETS)}")
     if given.work:
-        fuzz(given.targets[0], given.seconds, given.work)
+        fuzz(given.targets[0], given.seconds, given.seed, given.work)
     if given.replay:
         for target in given.targets:
             made(target)[0](given.replay.read_bytes())
         return 0
     found = False
     for target in given.targets or TARGETS:
-        outcome = run(target, given.seconds)
+        outcome = run(target, given.seconds, given.seed)
         found |= bool(outcome.code)
         print(outcome, flush=True)
         if outcome.code:

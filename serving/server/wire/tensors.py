@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.serving.server.errors import bad_request
+from headstart.serving.server.errors import ServeError, bad_request
 
 BFLOAT16 = np.dtype(np.uint16, metadata={"datatype": "BF16"})
 """The bits of bfloat16, which NumPy lacks; the mark goes with views, reshapes and copies, not with np.concatenate."""
@@ -161,19 +161,22 @@ def to_json(name: str, array: NDArray[Any]) -> list[Any]:
     Raises:
         ServeError: 400, where JSON has no word for an element and the client must ask for binary data.
     """
-    advice = f"output {name!r} %s, which JSON cannot carry; ask for it with binary_data: true"
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise bad_request(advice % "holds NaN or infinite numbers")
+        raise _not_in_json(name, "holds NaN or infinite numbers")
     datatype = datatype_of(array.dtype)
     if datatype == "BF16":
-        raise bad_request(advice % "is BF16")
+        raise _not_in_json(name, "is BF16")
     if datatype != "BYTES":
         elements: list[Any] = array.ravel().tolist()
         return elements
     try:
         return [text.decode() if isinstance(text, bytes) else str(text) for text in array.ravel().tolist()]
     except UnicodeDecodeError:
-        raise bad_request(advice % "holds bytes that are not UTF-8") from None
+        raise _not_in_json(name, "holds bytes that are not UTF-8") from None
+
+
+def _not_in_json(name: str, what: str) -> ServeError:
+    return bad_request(f"output {name!r} {what}, which JSON cannot carry; ask for it with binary_data: true")
 
 
 def to_binary(array: NDArray[Any]) -> bytes | memoryview:

@@ -26,6 +26,7 @@ from headstart.serving.server.wire.protocol import (
     datatype_of,
     encode_response,
 )
+from headstart.serving.server.wire.tensors import to_json
 from tests.serving.server.tiny_service import infer_body
 
 NUMERIC = [name for name in DATATYPES if name not in ("BYTES", "BF16")]
@@ -256,6 +257,11 @@ def test_what_json_cannot_carry_is_refused_with_the_way_out(array: Any):
     with pytest.raises(ServeError, match="binary_data: true"):
         answer(array)
     assert answer(array, all_binary=True)[1]
+
+
+def test_an_output_of_any_name_is_named_in_the_refusal():
+    with pytest.raises(ServeError, match=re.escape("output '100%= sure %s'")):
+        to_json("100%= sure %s", np.array([np.nan]))
 
 
 def test_classification_gives_the_largest_with_their_labels():
