@@ -81,8 +81,8 @@ def fuzz(target: str, seconds: int, seed: int, work: Path) -> None:
     corpus, findings = work / "corpus", work / "findings"
     for folder in (corpus, findings):
         folder.mkdir()
-    for number, seed in enumerate(seeds):
-        (corpus / str(number)).write_bytes(seed)
+    for number, one in enumerate(seeds):
+        (corpus / str(number)).write_bytes(one)
     options = {
         "artifact_prefix": f"{findings}/",
         "max_len": MOST_BYTES,
