@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from headstart.serving.server.errors import bad_request, too_large
 from headstart.serving.server.wire.decoding import RequestPlan, read_plan
 from headstart.serving.server.wire.grpc_messages import MESSAGES
-from headstart.serving.server.wire.protocol import InferRequest, InferResponse, Limits, RequestedOutput
-from headstart.serving.server.wire.tensors import classify, datatype_of, from_binary, from_json, to_binary
+from headstart.serving.server.wire.protocol import InferRequest, InferResponse, Limits, RequestedOutput, output_of
+from headstart.serving.server.wire.tensors import datatype_of, from_binary, from_json, to_binary
 
 _CONTENTS = {"BOOL": "bool_contents", "BYTES": "bytes_contents", "FP32": "fp32_contents", "FP64": "fp64_contents"}
 _CONTENTS |= dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents") | {"INT64": "int64_contents"}
@@ -221,12 +221,7 @@ def encode(
         setattr(message.parameters[name], kind, value)
     parts: list[bytes | memoryview] = [b""]
     for wanted in requested:
-        array = response.outputs.get(wanted.name)
-        if array is None:
-            known = ", ".join(response.outputs)
-            raise bad_request(f"model {response.model!r} has no output {wanted.name!r}; it has {known}")
-        if wanted.classification:
-            array = classify(wanted.name, array, wanted.classification, label)
+        array = output_of(response, wanted, label)
         message.outputs.add(name=wanted.name, datatype=datatype_of(array.dtype), shape=array.shape)
         data = to_binary(array)
         parts += (_RAW_OUTPUT, _write_varint(len(data)), data)

@@ -102,6 +102,19 @@ class InferResponse:
     """Nanoseconds by stage: `queue`, `compute`."""
 
 
+def output_of(response: InferResponse, wanted: RequestedOutput, label: Callable[[int], str | None]) -> NDArray[Any]:
+    """A requested output, of any shape and type, or its classes where those are asked for.
+
+    Raises:
+        ServeError: 400, for an output that the model lacks, or one that has no scores to classify by.
+    """
+    array = response.outputs.get(wanted.name)
+    if array is None:
+        known = ", ".join(response.outputs)
+        raise bad_request(f"model {response.model!r} has no output {wanted.name!r}; it has {known}")
+    return classify(wanted.name, array, wanted.classification, label) if wanted.classification else array
+
+
 def encode_response(
     response: InferResponse,
     requested: Sequence[RequestedOutput] | None,
@@ -128,12 +141,7 @@ def encode_response(
     outputs: list[str] = []
     parts: list[bytes | memoryview] = [b""]
     for wanted in requested:
-        array = response.outputs.get(wanted.name)
-        if array is None:
-            known = ", ".join(response.outputs)
-            raise bad_request(f"model {response.model!r} has no output {wanted.name!r}; it has {known}")
-        if wanted.classification:
-            array = classify(wanted.name, array, wanted.classification, label)
+        array = output_of(response, wanted, label)
         if wanted.binary:
             data = to_binary(array)
             content = f'"parameters":{{"binary_data_size":{len(data)}}}'
