@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 from torch.profiler import profile
 
+from headstart.kernels.energy import energy_distances
 from headstart.kernels.engine.precision import stated_error
+from headstart.kernels.euclidean import euclidean_distances
+from headstart.kernels.frechet import frechet_distances
+from headstart.kernels.label_aware import label_aware_distances
+from headstart.kernels.mmd import mmd_distances
+from headstart.kernels.neighbours import nearest_neighbours
+from headstart.kernels.prototype import prototype_distances
 from headstart.kernels.ragged import RaggedTasks
+from headstart.kernels.sinkhorn import sinkhorn_distances
 
 SIZES = (1, 2, 63, 123, 257, 1000)
 DIMS = (1, 3, 64, 100, 512, 2048)
@@ -136,3 +144,22 @@ def held(call: Callable[[], Any]) -> tuple[Any, int]:
         most = max(most, now)
     assert most > 0
     return result, most
+
+
+def thirds(x: Tensor) -> Tensor:
+    """Labels of three classes in turn, [N]."""
+    return torch.arange(len(x), device=x.device) % 3
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "mean distances": euclidean_distances,
+    "pair sums": lambda x, t, **how: euclidean_distances(x, t, form="pairs", **how),
+    "energy": energy_distances,
+    "mmd": mmd_distances,
+    "neighbours": nearest_neighbours,
+    "prototype distances": lambda x, t, **how: prototype_distances(x, t, labels=thirds(x), **how),
+    "Fréchet distances": frechet_distances,
+    "transports": sinkhorn_distances,
+    "label-aware": lambda x, t, **how: label_aware_distances(x, t, labels=thirds(x), **how),
+}
+"""All of them, by what they report where that is one thing; tasks need labels for the two that take any."""

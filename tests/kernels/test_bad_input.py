@@ -6,31 +6,8 @@ import pytest
 import torch
 
 from headstart.kernels.energy import energy_distances, energy_self_terms
-from headstart.kernels.euclidean import euclidean_distances
-from headstart.kernels.frechet import frechet_distances
-from headstart.kernels.label_aware import label_aware_distances
-from headstart.kernels.mmd import mmd_distances
-from headstart.kernels.neighbours import nearest_neighbours
-from headstart.kernels.prototype import prototype_distances
 from headstart.kernels.ragged import RaggedTasks
-from headstart.kernels.sinkhorn import sinkhorn_distances
-
-
-def labels(x: torch.Tensor) -> torch.Tensor:
-    return torch.arange(len(x), device=x.device) % 2
-
-
-FUNCTIONS = {
-    "mean": euclidean_distances,
-    "pairs": lambda x, t, **how: euclidean_distances(x, t, form="pairs", **how),
-    "energy": energy_distances,
-    "mmd": mmd_distances,
-    "neighbours": nearest_neighbours,
-    "prototype": lambda x, t, **how: prototype_distances(x, t, labels=labels(x), **how),
-    "frechet": frechet_distances,
-    "sinkhorn": sinkhorn_distances,
-    "label-aware": lambda x, t, **how: label_aware_distances(x, t, labels=labels(x), **how),
-}
+from tests.kernels.cases import FUNCTIONS, thirds
 
 
 def rows(n: int, d: int, seed: int) -> torch.Tensor:
@@ -59,7 +36,7 @@ BAD = {
 def test_bad_targets(name: str, bad: str):
     target, said = BAD[bad]
     y = rows(9, 4, 2)
-    tasks = RaggedTasks(y, torch.tensor([0, 4, 9]), labels(y))
+    tasks = RaggedTasks(y, torch.tensor([0, 4, 9]), thirds(y))
     with pytest.raises(ValueError, match=said):
         FUNCTIONS[name](target, tasks)
 
@@ -69,7 +46,7 @@ def test_bad_targets(name: str, bad: str):
 def test_bad_options(name: str, options: dict):
     y = rows(9, 4, 2)
     with pytest.raises(ValueError, match=r"accepted: (fp32|bf16|at least)"):
-        FUNCTIONS[name](rows(6, 4, 1), RaggedTasks(y, torch.tensor([0, 4, 9]), labels(y)), **options)
+        FUNCTIONS[name](rows(6, 4, 1), RaggedTasks(y, torch.tensor([0, 4, 9]), thirds(y)), **options)
 
 
 def test_self_terms_of_features_of_another_length_are_refused():

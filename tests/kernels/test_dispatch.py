@@ -6,15 +6,9 @@ import torch
 from headstart.kernels import dispatch
 from headstart.kernels.energy import energy_distances
 from headstart.kernels.engine.sweep import DEFAULT_MEMORY
-from headstart.kernels.euclidean import euclidean_distances
-from headstart.kernels.frechet import frechet_distances
-from headstart.kernels.label_aware import label_aware_distances
-from headstart.kernels.mmd import mmd_distances
-from headstart.kernels.neighbours import nearest_neighbours
-from headstart.kernels.prototype import prototype_distances
 from headstart.kernels.ragged import RaggedTasks
 from headstart.kernels.sinkhorn import sinkhorn_distances
-from tests.kernels.cases import held
+from tests.kernels.cases import FUNCTIONS, held, thirds
 
 CUDA = torch.device("cuda")
 
@@ -49,24 +43,6 @@ def test_a_gpu_path_on_the_cpu_is_refused():
     x = torch.randn(5, 4)
     with dispatch.override("fused"), pytest.raises(ValueError, match="need a CUDA device, not cpu"):
         energy_distances(x, RaggedTasks.from_list([x]))
-
-
-FUNCTIONS = {
-    "mean distances": euclidean_distances,
-    "pair sums": lambda x, t, **how: euclidean_distances(x, t, form="pairs", **how),
-    "energy": energy_distances,
-    "mmd": mmd_distances,
-    "neighbours": nearest_neighbours,
-    "prototype distances": lambda x, t, **how: prototype_distances(x, t, labels=thirds(x), **how),
-    "Fréchet distances": frechet_distances,
-    "transports": sinkhorn_distances,
-    "label-aware": lambda x, t, **how: label_aware_distances(x, t, labels=thirds(x), **how),
-}
-"""By what they report, where that is one thing."""
-
-
-def thirds(x: torch.Tensor) -> torch.Tensor:
-    return torch.arange(len(x), device=x.device) % 3
 
 
 def problem(device: str) -> tuple[torch.Tensor, RaggedTasks]:
