@@ -50,7 +50,8 @@ def euclidean_distances(
     if form == "pairs":
         precision = resolve_precision(precision, target.dtype)
         centre = needed_centre(tasks, precision, dispatch.choose(target.device, precision, tasks.num_features)[0])
-        sums: Tensor = pair_sums(target, tasks.features, tasks.offsets, centre, NONE, "distance", precision, memory)
+        how = (centre, NONE, "distance", precision, memory)
+        sums: Tensor = pair_sums(target, tasks.features, tasks.offsets, *how, False)[0]
         return (sums / (len(target) * tasks.sizes.to(target.device))).to(PRECISIONS[precision])
     raise ValueError(f"form is {form!r}; accepted: mean, pairs")
 

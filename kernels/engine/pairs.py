@@ -30,37 +30,51 @@ def pair_sums(
     kind: str,
     precision: str,
     memory: int | None,
-) -> Tensor:
+    own: bool,
+) -> tuple[Tensor, Tensor]:
     """sum_ij v(x_i, y_j) over the target x [N, D] and each task y of features [M, D]; [T] float64.
+
+    And with `own` the sum over the target with itself, [1], as `own_sums` has it; else [0].
 
     `kind` is "distance" or "rbf" with `coefficients` c_b [B] float64 on the CPU. A task that is the target itself, row
     by row, gets the sum that `own_sums` gives for it, to the last bit: that is what makes d(X, X) exactly 0 on every
     path and whatever stands beside the task.
     """
-    check_finite(target)
     value = _value(kind, coefficients)
     path, reason = dispatch.choose(target.device, precision, target.shape[1])
+    if path != "eager":
+        check_finite(target)  # an eager sum fails by itself on what is not finite, and says so below
+    same = _same_tasks(target, features, offsets)
+    wanted = own or len(same) > 0
+    whole = torch.tensor([0, len(target)])
+    itself: Tensor | None = None
     with dispatch.Watch("pair sums", target.device, path, reason, precision) as watch:
-        largest = int(offsets.diff().max())
         if path == "eager":
-            # What the own sums of the target and of the largest task take is refused here, by one figure.
-            sizes = (len(target), largest)
-            least = max(sweep.Sweep(features, n, value, precision, 2**62, centre).least for n in sizes)
-            if memory is not None and memory < least:
-                raise ValueError(f"memory is {memory} bytes; accepted: at least {least}, which one tile takes")
+            if memory is not None:
+                # What the own sums of the largest task take is refused here, by one figure.
+                sizes = (len(target), int(offsets.diff().max()))
+                least = max(sweep.Sweep(features, n, value, precision, 2**62, centre).least for n in sizes)
+                if memory < least:
+                    raise ValueError(f"memory is {memory} bytes; accepted: at least {least}, which one tile takes")
             engine = sweep.Sweep(features, len(target), value, precision, memory, centre)
             watch.planned = engine.planned
-            sums: Tensor = sweep.cross_sums(engine, target, features, offsets)
+            try:
+                sums, itself = sweep.cross_sums(engine, target, features, offsets, own=wanted)
+            except ValueError:
+                check_finite(target)
+                raise
         else:
             from headstart.kernels.engine import gpu  # Triton, which other paths do not need
 
             setting = gpu.Setting(features, max(len(target), len(features)), centre, value, precision, path, memory)
             sums = gpu.pair_sums(setting, target, features, offsets)
-    same = _same_tasks(target, features, offsets)
-    if len(same):
-        own = own_sums(target, torch.tensor([0, len(target)]), centre, coefficients, kind, precision, memory)
-        sums[same] = own
-    return sums
+            if wanted:
+                setting = gpu.Setting(target, len(target), centre, value, precision, path, memory)
+                itself = gpu.own_sums(setting, target, whole)
+    if itself is None:
+        itself = sums.new_empty(0)
+    sums[same] = itself
+    return sums, itself if own else sums.new_empty(0)
 
 
 @torch.library.custom_op("headstart::own_sums", mutates_args=())
@@ -124,8 +138,9 @@ def own_gradient(
 
 
 @pair_sums.register_fake
-def _(target: Tensor, features: Tensor, offsets: Tensor, *_: object) -> Tensor:
-    return target.new_empty(offsets.shape[0] - 1, dtype=torch.float64)
+def _(target: Tensor, features: Tensor, offsets: Tensor, *how: object) -> tuple[Tensor, Tensor]:
+    num_own = 1 if how[-1] else 0
+    return target.new_empty(offsets.shape[0] - 1, dtype=torch.float64), target.new_empty(num_own, dtype=torch.float64)
 
 
 @own_sums.register_fake
@@ -143,16 +158,20 @@ def _(features: Tensor, *_: object) -> Tensor:
     return torch.empty_like(features)
 
 
-def _pair_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    target, features, offsets, centre, coefficients, ctx.kind, ctx.precision, ctx.memory = inputs
+def _pair_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    target, features, offsets, centre, coefficients, ctx.kind, ctx.precision, ctx.memory, ctx.own = inputs
     ctx.save_for_backward(target, features, offsets, centre, coefficients)
 
 
-def _pair_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _pair_backward(ctx: Any, gradient: Tensor, own_gradient_: Tensor) -> tuple[Tensor | None, ...]:
     target, features, offsets, centre, coefficients = ctx.saved_tensors
+    how = (centre, coefficients, ctx.kind, ctx.precision, ctx.memory)
     weights = torch.repeat_interleave(gradient, offsets.diff().to(gradient.device), output_size=len(features))
-    moved = pair_gradient(target, features, weights, centre, coefficients, ctx.kind, ctx.precision, ctx.memory)
-    return moved, *[None] * 7
+    moved = pair_gradient(target, features, weights, *how)
+    if ctx.own:
+        # A pair of rows counts twice, once from each side.
+        moved = moved + own_gradient(target, torch.tensor([0, len(target)]), 2 * own_gradient_, *how)
+    return moved, *[None] * 8
 
 
 def _own_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

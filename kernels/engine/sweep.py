@@ -92,16 +92,16 @@ class Rows(NamedTuple):
     largest: float
     """The largest of the squares that belong to rows."""
 
-    def after(self, row: int) -> "Rows":
-        """The one run from that row on."""
-        extended, low = (None if part is None else part[:, row:] for part in (self.extended, self.low))
+    def part(self, first: int, end: int) -> "Rows":
+        """Rows first up to end of the one run."""
+        extended, low = (None if part is None else part[:, first:end] for part in (self.extended, self.low))
         return self._replace(
-            high=self.high[:, row:],
+            high=self.high[:, first:end],
             low=low,
             extended=extended,
-            squares=self.squares[:, row:],
-            starts=[self.starts[0] + row],
-            sizes=[self.sizes[0] - row],
+            squares=self.squares[:, first:end],
+            starts=[self.starts[0] + first],
+            sizes=[end - first],
         )
 
 
@@ -122,14 +122,25 @@ class _Scratch:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
         self._held: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def take(self, name: str, *shape: int) -> Tensor:
         """An uninitialised tensor of that shape in the place of the one of that name before."""
-        size = math.prod(shape)
-        if name not in self._held or len(self._held[name]) < size:
-            self._held.pop(name, None)  # before its successor is there
-            self._held[name] = torch.empty(size, dtype=self._dtype, device=self._device)
-        return self._held[name][:size].view(shape)
+        view = self._views.get((name, shape))
+        if view is None:
+            size = math.prod(shape)
+            if name not in self._held or self._held[name].numel() < size:
+                # Before its successor is there.
+                self._held.pop(name, None)
+                self._views.clear()
+                self._held[name] = torch.empty(size, dtype=self._dtype, device=self._device)
+            view = self._views[name, shape] = self._held[name][:size].view(shape)
+        return view
+
+    def clear(self) -> None:
+        """Let go of all of it."""
+        self._held.clear()
+        self._views.clear()
 
 
 class Sweep:
@@ -184,33 +195,45 @@ class Sweep:
         tiles = self.value.buffers * self.stripe * self.panel * item
         return operands + tiles + again + 64 * (self.stripe + self.panel) + 2**16
 
-    def tiles(self, target: Tensor, features: Tensor) -> Iterator[Tile]:
-        """Every pair of a row y of features [M, D] and x of target [N, D], stripe by stripe of y."""
+    def panels(self, target: Tensor) -> list[Rows] | None:
+        """All rows of a target [N, D] as one side of products, or None where the memory does not hold them."""
+        if not self._hold:
+            return None
         centre = self.centre_of(target) if self.centre is None else self.centre
-        held = [self._panel(target, centre, i, True) for i in self._starts(target)] if self._hold else None
-        for start in range(0, len(features), self.stripe):
-            y = self._rows(features, [start], min(self.stripe, len(features) - start), [centre], "rows", "y")
-            for number, column in enumerate(self._starts(target)):
-                x = self._panel(target, centre, column, False) if held is None else held[number]
-                yield Tile(start, column, self._squares(y, x)[0])
+        return [self._panel(target, centre, start, True) for start in range(0, len(target), self.panel)]
 
-    def own_tiles(self, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
+    def tiles(self, target: Tensor, features: Tensor, panels: list[Rows] | None = None) -> Iterator[Tile]:
+        """Every pair of a row y of features [M, D] and x of target [N, D], stripe by stripe of y.
+
+        `panels`: those of the target, where there are any.
+        """
+        centre = self.centre_of(target) if self.centre is None else self.centre
+        panels = self.panels(target) if panels is None else panels
+        with exact_products(self.device, self.precision):
+            for start in range(0, len(features), self.stripe):
+                y = self._rows(features, [start], min(self.stripe, len(features) - start), [centre], "rows", "y")
+                for number, column in enumerate(range(0, len(target), self.panel)):
+                    x = self._panel(target, centre, column, False) if panels is None else panels[number]
+                    yield Tile(start, column, self._squares(y, x)[0])
+
+    def own_tiles(self, rows: Tensor, panels: list[Rows] | None = None) -> Iterator[tuple[Tensor, int]]:
         """Half of the pairs of rows [n, D], n > 1, with themselves: (squares [R, W], columns that count once).
 
         A tile's columns begin at its first row; those after the first R stand for their mirror images too. A row is at
-        `far` from itself, where the value at zero is meant.
+        `far` from itself, where the value at zero is meant. `panels`: those of the rows, where there are any.
         """
         centre = self.centre_of(rows) if self.centre is None else self.centre
         num_rows, stripe = len(rows), min(OWN_ROWS, self.panel, self.stripe)
-        for column in range(0, num_rows, self.panel):
-            x = self._rows(rows, [column], min(self.panel, num_rows - column), [centre], "columns", "x")
-            # No stripe lies on both sides of the panel's first row.
-            for start in (*range(0, column, stripe), *range(column, column + x.sizes[0], stripe)):
-                size = min(stripe, (column if start < column else column + x.sizes[0]) - start)
-                y = self._rows(rows, [start], size, [centre], "rows", "y")
-                itself = start >= column
-                part = x.after(start - column) if itself else x
-                yield self._squares(y, part, itself)[0], size if itself else 0
+        with exact_products(self.device, self.precision):
+            for number, column in enumerate(range(0, num_rows, self.panel)):
+                x = self._panel(rows, centre, column, False) if panels is None else panels[number]
+                for start in range(0, column, stripe):
+                    y = self._rows(rows, [start], min(stripe, column - start), [centre], "rows", "y")
+                    yield self._squares(y, x)[0], 0
+                for start in range(0, x.sizes[0], stripe):  # of the panel itself: centred and rounded already
+                    size = min(stripe, x.sizes[0] - start)
+                    rest = x.part(start, x.sizes[0])
+                    yield self._squares(self._turned(rest.part(0, size)), rest, True)[0], size
 
     def own_batches(self, features: Tensor, offsets: list[int], members: list[int], width: int) -> Iterator[Tensor]:
         """Tasks of at most `width` rows, some at a time: squares [B, width, width], `far` on and beyond diagonals.
@@ -218,16 +241,21 @@ class Sweep:
         The squares are of the tasks in the order of `members`.
         """
         most = max(1, min(self.stripe * self.panel // width**2, self.stripe // width))
-        for low in range(0, len(members), most):
-            chosen = members[low : low + most]
-            starts, ends = [offsets[t] for t in chosen], [offsets[t + 1] for t in chosen]
-            centres = [
-                self.centre_of(features[a:b]) if self.centre is None else self.centre
-                for a, b in zip(starts, ends, strict=True)
-            ]
-            sizes = [b - a for a, b in zip(starts, ends, strict=True)]
-            y = self._rows(features, starts, width, centres, "rows", "both", sizes)
-            yield self._squares(y, y, True)
+        with exact_products(self.device, self.precision):
+            for low in range(0, len(members), most):
+                chosen = members[low : low + most]
+                starts, ends = [offsets[t] for t in chosen], [offsets[t + 1] for t in chosen]
+                centres = [
+                    self.centre_of(features[a:b]) if self.centre is None else self.centre
+                    for a, b in zip(starts, ends, strict=True)
+                ]
+                sizes = [b - a for a, b in zip(starts, ends, strict=True)]
+                y = self._rows(features, starts, width, centres, "rows", "both", sizes)
+                yield self._squares(y, y, True)
+
+    def clear(self) -> None:
+        """Let go of what is held, panels too."""
+        self._scratch.clear()
 
     def centre_of(self, rows: Tensor) -> Tensor:
         """A point amid rows [N, D], [D]: the mean of 16 to 31 of them, evenly spaced.
@@ -236,9 +264,6 @@ class Sweep:
         """
         sample = rows[:: max(1, len(rows) // 16)].to(self.wide)
         return (sample - sample[0]).mean(0).add_(sample[0])
-
-    def _starts(self, target: Tensor) -> range:
-        return range(0, len(target), self.panel)
 
     def _panel(self, target: Tensor, centre: Tensor, start: int, keep: bool) -> Rows:
         name = f"panel {start}" if keep else "columns"
@@ -262,7 +287,8 @@ class Sweep:
         high = extended[:, :, : self.dim]
         for number, (start, length, centre) in enumerate(zip(starts, sizes, centres, strict=True)):
             torch.sub(raw[start : start + length], centre, out=high[number, :length])
-            high[number, length:] = 0
+            if length < size:
+                high[number, length:] = 0
         low = None
         if self.precision == "bf16x3":
             low = self._scratch.take(f"{name}, low", len(starts), size, pitch)[:, :, : self.dim]
@@ -284,44 +310,62 @@ class Sweep:
             squares.masked_fill_(~inside.to(self.device), self.far)
         if side == "both" or self.precision not in EXACT:
             return Rows(high, low, None, squares, raw, starts, sizes, largest)
-        # y = [y, -|y|^2 / 2, -1 / 2] and x = [x, 1, |x|^2]: -2 y.x is |y - x|^2, and saves a pass over the tile.
-        first, second = (squares * -0.5, -0.5) if side == "y" else (1.0, squares)
-        extended[:, :, self.dim], extended[:, :, self.dim + 1] = first, second
+        self._extend(extended, squares, side)
         return Rows(high, low, extended, squares, raw, starts, sizes, largest)
 
+    def _extend(self, extended: Tensor, squares: Tensor, side: str) -> None:
+        """y = [y, -|y|^2 / 2, -1 / 2] and x = [x, 1, |x|^2]: -2 y.x is |y - x|^2, and saves a pass over the tile."""
+        first, second = (squares * -0.5, -0.5) if side == "y" else (1.0, squares)
+        extended[:, :, self.dim], extended[:, :, self.dim + 1] = first, second
+
+    def _turned(self, x: Rows) -> Rows:
+        """Rows of one side of products as the other side."""
+        if x.extended is None:
+            return x
+        pitch = (self.dim + 2 + 15) // 16 * 16
+        extended = self._scratch.take("rows", 1, x.sizes[0], pitch)[:, :, : self.dim + 2]
+        extended.copy_(x.extended)
+        self._extend(extended, x.squares, "y")
+        return x._replace(high=extended[:, :, : self.dim], extended=extended)
+
     def _squares(self, y: Rows, x: Rows, itself: bool = False) -> Tensor:
-        """|y - x|^2, [B, R, W], never negative; `itself`: row i of y is row i of x, and at `far`."""
+        """|y - x|^2, [B, R, W], never negative; `itself`: row i of y is row i of x, and at `far`.
+
+        To be called under `exact_products`, which costs too much to be entered for each tile.
+        """
         tiles = self._scratch.take("tiles", *y.squares.shape, x.squares.shape[1])
         if y.extended is not None and x.extended is not None:
-            with exact_products(self.device):
-                torch.addmm(tiles[0], y.extended[0], x.extended[0].T, beta=0, alpha=-2, out=tiles[0])
+            torch.addmm(tiles[0], y.extended[0], x.extended[0].T, beta=0, alpha=-2, out=tiles[0])
         else:
             self._add_products(tiles, y, x)
         if itself:
             tiles.diagonal(0, 1, 2).fill_(self.far)
         largest = y.largest + x.largest
+        least = tiles.amin(2)  # of each row: twice as fast as of all (2 MiB, two cores)
         # So written that a NaN, from an overflow, is looked into.
-        if not (float(tiles.amin()) > self.cancelled * largest and largest < self.far):
-            self._again(tiles, y, x, largest)
+        if not (float(least.amin()) > self.cancelled * largest and largest < self.far):
+            self._again(tiles, y, x, least, largest)
         return tiles
 
     def _add_products(self, tiles: Tensor, y: Rows, x: Rows) -> None:
         torch.add(y.squares[:, :, None], x.squares[:, None, :], out=tiles)
-        with exact_products(self.device, self.precision):
-            for left, right in ((y.high, x.high), (y.high, x.low), (y.low, x.high)):
-                if left is not None and right is not None:
-                    # One call a run: a batched product may round by the size of its batch and the place in it.
-                    for tile, rows, columns, n, m in zip(tiles, left, right, y.sizes, x.sizes, strict=True):
-                        tile[:n, :m].addmm_(rows[:n], columns[:m].T, alpha=-2)
+        for left, right in ((y.high, x.high), (y.high, x.low), (y.low, x.high)):
+            if left is not None and right is not None:
+                # One call a run: a batched product may round by the size of its batch and the place in it.
+                for tile, rows, columns, n, m in zip(tiles, left, right, y.sizes, x.sizes, strict=True):
+                    tile[:n, :m].addmm_(rows[:n], columns[:m].T, alpha=-2)
 
-    def _again(self, tiles: Tensor, y: Rows, x: Rows, largest: float) -> None:
-        """Write |y - x|^2 from the difference of the rows over every pair whose product cancelled."""
+    def _again(self, tiles: Tensor, y: Rows, x: Rows, least: Tensor, largest: float) -> None:
+        """Write |y - x|^2 from the difference of the rows over every pair whose product cancelled.
+
+        `least` [B, R] is the least of each row of the tiles, `largest` the most that two squares are together.
+        """
         if not largest < self.far:
             raise ValueError(
                 f"some rows are more than {self.far**0.5:.0e} from the rows about them, so far that "
                 f"squares overflow in {self.dtype}; accepted: nearer rows, or precision='fp64'"
             )
-        lost = (tiles.amin(2) <= self.cancelled * (y.squares + x.largest)).nonzero()
+        lost = (least <= self.cancelled * (y.squares + x.largest)).nonzero()
         for some in lost.split(max(1, 2**12 // tiles.shape[2])):
             which, row = some.unbind(1)
             limit = self.cancelled * (x.squares[which] + y.squares[which, row, None])
@@ -348,24 +392,38 @@ class Sweep:
 
 
 @torch.no_grad()
-def cross_sums(sweep: Sweep, target: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
-    """sum_ij v(x_i, y_j) over the target x [N, D] and each task y [n_t, D]; [T] float64."""
+def cross_sums(
+    sweep: Sweep, target: Tensor, features: Tensor, offsets: Tensor, *, own: bool
+) -> tuple[Tensor, Tensor | None]:
+    """sum_ij v(x_i, y_j) over the target x [N, D] and each task y [n_t, D], [T] float64.
+
+    With `own` also the sum over the target with itself, [1], as `own_sums` has it: its rows are at hand here.
+    """
     totals = torch.zeros(len(features), dtype=torch.float64, device=features.device)
-    for tile in sweep.tiles(target, features):
-        totals[tile.row : tile.row + len(tile.squares)] += sweep.value.apply_(tile.squares).sum(1)
-    return run_sums(totals, offsets.diff()).to(features.device)
+    panels = sweep.panels(target)
+    for tile in sweep.tiles(target, features, panels):
+        totals[tile.row : tile.row + tile.squares.shape[0]].add_(sweep.value.apply_(tile.squares).sum(1))
+    sums = run_sums(totals, offsets.diff()).to(features.device)
+    if not own:
+        return sums, None
+    if panels is None:
+        sweep.clear()
+    return sums, own_sums(sweep, target, torch.tensor([0, len(target)]), panels)
 
 
 @torch.no_grad()
-def own_sums(sweep: Sweep, features: Tensor, offsets: Tensor) -> Tensor:
-    """sum_ij v(y_i, y_j) over each task y [n_t, D], a row with itself included; [T] float64."""
+def own_sums(sweep: Sweep, features: Tensor, offsets: Tensor, panels: list[Rows] | None = None) -> Tensor:
+    """sum_ij v(y_i, y_j) over each task y [n_t, D], a row with itself included; [T] float64.
+
+    `panels`: those of the one task, where there are any.
+    """
     value = sweep.value
     sums = value.at_zero * offsets.diff().double()
     cuts: list[int] = offsets.tolist()
     groups: dict[int, list[int]] = {}
     for t, (start, end) in enumerate(pairwise(cuts)):
         if end - start > OWN_ROWS:
-            for squares, once in sweep.own_tiles(features[start:end]):
+            for squares, once in sweep.own_tiles(features[start:end], panels):
                 values = value.apply_(squares)
                 if once:
                     values.diagonal().fill_(0)
@@ -398,8 +456,7 @@ def cross_gradient(sweep: Sweep, target: Tensor, features: Tensor, row_weights: 
         columns = slice(tile.column, tile.column + tile.squares.shape[1])
         slopes = sweep.value.slope_(tile.squares).mul_(weights[rows, None])
         total[columns] += slopes.sum(0)
-        with exact_products(sweep.device):
-            moved[columns] += slopes.T @ (features[rows].to(sweep.wide) - origin).to(sweep.dtype)
+        moved[columns] += slopes.T @ (features[rows].to(sweep.wide) - origin).to(sweep.dtype)
     return (target.to(sweep.wide) - origin).double() * total[:, None] - moved
 
 

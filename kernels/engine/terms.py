@@ -100,9 +100,8 @@ def means_of_pairs(
         check_self_terms(self_terms, kind, tasks, precision, path, bandwidths)
         centre = None if self_terms.centre is None else self_terms.centre.to(target.device)
     how = (centre, coefficients_of(bandwidths), kind, precision, memory)
-    # The cross terms first: they refuse a bound that is too small for any of the three.
-    cross: Tensor = pair_sums(target, tasks.features, tasks.offsets, *how)
-    own: Tensor = own_sums(target, torch.tensor([0, len(target)]), *how)
+    # First, because it refuses a bound that is too small for the tasks' own terms as well.
+    cross, own = pair_sums(target, tasks.features, tasks.offsets, *how, True)
     theirs: Tensor
     if self_terms is None:
         theirs = own_sums(tasks.features, tasks.offsets, *how)

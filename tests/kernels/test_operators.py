@@ -94,14 +94,15 @@ def test_gradients_reach_through_what_made_the_target(device: str):
     assert energy_distances(layer(start), tasks)[1].item() < 0.5 * before[1].item()
 
 
-@pytest.mark.parametrize("operator", ["pair_sums", "own_sums", "pair_gradient", "own_gradient"])
+@pytest.mark.parametrize("operator", ["pair_sums", "pair_sums, own", "own_sums", "pair_gradient", "own_gradient"])
 @pytest.mark.parametrize("kind", ["distance", "rbf"])
 def test_operators_pass_opcheck(operator: str, kind: str, device: str):
+    operator, _, own = operator.partition(", ")
     x, tasks = problem(7, 5, device, torch.float32)
     coefficients = torch.tensor([0.5, 2.0], dtype=torch.float64) if kind == "rbf" else NONE
     tail = (None, coefficients, kind, "fp32", None)
     arguments = {
-        "pair_sums": (x.requires_grad_(), tasks.features, tasks.offsets, *tail),
+        "pair_sums": (x.requires_grad_(), tasks.features, tasks.offsets, *tail, bool(own)),
         "own_sums": (x.clone().detach().requires_grad_(), torch.tensor([0, 3, 7]), *tail),
         "pair_gradient": (x.detach(), tasks.features, torch.ones(len(tasks.features), device=device), *tail),
         "own_gradient": (x.detach(), torch.tensor([0, 3, 7]), torch.ones(2, device=device), *tail),

@@ -68,7 +68,7 @@ def test_near_pairs_far_from_the_rest_keep_their_distance(gap: float, device: st
     far[1, 1] = gap
     x, tasks = torch.cat([rows(100, 64, 1, device), far[:1]]), RaggedTasks.from_list([far[1:]])
     exact = naive.euclidean_distances(x.double(), RaggedTasks(far[1:].double(), tasks.offsets), form="pairs")
-    found = pair_sums(far[:1], tasks.features, tasks.offsets, None, NONE, "distance", "fp32", None)
+    found = pair_sums(far[:1], tasks.features, tasks.offsets, None, NONE, "distance", "fp32", None, False)[0]
     assert float(found[0]) == pytest.approx(gap, rel=4 * U["fp32"])
     assert float(euclidean_distances(x, tasks, form="pairs")[0]) == pytest.approx(float(exact[0]), rel=1e-6)
 
@@ -83,10 +83,10 @@ def test_cross_and_self_terms_of_the_same_rows_agree_in_every_bit(n: int, dtype:
     # Among others, at several places, and behind an odd number of rows.
     tasks = RaggedTasks.from_list([x, rows(3, d, 1, device, dtype), x, rows(n, d, 2, device, dtype), x])
     precision = "fp64" if dtype == torch.float64 else "fp32"
-    cross = pair_sums(x, tasks.features, tasks.offsets, None, NONE, "distance", precision, None)
+    cross, itself = pair_sums(x, tasks.features, tasks.offsets, None, NONE, "distance", precision, None, True)
     own = own_sums(tasks.features, tasks.offsets, None, NONE, "distance", precision, None)
     alone = own_sums(x, torch.tensor([0, n]), None, NONE, "distance", precision, None)
-    assert len({float(value) for value in (*cross[[0, 2, 4]], *own[[0, 2, 4]], alone[0])}) == 1
+    assert len({float(value) for value in (*cross[[0, 2, 4]], *own[[0, 2, 4]], *itself, *alone)}) == 1
 
 
 def test_a_distance_follows_from_its_own_task_alone(device: str):
