@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headstart.kernels import dispatch
 from headstart.kernels.engine.pairs import pair_sums
-from headstart.kernels.engine.precision import EXACT, PRECISIONS, resolve_precision
+from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
 from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.engine.terms import NONE, needed_centre
 from headstart.kernels.ragged import BLOCK_ROWS, RaggedTasks, block_means, check_alike, check_finite, common_centre
@@ -32,10 +32,11 @@ def euclidean_distances(
         euclidean_distances(target, tasks)                  # one pass over the features; T up to a million
         euclidean_distances(target, tasks, form="pairs")    # N * sum n_t * D multiplications
 
-    `naive.euclidean_distances` is the definition. `precision` is "fp32" or "fp64", for `pairs` any of
-    `engine.precision.PRECISIONS` (default: fp64 for float64 features, else fp32). `memory` bounds, in bytes, what is
-    held beside the inputs and what is as long as T or the sum of n_t (default 256 MiB); it changes the time and no bit
-    of the result. For `mean`, d(X, X) is exactly 0. `pairs` is differentiable with respect to the target.
+    `naive.euclidean_distances` is the definition. `precision` is one of `engine.precision.PRECISIONS` (default: fp64
+    for float64 features, else fp32); `mean` has no products, and is at least as exact as fp32. `memory` bounds, in
+    bytes, what is held beside the inputs and what is as long as T or the sum of n_t (default 256 MiB); it changes the
+    time and no bit of the result. For `mean`, d(X, X) is exactly 0. `pairs` is differentiable with respect to the
+    target.
 
     Error: for `mean` at most 512 u times the mean distance of the rows from their centre, u = 6e-8 for fp32 and 1.1e-16
     for fp64; for `pairs` some sqrt(D) u of the result.
@@ -43,12 +44,11 @@ def euclidean_distances(
     accepted; a bound that is too small; with `pairs`, rows so far apart that squares overflow.
     """
     check_alike(target, tasks)
+    precision = resolve_precision(precision, target.dtype)
     if form == "mean":
-        precision = resolve_precision(precision, target.dtype, EXACT)
         means: Tensor = _mean_distances(target, tasks.features, tasks.offsets, precision, memory)
         return means
     if form == "pairs":
-        precision = resolve_precision(precision, target.dtype)
         centre = needed_centre(tasks, precision, dispatch.choose(target.device, precision, tasks.num_features)[0])
         how = (centre, NONE, "distance", precision, memory)
         sums: Tensor = pair_sums(target, tasks.features, tasks.offsets, *how, False)[0]

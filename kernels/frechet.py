@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from headstart.kernels import dispatch
-from headstart.kernels.engine.precision import EXACT, PRECISIONS, resolve_precision
+from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
 from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.ragged import BLOCK_ROWS, RaggedTasks, block_means, check_alike, check_finite, common_centre
 
@@ -35,9 +35,10 @@ def frechet_distances(
     D. C. Dowson and B. V. Landau, Journal of Multivariate Analysis 12 (1982) 450-455; `naive.frechet_distances` is the
     definition. Cost: with r = min(N, D) and s = min(n_t, D), for a task s D r for the product, some 4 r s^2 for its
     singular values, and 2 n_t D^2 for the triangle when n_t > D; tasks of like size go together, padded with rows of 0.
-    `precision`, "fp32" or "fp64" (default: as the features, and fp32 for 16-bit ones), is the dtype of the result;
-    inside all is float64. `memory` bounds, in bytes, what is held beside the inputs and what is as long as T (default
-    256 MiB). Not differentiable.
+    `precision` is one of `engine.precision.PRECISIONS` (default: fp64 for float64 features, else fp32). It decides the
+    dtype of the result, float64 for fp64 and else float32; inside all is float64, since products are a small part here.
+    `memory` bounds, in bytes, what is held beside the inputs and what is as long as T (default 256 MiB). Not
+    differentiable.
 
     Error, and the bound of d(X, X): 8 sqrt(k D) u (tr S + tr S') with k = min(r, s) and u = 1.1e-16, beside some u of
     the result and the rounding to `precision`. Products and triangles move Y X^T by some sqrt(D) u |X|_F |Y|_F, a sum
@@ -47,7 +48,7 @@ def frechet_distances(
     a bound that is too small; features so far apart that squares overflow.
     """
     check_alike(target, tasks)
-    precision = resolve_precision(precision, target.dtype, EXACT)
+    precision = resolve_precision(precision, target.dtype)
     distances: Tensor = _distances(target, tasks.features, tasks.offsets, precision, memory)
     return distances
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from headstart.kernels.engine.ground_cost import Cost, Points
 from headstart.kernels.engine.precision import PRECISIONS
+from headstart.kernels.engine.terms import needed_centre
 from headstart.kernels.engine.transport import Settings, check_memory, solve
 from headstart.kernels.frechet import frechet_distances
 from headstart.kernels.ragged import RaggedTasks, check_alike, check_finite, check_labels, check_not_negative
@@ -69,10 +70,12 @@ def label_aware_distances(
     task_labels = _checked_labels(tasks, label_distance)
     check_labels(labels, target)
     at = resolve_epsilon(target, 2, epsilon, options.memory, self_terms)
-    kept = check_self_terms(self_terms, tasks, 2, epsilon, options.precision, label_distance)
+    kept = check_self_terms(self_terms, tasks, 2, options.precision, label_distance)
     values, errors = (None, None) if kept is None else kept
+    centre = needed_centre(tasks, options.precision, "eager") if self_terms is None else self_terms.centre
+    how = (label_distance, at, *options, None if centre is None else centre.to(target.device))
     distances, iterations, errors = _distances(
-        target, labels, tasks.features, task_labels, tasks.offsets, values, errors, label_distance, at, *options
+        target, labels, tasks.features, task_labels, tasks.offsets, values, errors, *how
     )
     return SinkhornResult(distances, at, iterations, errors, errors <= tolerance)
 
@@ -92,23 +95,25 @@ def _distances(
     max_iterations: int,
     precision: str,
     memory: int,
+    centre: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(distances, iterations, errors) of T tasks, whose own values and errors are given or computed."""
     check_finite(target)
     check_not_negative(labels)
-    settings = Settings(float(epsilon), tolerance, max_iterations, PRECISIONS[precision], memory)
-    own = _class_rows(RaggedTasks(target, torch.tensor([0, len(target)]), labels), settings)
-    sources = _class_rows(RaggedTasks(features, offsets, task_labels), settings)
+    settings, cost = Settings(float(epsilon), tolerance, max_iterations, memory), Cost(2, None, precision, centre)
+    own = _class_rows(RaggedTasks(target, torch.tensor([0, len(target)]), labels), cost, settings)
+    sources = _class_rows(RaggedTasks(features, offsets, task_labels), cost, settings)
+    how = (label_distance, precision, settings)
     if values is None or errors is None:
-        theirs = solve(sources.points, None, _own_cost(sources, label_distance, settings), settings)
+        theirs = solve(sources.points, None, _own_cost(sources, cost, *how), settings)
         values, errors = theirs.values, theirs.errors
-    itself = solve(own.points, None, _own_cost(own, label_distance, settings), settings)
-    table = torch.cat([torch.stack([_squares(x, some, label_distance, settings) for x in _each(own)], 1)
+    itself = solve(own.points, None, _own_cost(own, cost, *how), settings)
+    table = torch.cat([torch.stack([_squares(x, some, *how) for x in _each(own)], 1)
                        for _, some in _chunks(sources, settings)])  # fmt: skip
-    cross = solve(sources.points, own.points, Cost(2, table.div_(2).to(settings.dtype)), settings)
+    cross = solve(sources.points, own.points, cost._replace(labels=table.div_(2).to(cost.dtype)), settings)
     errors = torch.maximum(torch.maximum(cross.errors, itself.errors), errors)
     warn_of(errors, settings)
-    return (cross.values - (itself.values + values) / 2).to(settings.dtype), cross.num_iterations, errors
+    return (cross.values - (itself.values + values) / 2).to(cost.dtype), cross.num_iterations, errors
 
 
 @_distances.register_fake
@@ -118,7 +123,7 @@ def _(
     def new(dtype: torch.dtype) -> Tensor:
         return target.new_empty(len(offsets) - 1, dtype=dtype)
 
-    return new(PRECISIONS[settings[-2]]), new(torch.int64), new(torch.float64)
+    return new(PRECISIONS[settings[-3]]), new(torch.int64), new(torch.float64)
 
 
 @torch.no_grad()
@@ -136,9 +141,14 @@ def label_aware_self_terms(
     _checked_labels(tasks, label_distance)
     options = checked_options(tasks.features.dtype, 2, tolerance, max_iterations, precision, memory)
     at = float(resolve_epsilon(tasks.features, 2, epsilon, options.memory, None))
-    settings = Settings(at, tolerance, max_iterations, PRECISIONS[options.precision], options.memory)
-    classes = _class_rows(tasks, settings)
-    solution = solve(classes.points, None, _own_cost(classes, label_distance, settings), settings)
+    settings, centre = (
+        Settings(at, tolerance, max_iterations, options.memory),
+        needed_centre(tasks, options.precision, "eager"),
+    )
+    cost = Cost(2, None, options.precision, centre)
+    classes = _class_rows(tasks, cost, settings)
+    own_cost = _own_cost(classes, cost, label_distance, options.precision, settings)
+    solution = solve(classes.points, None, own_cost, settings)
     warn_of(solution.errors, settings)
     return SinkhornSelfTerms(
         values=solution.values,
@@ -148,6 +158,7 @@ def label_aware_self_terms(
         p=2,
         epsilon=at,
         label_distance=label_distance,
+        centre=centre,
     )
 
 
@@ -177,7 +188,7 @@ class _ClassRows(NamedTuple):
         return RaggedTasks(self.points.features[index], offsets - offsets[0])
 
 
-def _class_rows(tasks: RaggedTasks, settings: Settings) -> _ClassRows:
+def _class_rows(tasks: RaggedTasks, cost: Cost, settings: Settings) -> _ClassRows:
     assert tasks.labels is not None
     device = tasks.features.device
     task = torch.repeat_interleave(torch.arange(tasks.num_tasks), tasks.sizes).to(device)
@@ -191,7 +202,7 @@ def _class_rows(tasks: RaggedTasks, settings: Settings) -> _ClassRows:
     if settings.memory < least:
         raise ValueError(f"memory is {settings.memory} bytes; accepted: at least {least}, four times the largest class")
     # Half is for label distances, half for the rows of classes: see `_squares` and `_chunks`.
-    check_memory(tasks.features, Cost(2), settings, share=2)
+    check_memory(tasks.features, cost, settings, share=2)
     return _ClassRows(points, classes.argsort(stable=True), offsets, first)
 
 
@@ -212,18 +223,18 @@ def _chunks(classes: _ClassRows, settings: Settings) -> Iterator[tuple[int, Ragg
         low = high
 
 
-def _squares(rows: Tensor, classes: RaggedTasks, label_distance: str, settings: Settings) -> Tensor:
+def _squares(rows: Tensor, classes: RaggedTasks, label_distance: str, precision: str, settings: Settings) -> Tensor:
     """W^2 of one class's rows to each of C classes, [C] float64."""
     if label_distance == "bures":
         return frechet_distances(rows, classes, precision="fp64", memory=settings.memory // 2)
     result = sinkhorn_distances(
         rows, classes, epsilon=settings.epsilon, tolerance=settings.tolerance, memory=settings.memory // 2,
-        max_iterations=settings.max_iterations, precision=settings.precision,
+        max_iterations=settings.max_iterations, precision=precision,
     )  # fmt: skip
     return 2 * result.distances.double()
 
 
-def _own_cost(classes: _ClassRows, label_distance: str, settings: Settings) -> Cost:
+def _own_cost(classes: _ClassRows, cost: Cost, label_distance: str, precision: str, settings: Settings) -> Cost:
     """The cost within each task: half of W^2 of its classes, [C, most classes of a task], 0 on the diagonals."""
     first, device = classes.first.tolist(), classes.points.features.device
     table = torch.zeros(first[-1], int(classes.first.diff().max()), dtype=torch.float64, device=device)
@@ -231,7 +242,7 @@ def _own_cost(classes: _ClassRows, label_distance: str, settings: Settings) -> C
         low, high = first[t], first[t + 1]
         for c in range(low, high - 1):
             rows = classes.rows(c, c + 1).features
-            found = _squares(rows, classes.rows(c + 1, high), label_distance, settings)
+            found = _squares(rows, classes.rows(c + 1, high), label_distance, precision, settings)
             table[c, c + 1 - low : high - low] = found
             table[c + 1 : high, c - low] = found
-    return Cost(2, table.div_(2).to(settings.dtype))
+    return cost._replace(labels=table.div_(2).to(cost.dtype))

@@ -50,7 +50,7 @@ def mmd_self_terms(
     Cost: sum n_t^2 (D + B). `centre` as for `energy_self_terms`.
     """
     return make_self_terms(
-        "rbf", tasks, precision=precision, memory=memory, centre=centre, bandwidths=_checked(bandwidths)
+        "rbf", tasks, precision=precision, memory=memory, centre=centre, bandwidths=_checked(bandwidths, None)
     )
 
 
@@ -81,11 +81,14 @@ def mmd_distances(
     ValueError: as for `energy_distances`, and bandwidths that are not positive and finite.
     """
     check_alike(target, tasks)
-    if bandwidths is None:
-        kept = None if self_terms is None else self_terms.bandwidths
-        bandwidths = _median_bandwidths(target.detach()) if kept is None else kept
-    else:
-        bandwidths = _checked(bandwidths)
+    kept = None if self_terms is None else self_terms.bandwidths
+    if bandwidths is not None:
+        bandwidths = _checked(bandwidths, kept)
+    elif kept is None:
+        bandwidths = _median_bandwidths(target.detach())
+    if kept is not None:
+        bandwidths = kept  # those given are the same numbers
+    assert bandwidths is not None
     means = means_of_pairs("rbf", target, tasks, unbiased, precision, memory, self_terms, bandwidths)
     # In this order equal terms cancel exactly.
     distances = (means.target - means.cross) + (means.tasks - means.cross)
@@ -105,14 +108,17 @@ def _(target: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("headstart::checked_bandwidths", mutates_args=())
-def _checked(bandwidths: Tensor) -> Tensor:
-    """Bandwidths as [B] float64 on the CPU."""
+def _checked(bandwidths: Tensor, kept: Tensor | None) -> Tensor:
+    """Bandwidths as [B] float64 on the CPU; ValueError where those of kept self terms are others."""
     given = bandwidths.to("cpu", torch.float64, copy=True)
     if given.ndim != 1 or len(given) == 0 or not bool((given.isfinite() & (given > 0)).all()):
         raise ValueError(f"bandwidths are {given.tolist()}; accepted: [B], positive and finite")
+    if kept is not None and not torch.equal(given, kept.cpu()):
+        accepted = f"{kept.tolist()}, those of the self terms, or None to take them"
+        raise ValueError(f"bandwidths are {given.tolist()}; accepted: {accepted}")
     return given
 
 
 @_checked.register_fake
-def _(bandwidths: Tensor) -> Tensor:
+def _(bandwidths: Tensor, kept: Tensor | None) -> Tensor:
     return torch.empty_like(bandwidths, dtype=torch.float64, device="cpu")

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from headstart.kernels import dispatch
-from headstart.kernels.engine.precision import EXACT, PRECISIONS, resolve_precision
+from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
 from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.ragged import (
     BLOCK_ROWS,
@@ -51,10 +51,10 @@ def prototype_distances(
     Aerospace and Electronic Systems 52 (2016) 1679-1696, in SciPy. `naive.prototype_distances` is the definition.
 
     Cost: one pass over the features, C sum C_t D for the distances, and C_t^3 a task for the matching, on the CPU.
-    `precision`, "fp32" or "fp64" (default: as the features, and fp32 for 16-bit ones), is the dtype of the result;
-    inside all is float64. `memory` bounds, in bytes, what is held beside the inputs and what is as long as T or the
-    sum of n_t (default 256 MiB): it changes the time and no bit of the result. d(X, X) is exactly 0. Not
-    differentiable.
+    `precision` is one of `engine.precision.PRECISIONS` (default: fp64 for float64 features, else fp32). It decides the
+    dtype of the result, float64 for fp64 and else float32; inside all is float64, since products are a small part here.
+    `memory` bounds, in bytes, what is held beside the inputs and what is as long as T or the sum of n_t (default 256
+    MiB): it changes the time and no bit of the result. d(X, X) is exactly 0. Not differentiable.
 
     Error: (512 + n / 512) u times the mean distance of a class's n rows from a point amid the target, u = 1.1e-16, and
     the rounding to `precision`.
@@ -63,7 +63,7 @@ def prototype_distances(
     too small; class means so far apart that squares overflow.
     """
     check_alike(target, tasks)
-    precision = resolve_precision(precision, target.dtype, EXACT)
+    precision = resolve_precision(precision, target.dtype)
     if form not in _MATCHINGS:
         raise ValueError(f"form is {form!r}; accepted: {', '.join(_MATCHINGS)}")
     if tasks.labels is None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from headstart.kernels.engine.ground_cost import Cost, Points, add_gradient
-from headstart.kernels.engine.precision import EXACT, PRECISIONS, exact_products, resolve_precision
+from headstart.kernels.engine.precision import PRECISIONS, exact_products, resolve_precision
 from headstart.kernels.engine.sweep import DEFAULT_MEMORY
-from headstart.kernels.engine.terms import terms_of_tasks
+from headstart.kernels.engine.terms import needed_centre, terms_of_tasks
 from headstart.kernels.engine.transport import Settings, solve
 from headstart.kernels.ragged import RaggedTasks, check_alike, check_finite
 
@@ -51,6 +51,8 @@ class SinkhornSelfTerms:
     """The precision, power and epsilon that they were computed with; others are refused."""
     label_distance: str | None = None
     """That of the label-aware form; None without labels."""
+    centre: Tensor | None = None
+    """[D], subtracted from all rows before they were rounded; None where nothing was."""
 
 
 def sinkhorn_distances(
@@ -80,10 +82,11 @@ def sinkhorn_distances(
     (`default_epsilon`), one value for all tasks: about a fiftieth of a typical cost for p = 2. The time grows as it
     shrinks. The iteration ends when the L1 error of a plan's marginals is at most `tolerance`, or after
     `max_iterations` at epsilon (those of the annealing, log4(largest cost / epsilon), not counted).
-    `precision` is "fp32" or "fp64" (default: as the features, and fp32 for 16-bit ones), and is the dtype of the
-    distances. `memory` bounds, in bytes, what is held beside the inputs and what is as long as T, N or the sum of n_t
-    (default 256 MiB). Costs that fit are held, others are computed again in every iteration; that changes the result
-    by no more than the error. `self_terms` spares the tasks' own part.
+    `precision` is one of `engine.precision.PRECISIONS` (default: fp64 for float64 features, else fp32): that of the
+    products behind the costs. Costs, potentials and distances are float64 for fp64, else float32. `memory` bounds, in
+    bytes, what is held beside the inputs and what is as long as T, N or the sum of n_t (default 256 MiB). Costs that
+    fit are held, others are computed again in every iteration; that changes the result by no more than the error.
+    `self_terms` spares the tasks' own part.
     Differentiable by the target, not twice: at the optimum the gradient follows from the potentials, which are kept.
     Where the distance is clamped at 0, it is that of the unclamped value.
 
@@ -91,6 +94,9 @@ def sinkhorn_distances(
     rows of both, and u = 6e-8 for fp32 and 1.1e-16 for fp64; for p = 1, 512 instead of 64, which only pairs of rows
     attain that are near beside their distance from the others. So d(X, X) is at most that. The former part is far from
     attained, since a value is quadratic in e: at e = 1e-3, 1e-5 of the distance is usual. No value is negative.
+    Under bf16, tf32 and bf16x3 a row is rounded by at most h times its distance from the common centre, R at most
+    (h = 2^-8, 2^-11, 2^-17): 4 h R (sqrt(2 c) + h R) comes on top for p = 2 and 4 h R for p = 1, and for bf16x3,
+    which leaves the product of both low parts out, 2^-14 R^2, or 2^-8 R for p = 1.
     ValueError: a target of another D, dtype or device, without rows, or not finite; p, epsilon, a tolerance, a number
     of iterations or a precision that is not accepted; a bound that is too small; self terms of other tasks, precision,
     p or epsilon; rows so far apart that squares overflow.
@@ -98,8 +104,9 @@ def sinkhorn_distances(
     check_alike(target, tasks)
     options = checked_options(target.dtype, p, tolerance, max_iterations, precision, memory)
     at = resolve_epsilon(target, p, epsilon, options.memory, self_terms)
-    how = (p, at, *options)
-    kept = check_self_terms(self_terms, tasks, p, epsilon, options.precision)
+    kept = check_self_terms(self_terms, tasks, p, options.precision)
+    centre = needed_centre(tasks, options.precision, "eager") if self_terms is None else self_terms.centre
+    how = (p, at, *options, None if centre is None else centre.to(target.device))
     values, errors = _self_values(tasks.features, tasks.offsets, *how) if kept is None else kept
     cross, own, iterations, cross_errors, own_errors, *_ = _transports(target, tasks.features, tasks.offsets, *how)
     distances = (cross - (own + values) / 2).clamp(min=0)  # what the errors leave of a value that cannot be negative
@@ -118,11 +125,12 @@ def _transports(
     max_iterations: int,
     precision: str,
     memory: int,
+    centre: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(OT(x, y) [T], OT(x, x) [1], iterations [T], the errors of both, the potentials of y [M] and of x [N])."""
     check_finite(target)
-    settings = Settings(float(epsilon), tolerance, max_iterations, PRECISIONS[precision], memory)
-    cost, own = Cost(p), as_points(target)
+    settings = Settings(float(epsilon), tolerance, max_iterations, memory)
+    cost, own = Cost(p, None, precision, centre), as_points(target)
     itself, cross = solve(own, None, cost, settings), solve(Points(features, offsets), own, cost, settings)
     warn_of(torch.maximum(cross.errors, itself.errors), settings)
     return (
@@ -161,9 +169,11 @@ def _gradient(
     epsilon: Tensor,
     precision: str,
     memory: int,
+    centre: Tensor | None,
 ) -> Tensor:
     """sum_t w_t dOT(x, y_t)/dx + w dOT(x, x)/dx at the potentials of the optimum, [N, D] as the target."""
-    cost, sources, own, at = Cost(p), Points(features, offsets), as_points(target), float(epsilon)
+    cost, at = Cost(p, None, precision, centre), float(epsilon)
+    sources, own = Points(features, offsets), as_points(target)
     out, cuts = torch.zeros(target.shape, dtype=PRECISIONS[precision], device=target.device), offsets.tolist()
     with exact_products(target.device):
         for t, weight in enumerate(weights.tolist()):
@@ -181,14 +191,14 @@ def _(target: Tensor, *_: object) -> Tensor:
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    target, features, offsets, ctx.p, epsilon, _, _, ctx.precision, ctx.memory = inputs
-    ctx.save_for_backward(target, features, offsets, *output[5:], epsilon)
+    target, features, offsets, ctx.p, epsilon, _, _, ctx.precision, ctx.memory, centre = inputs
+    ctx.save_for_backward(target, features, offsets, *output[5:], epsilon, centre)
 
 
 def _backward(ctx: Any, weights: Tensor, own_weight: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    *saved, epsilon = ctx.saved_tensors
-    moved = _gradient(*saved, weights, own_weight, ctx.p, epsilon, ctx.precision, ctx.memory)
-    return moved, *[None] * 8
+    *saved, epsilon, centre = ctx.saved_tensors
+    moved = _gradient(*saved, weights, own_weight, ctx.p, epsilon, ctx.precision, ctx.memory, centre)
+    return moved, *[None] * 9
 
 
 _transports.register_autograd(_backward, setup_context=_context)
@@ -204,10 +214,11 @@ def _self_values(
     max_iterations: int,
     precision: str,
     memory: int,
+    centre: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """OT(y, y) of each task and its error, [T] float64 both."""
-    settings = Settings(float(epsilon), tolerance, max_iterations, PRECISIONS[precision], memory)
-    solution = solve(Points(features, offsets), None, Cost(p), settings)
+    settings = Settings(float(epsilon), tolerance, max_iterations, memory)
+    solution = solve(Points(features, offsets), None, Cost(p, None, precision, centre), settings)
     warn_of(solution.errors, settings)
     return solution.values, solution.errors
 
@@ -231,7 +242,8 @@ def sinkhorn_self_terms(
     """The self terms of T tasks, for `sinkhorn_distances(..., self_terms=...)` with many targets at one epsilon."""
     options = checked_options(tasks.features.dtype, p, tolerance, max_iterations, precision, memory)
     at = resolve_epsilon(tasks.features, p, epsilon, options.memory, None)
-    values, errors = _self_values(tasks.features, tasks.offsets, p, at, *options)
+    centre = needed_centre(tasks, options.precision, "eager")
+    values, errors = _self_values(tasks.features, tasks.offsets, p, at, *options, centre)
     return SinkhornSelfTerms(
         values=values,
         errors=errors,
@@ -239,6 +251,7 @@ def sinkhorn_self_terms(
         precision=options.precision,
         p=p,
         epsilon=float(at),
+        centre=centre,
     )
 
 
@@ -278,7 +291,7 @@ def checked_options(
     """The options as checked, with what None stands for in its place."""
     if p not in (1, 2):
         raise ValueError(f"p is {p!r}; accepted: 1, 2")
-    precision = resolve_precision(precision, dtype, EXACT)
+    precision = resolve_precision(precision, dtype)
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance is {tolerance}; accepted: more than 0 and less than 1, the sum of the weights")
     if max_iterations < 1:
@@ -292,7 +305,8 @@ def resolve_epsilon(
     """Epsilon as given, else that of the self terms, else the target's default; [] float64 on the CPU."""
     if epsilon is None:
         epsilon = _default_epsilon(target.detach(), p, memory) if kept is None else kept.epsilon
-    checked: Tensor = _checked_epsilon(torch.as_tensor(epsilon, dtype=torch.float64))
+    wanted = None if kept is None else kept.epsilon
+    checked: Tensor = _checked_epsilon(torch.as_tensor(epsilon, dtype=torch.float64), wanted)
     return checked
 
 
@@ -308,15 +322,17 @@ def _(target: Tensor, p: int, memory: int) -> Tensor:
 
 
 @torch.library.custom_op("headstart::checked_epsilon", mutates_args=())
-def _checked_epsilon(epsilon: Tensor) -> Tensor:
+def _checked_epsilon(epsilon: Tensor, wanted: float | None) -> Tensor:
     given = epsilon.to("cpu", copy=True)
     if given.ndim or not (given > 0 and given.isfinite()):
         raise ValueError(f"epsilon is {given.tolist()}; accepted: a positive number, or None to take the target's")
+    if wanted is not None and float(given) != wanted:
+        raise ValueError(f"epsilon is {float(given)}; accepted: {wanted}, that of the self terms, or None to take it")
     return given
 
 
 @_checked_epsilon.register_fake
-def _(epsilon: Tensor) -> Tensor:
+def _(epsilon: Tensor, wanted: float | None) -> Tensor:
     return torch.empty((), dtype=torch.float64)
 
 
@@ -324,17 +340,18 @@ def check_self_terms(
     kept: SinkhornSelfTerms | None,
     tasks: RaggedTasks,
     p: int,
-    epsilon: float | Tensor | None,
     precision: str,
     label_distance: str | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Values and errors of the self terms, [T] each, or a ValueError where they are those of something else."""
     if kept is None:
         return None
-    wanted = (precision, p, kept.epsilon if epsilon is None else float(epsilon), label_distance)
-    given = (kept.precision, kept.p, kept.epsilon, kept.label_distance)
+    if kept.centre is not None and kept.centre.shape != tasks.features.shape[1:]:
+        raise ValueError(f"self terms have a centre {list(kept.centre.shape)}; accepted: [{tasks.num_features}]")
+    wanted = (precision, p, label_distance)
+    given = (kept.precision, kept.p, kept.label_distance)
     if given != wanted:
-        names = "precision {}, p {}, epsilon {}, label distance {}"
+        names = "precision {}, p {}, label distance {}"
         raise ValueError(
             f"self terms are those of {len(kept.sizes)} tasks with {names.format(*given)}; accepted: those of these "
             f"{tasks.num_tasks} tasks with {names.format(*wanted)}"

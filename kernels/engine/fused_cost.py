@@ -13,21 +13,23 @@ from headstart.kernels.engine.precision import make_operand
 
 
 class FusedCosts(Recomputed):
-    """As `Recomputed` for p = 2 in float32 without labels; errors as of fp32 without the repair of near pairs."""
+    """As `Recomputed` for p = 2 without labels, but for fp64; near pairs are not repaired."""
 
     def __init__(self, rows: Points, columns: Points, cost: Cost, memory: int) -> None:
-        super().__init__(rows, columns, cost, torch.float32, memory)
+        super().__init__(rows, columns, cost, memory)
         self._memory = memory // 2
         self.planned = memory
         pitch = (rows.features.shape[1] + 63) // 64 * 64
-        self._operands = [make_operand(side.features, self._centre[0], "fp32", pitch) for side in (rows, columns)]
+        self._operands = [
+            make_operand(side.features, self._centre[0], cost.precision, pitch) for side in (rows, columns)
+        ]
 
     @staticmethod
-    def fit(rows: Points, columns: Points, cost: Cost, dtype: torch.dtype, memory: int) -> bool:
+    def fit(rows: Points, columns: Points, cost: Cost, memory: int) -> bool:
         """Whether the pair is one for this class, and its operands fit in half of the memory."""
         pitch = (rows.features.shape[1] + 63) // 64 * 64
         held = (len(rows.features) + len(columns.features)) * pitch * 16
-        return cost.p == 2 and cost.labels is None and dtype == torch.float32 and held <= memory // 2
+        return cost.p == 2 and cost.labels is None and cost.dtype == torch.float32 and held <= memory // 2
 
     def _softmin(self, side: int, exponents: Tensor, epsilon: Tensor | float) -> Tensor:
         out, over = self._operands[side], self._operands[1 - side]
@@ -38,7 +40,7 @@ class FusedCosts(Recomputed):
             exponents[0].contiguous(),
             inv_epsilon=1 / float(epsilon),
             p=2,
-            precision="fp32",
+            precision=self._cost.precision,
             path="fused",
             memory=self._memory,
         )

@@ -8,7 +8,8 @@ costs ten iterations at a time are products with the plan itself: scaling, absor
 a sixth of the time of softmin (B. Schmitzer, SIAM J. Sci. Comput. 41 (2019) A1443-A1481).
 
 Costs come from products of centred rows, |y|^2 + |x|^2 - 2 x.y, and where |y - x|^2 is less than 2^-10 (fp64: 2^-20) of
-|y|^2 + |x|^2 again from the difference of the rows: equal rows cost exactly 0.
+|y|^2 + |x|^2 again from the difference of the rows: equal rows cost exactly 0. Under a precision that rounds, rows are
+rounded about one centre for all sets, and costs are those of the rounded rows.
 """
 
 import math
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from headstart.kernels import dispatch
+from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, exact_products, rounded
 
 _MOST = 40.0
 """Logarithms of a scaled plan and its scaling stay below this, so that no product of three overflows: what is beyond
@@ -57,6 +59,15 @@ class Cost(NamedTuple):
 
     p: int
     labels: Tensor | None = None
+    precision: str = "fp32"
+    """Of the products of rows."""
+    centre: Tensor | None = None
+    """[D], subtracted from all rows before they are rounded; None where nothing is, and each set may have its own."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of costs and potentials."""
+        return PRECISIONS[self.precision]
 
 
 class _Block(NamedTuple):
@@ -64,12 +75,19 @@ class _Block(NamedTuple):
 
     rows: Tensor
     """[B, R, D], zeros in the padding."""
+    low: Tensor | None
+    """What rounding left of them, for bf16x3."""
     squares: Tensor
     """[B, R]."""
     log_weights: Tensor
     """log(1/n), and -inf in the padding, which so has no part in any sum; [B, R]."""
     classes: Tensor | None
     columns: Tensor | None
+
+    @property
+    def whole(self) -> Tensor:
+        """The rows with what rounding left."""
+        return self.rows if self.low is None else self.rows + self.low
 
 
 class Costs(ABC):
@@ -112,7 +130,6 @@ def choose_path(
     members: list[int],
     width: int | None,
     cost: Cost,
-    dtype: torch.dtype,
     memory: int,
 ) -> tuple[str, str]:
     """The path of `dispatch` on which the costs of these sets are made, and the reason."""
@@ -124,7 +141,7 @@ def choose_path(
         from headstart.kernels.engine.fused_cost import FusedCosts  # Triton, which other paths do not need
 
         pair = rows.only(members[0])
-        if not FusedCosts.fit(pair, columns or pair, cost, dtype, memory):
+        if not FusedCosts.fit(pair, columns or pair, cost, memory):
             return (
                 "eager",
                 "costs do not fit in the memory; fused has none of p = 1, labels, fp64 or so many rows",
@@ -140,7 +157,6 @@ def make_costs(
     members: list[int],
     width: int | None,
     cost: Cost,
-    dtype: torch.dtype,
     memory: int,
     path: str = "eager",
 ) -> Costs:
@@ -149,13 +165,13 @@ def make_costs(
     Held and padded to `width` rows; or, where that is None, of the one member, recomputed within the memory.
     """
     if width is not None:
-        return _Held(rows, columns, members, width, cost, dtype)
+        return _Held(rows, columns, members, width, cost)
     pair = rows.only(members[0])
     if path == "fused":
         from headstart.kernels.engine.fused_cost import FusedCosts
 
         return FusedCosts(pair, columns or pair, cost, memory)
-    return Recomputed(pair, columns or pair, cost, dtype, memory)
+    return Recomputed(pair, columns or pair, cost, memory)
 
 
 def add_gradient(
@@ -173,7 +189,7 @@ def add_gradient(
     At the optimum only the cost moves (envelope theorem): sum_i plan_ij d C(y_i, x_j) / d x_j, with the plan of the
     rows' potentials. Of a set with itself that is half of the gradient, since it stands on both sides.
     """
-    Recomputed(rows, columns, cost, out.dtype, memory).add_gradient(out, weight, potentials[None], epsilon)
+    Recomputed(rows, columns, cost, memory).add_gradient(out, weight, potentials[None], epsilon)
 
 
 class _Held(Costs):
@@ -181,23 +197,19 @@ class _Held(Costs):
 
     sweeps = 10
 
-    def __init__(
-        self, rows: Points, columns: Points | None, members: list[int], width: int, cost: Cost, dtype: torch.dtype
-    ) -> None:
-        self.dtype = dtype
-        fixed, each = held_bytes(rows.features, width, None if columns is None else len(columns.features), dtype, cost)
+    def __init__(self, rows: Points, columns: Points | None, members: list[int], width: int, cost: Cost) -> None:
+        self.dtype = cost.dtype
+        fixed, each = held_bytes(rows.features, width, None if columns is None else len(columns.features), cost)
         self.planned = fixed + len(members) * each
         offsets = rows.offsets.tolist()
         starts, sizes = [offsets[t] for t in members], [offsets[t + 1] - offsets[t] for t in members]
         if columns is None:
-            centres = torch.stack(
-                [_centre(rows.features[s : s + n], dtype) for s, n in zip(starts, sizes, strict=True)]
-            )
-            y = x = _block(rows, starts, sizes, width, centres, dtype)
+            sets = [rows.features[s : s + n] for s, n in zip(starts, sizes, strict=True)]
+            y = x = _block(rows, starts, sizes, width, torch.stack([_centre(some, cost) for some in sets]), cost)
         else:
-            centre, num_columns = _centre(columns.features, dtype)[None], len(columns.features)
-            y = _block(rows, starts, sizes, width, centre.expand(len(starts), -1), dtype)
-            x = _block(columns, [0], [num_columns], num_columns, centre, dtype)
+            centre, num_columns = _centre(columns.features, cost)[None], len(columns.features)
+            y = _block(rows, starts, sizes, width, centre.expand(len(starts), -1), cost)
+            x = _block(columns, [0], [num_columns], num_columns, centre, cost)
         self._costs = _pair_costs(y, x, cost, same=columns is None)
         self._scratch = torch.empty_like(self._costs)
         self.row_log_weights = y.log_weights
@@ -257,27 +269,27 @@ class Recomputed(Costs):
 
     sweeps = 5
 
-    def __init__(self, rows: Points, columns: Points, cost: Cost, dtype: torch.dtype, memory: int) -> None:
-        self.dtype, self._cost = dtype, cost
+    def __init__(self, rows: Points, columns: Points, cost: Cost, memory: int) -> None:
+        self.dtype, self._cost = cost.dtype, cost
         self._sides = (rows, columns)
-        self._centre = _centre(columns.features, dtype)[None]
+        self._centre = _centre(columns.features, cost)[None]
         if cost.labels is not None and rows.classes is not None:  # the pair's own part of the table
             low, high = int(rows.classes.min()), int(rows.classes.max()) + 1
-            self._cost = Cost(cost.p, cost.labels[low:high])
+            self._cost = cost._replace(labels=cost.labels[low:high])
             self._sides = (rows._replace(classes=rows.classes - low), columns)
         self._size = _CHUNK_ROWS
-        while self._size > LEAST_CHUNK and chunk_bytes(rows.features, self._size, dtype, self._cost) > memory:
+        while self._size > LEAST_CHUNK and chunk_bytes(rows.features, self._size, self._cost) > memory:
             self._size //= 2
-        self.planned = chunk_bytes(rows.features, self._size, dtype, self._cost)
+        self.planned = chunk_bytes(rows.features, self._size, self._cost)
         counts, device = [len(side.features) for side in self._sides], rows.features.device
-        weights = [torch.full((1, n), -math.log(n), dtype=dtype, device=device) for n in counts]
+        weights = [torch.full((1, n), -math.log(n), dtype=self.dtype, device=device) for n in counts]
         self.row_log_weights, self.column_log_weights = weights
 
     def _blocks(self, side: int) -> Iterator[tuple[slice, _Block]]:
         points = self._sides[side]
         for low in range(0, len(points.features), self._size):
             high = min(low + self._size, len(points.features))
-            yield slice(low, high), _block(points, [low], [high - low], high - low, self._centre, self.dtype)
+            yield slice(low, high), _block(points, [low], [high - low], high - low, self._centre, self._cost)
 
     def _tile(self, out: _Block, over: _Block, side: int) -> Tensor:
         return _pair_costs(out, over, self._cost, transposed=side == 1)[0]
@@ -331,32 +343,38 @@ class Recomputed(Costs):
         g = self.columns(f, epsilon)
         scale = weight / f.shape[1] / g.shape[1]
         for place, x in self._blocks(1):
+            columns = x.whole[0]
             for where, y in self._blocks(0):
                 tile = self._tile(x, y, 1)
                 plan = (f[:, where] - tile).add_(g[0, place, None]).mul_(1 / epsilon).exp_().mul_(scale)
                 if self._cost.p == 1:
                     # d |x - y| = (x - y) / |x - y|, and 0 where they are equal
                     plan.div_(tile).masked_fill_(tile == 0, 0)
-                out[place] += plan.sum(1, keepdim=True) * x.rows[0]
-                out[place].addmm_(plan, y.rows[0], alpha=-1)
+                out[place] += plan.sum(1, keepdim=True) * columns
+                out[place].addmm_(plan, y.whole[0], alpha=-1)
 
 
-def _block(
-    points: Points, starts: list[int], sizes: list[int], width: int, centres: Tensor, dtype: torch.dtype
-) -> _Block:
-    """The rows of B runs, padded to `width`, less their centres [B, D]."""
+def _block(points: Points, starts: list[int], sizes: list[int], width: int, centres: Tensor, cost: Cost) -> _Block:
+    """The rows of B runs, padded to `width`, less their centres [B, D], rounded as the cost's precision says."""
     device, (num_sets, num_features) = points.features.device, centres.shape
-    rows = torch.zeros(num_sets, width, num_features, dtype=dtype, device=device)
-    log_weights = torch.full((num_sets, width), -math.inf, dtype=dtype, device=device)
+    rows = torch.zeros(num_sets, width, num_features, dtype=cost.dtype, device=device)
+    low = torch.zeros_like(rows) if cost.precision == "bf16x3" else None
+    log_weights = torch.full((num_sets, width), -math.inf, dtype=cost.dtype, device=device)
     given = (points.classes, points.columns)
     labels = [None if v is None else torch.zeros(num_sets, width, dtype=torch.int64, device=device) for v in given]
     for b, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-        rows[b, :size] = points.features[start : start + size] - centres[b]
+        high, rest = rounded((points.features[start : start + size] - centres[b]).to(cost.dtype), cost.precision)
+        rows[b, :size] = high
+        if low is not None and rest is not None:
+            low[b, :size] = rest
         log_weights[b, :size] = -math.log(size)
         for to, at in zip(labels, given, strict=True):
             if to is not None and at is not None:
                 to[b, :size] = at[start : start + size]
-    return _Block(rows, torch.linalg.vector_norm(rows, dim=2).square_(), log_weights, *labels)
+    squares = torch.linalg.vector_norm(rows, dim=2).square_()
+    if low is not None:
+        squares += 2 * torch.linalg.vecdot(rows, low)
+    return _Block(rows, low, squares, log_weights, *labels)
 
 
 def _pair_costs(y: _Block, x: _Block, cost: Cost, *, same: bool = False, transposed: bool = False) -> Tensor:
@@ -365,10 +383,14 @@ def _pair_costs(y: _Block, x: _Block, cost: Cost, *, same: bool = False, transpo
     `same`: x is y; `transposed`: y is the side of the columns, so that the classes are those of x.
     """
     costs = y.squares[:, :, None] + x.squares[:, None, :]
-    if len(x.rows) == 1:  # one product, with no copy of x for each set
-        costs.view(-1, costs.shape[2]).addmm_(y.rows.flatten(0, 1), x.rows[0].T, alpha=-2)
-    else:
-        costs.baddbmm_(y.rows, x.rows.mT, alpha=-2)
+    with exact_products(costs.device, cost.precision):
+        for left, right in ((y.rows, x.rows), (y.rows, x.low), (y.low, x.rows)):
+            if left is None or right is None:
+                continue
+            if len(right) == 1:  # one product, with no copy of x for each set
+                costs.view(-1, costs.shape[2]).addmm_(left.flatten(0, 1), right[0].T, alpha=-2)
+            else:
+                costs.baddbmm_(left, right.mT, alpha=-2)
     itself = costs.diagonal(0, 1, 2)
     if same:
         itself.fill_(math.inf)
@@ -402,31 +424,38 @@ def _again(squares: Tensor, y: _Block, x: _Block) -> None:
         for part in torch.arange(len(at), device=at.device).split(max(1, _AGAIN // y.rows.shape[2])):
             which, column = at[part], j[part]
             difference = y.rows[b[which], i[which]] - x.rows[its[which], column]
+            if y.low is not None and x.low is not None:
+                difference += y.low[b[which], i[which]] - x.low[its[which], column]
             squares[b[which], i[which], column] = difference.square_().sum(1)
 
 
-def chunk_bytes(features: Tensor, size: int, dtype: torch.dtype, cost: Cost) -> int:
+def chunk_bytes(features: Tensor, size: int, cost: Cost) -> int:
     """Most memory that recomputed costs take with chunks of `size` rows, beside potentials."""
-    item, num_features = dtype.itemsize, features.shape[1]
+    item, num_features = cost.dtype.itemsize, features.shape[1]
     tables = 0 if cost.labels is None else size * (sum(cost.labels.shape) * item + 8)
-    blocks, tile = 2 * size * (num_features * (item + 8) + 32), 3 * size * size * item
+    blocks, tile = 2 * size * (num_features * sum(_row_bytes(cost)) + 32), 3 * size * size * item
     return blocks + tile + tables + _again_bytes(num_features, size, item)
 
 
-def held_bytes(
-    features: Tensor, width: int, num_columns: int | None, dtype: torch.dtype, cost: Cost
-) -> tuple[int, int]:
+def held_bytes(features: Tensor, width: int, num_columns: int | None, cost: Cost) -> tuple[int, int]:
     """Memory that held costs take for sets padded to `width` rows: (whatever their number, for each of them).
 
     `num_columns` is the number of the columns that they share, None where each meets itself.
     """
-    item, num_features = dtype.itemsize, features.shape[1]
-    row = num_features * item + 64
-    fixed = 0 if num_columns is None else num_columns * (row + num_features * 8)
+    item, num_features = cost.dtype.itemsize, features.shape[1]
+    kept, making = _row_bytes(cost)
+    row = num_features * kept + 64
+    fixed = 0 if num_columns is None else num_columns * (row + num_features * making)
     columns = width if num_columns is None else num_columns
     tables = 0 if cost.labels is None else cost.labels.shape[1] * item + 16
     each = width * columns * item * 2 + width * (row + tables) + 12 * item * (width + columns)
-    return fixed + width * num_features * 8 + _again_bytes(num_features, columns, item), each
+    return fixed + width * num_features * making + _again_bytes(num_features, columns, item), each
+
+
+def _row_bytes(cost: Cost) -> tuple[int, int]:
+    """Bytes for each number of a row: (as it is kept, while it is centred and rounded)."""
+    copies = 2 if cost.precision == "bf16x3" else 1
+    return copies * cost.dtype.itemsize, 28 if cost.precision in ROUNDED else 8
 
 
 def _again_bytes(num_features: int, num_columns: int, item: int) -> int:
@@ -434,7 +463,9 @@ def _again_bytes(num_features: int, num_columns: int, item: int) -> int:
     return 3 * item * max(_AGAIN, num_features) + 64 * max(_AGAIN // 8, num_columns)
 
 
-def _centre(features: Tensor, dtype: torch.dtype) -> Tensor:
-    """A point amid rows [N, D], [D], in the wider of both dtypes: exactly the row where all are equal."""
-    sample = features[:: max(1, len(features) // 64)].to(torch.promote_types(features.dtype, dtype))
+def _centre(features: Tensor, cost: Cost) -> Tensor:
+    """The cost's centre [D], or else a point amid rows [N, D]: exactly the row where all are equal."""
+    if cost.centre is not None:
+        return cost.centre
+    sample = features[:: max(1, len(features) // 64)].to(torch.promote_types(features.dtype, cost.dtype))
     return (sample - sample[0]).mean(0).add_(sample[0])

@@ -13,7 +13,6 @@ products, so that a row is at distance 0 from itself.
 """
 
 import math
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,16 +32,13 @@ ROUNDED = ("bf16", "tf32", "bf16x3")
 """Precisions under which rows are rounded: one centre must serve cross and self terms, or the roundings differ."""
 
 
-EXACT = ("fp32", "fp64")
-"""Precisions of distances that have no products to round."""
-
-
-def resolve_precision(precision: str | None, dtype: torch.dtype, accepted: Iterable[str] = PRECISIONS) -> str:
+def resolve_precision(precision: str | None, dtype: torch.dtype) -> str:
     """The precision asked for, or where none is: fp64 for float64 features, else fp32."""
     if precision is None:
         return "fp64" if dtype == torch.float64 else "fp32"
-    if precision not in accepted:
-        raise ValueError(f"precision is {precision!r}; accepted: {', '.join(accepted)}, or None to follow the features")
+    if precision not in PRECISIONS:
+        accepted = ", ".join(PRECISIONS)
+        raise ValueError(f"precision is {precision!r}; accepted: {accepted}, or None to follow the features")
     return precision
 
 
@@ -60,13 +56,26 @@ def split_bf16(values: Tensor) -> tuple[Tensor, Tensor]:
     return high, (values - high.float()).bfloat16()
 
 
+def rounded(rows: Tensor, precision: str) -> tuple[Tensor, Tensor | None]:
+    """Centred rows as the products of a precision have them: (high, low), low for bf16x3 alone, in the rows' dtype."""
+    if precision == "bf16":
+        return rows.bfloat16().to(rows.dtype), None
+    if precision == "tf32":
+        return round_tf32(rows), None
+    if precision == "bf16x3":
+        high, low = split_bf16(rows)
+        return high.to(rows.dtype), low.to(rows.dtype)
+    return rows, None
+
+
 class exact_products:  # noqa: N801 - a context manager is called like a function
     """Keep float32 products in what `precision` says, whatever the process has set.
 
     torch.set_float32_matmul_precision("medium") makes them bfloat16 on the CPU (error 0.24 in a product of 512 x 512
     normal numbers, torch 2.15) and "high" TF32 on CUDA. Autocast leaves products in place, as here, alone. On the CPU
     "bf16" lets operands that are rounded already use the processor's bfloat16 products where it has them: the
-    same products, four to six times as fast on a processor with AMX.
+    same products, four to six times as fast on a processor with AMX. On CUDA float32 operands that are rounded, to
+    whatever, are multiplied by the tensor cores as TF32, which holds all of their digits.
     """
 
     # A class, because a generator's context takes a fifth of a millisecond of ten for the tiles of one small pair.
@@ -75,7 +84,7 @@ class exact_products:  # noqa: N801 - a context manager is called like a functio
         self._wanted = "ieee"
         if device.type == "cpu" and precision in ("bf16", "bf16x3"):
             self._wanted = "bf16"
-        elif device.type == "cuda" and precision == "tf32":
+        elif device.type == "cuda" and precision in ROUNDED:
             self._wanted = "tf32"
 
     def __enter__(self) -> None:

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.kernels.engine.precision import EXACT, PRECISIONS, exact_products, round_tf32
+from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, exact_products, round_tf32
 
 DEFAULT_MEMORY = 256 * 2**20
 """Bytes that a call may hold beside its inputs and its result, where the caller does not say."""
@@ -308,7 +308,7 @@ class Sweep:
         if min(sizes) < size:
             inside = torch.arange(size) < torch.tensor(sizes)[:, None]
             squares.masked_fill_(~inside.to(self.device), self.far)
-        if side == "both" or self.precision not in EXACT:
+        if side == "both" or self.precision in ROUNDED:
             return Rows(high, low, None, squares, raw, starts, sizes, largest)
         self._extend(extended, squares, side)
         return Rows(high, low, extended, squares, raw, starts, sizes, largest)

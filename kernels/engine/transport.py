@@ -56,15 +56,8 @@ class Settings(NamedTuple):
     """L1 marginal error at which a problem is solved."""
     max_iterations: int
     """At the last epsilon."""
-    dtype: torch.dtype
-    """Of costs and potentials."""
     memory: int
     """Bytes that may be held beside inputs and what is as long as they are."""
-
-    @property
-    def precision(self) -> str:
-        """The name of the dtype."""
-        return "fp64" if self.dtype == torch.float64 else "fp32"
 
 
 class Solution(NamedTuple):
@@ -89,17 +82,17 @@ def solve(rows: Points, columns: Points | None, cost: Cost, settings: Settings) 
         torch.zeros(num_sets, dtype=torch.float64, device=device),
         torch.zeros(num_sets, dtype=torch.int64, device=device),
         torch.zeros(num_sets, dtype=torch.float64, device=device),
-        torch.zeros(len(rows.features), dtype=settings.dtype, device=device),
+        torch.zeros(len(rows.features), dtype=cost.dtype, device=device),
     )
     # What each path takes is watched, and reported, by itself.
     paths: dict[tuple[str, str], list[tuple[list[int], int | None]]] = {}
     for batch in _batches(rows, columns, cost, settings):
-        how = choose_path(rows, columns, *batch, cost, settings.dtype, settings.memory)
+        how = choose_path(rows, columns, *batch, cost, settings.memory)
         paths.setdefault(how, []).append(batch)
     for (path, reason), batches in paths.items():
-        with dispatch.Watch("transports", device, path, reason, settings.precision) as watch, exact_products(device):
+        with dispatch.Watch("transports", device, path, reason, cost.precision) as watch, exact_products(device):
             for members, width in batches:
-                costs = make_costs(rows, columns, members, width, cost, settings.dtype, settings.memory, path)
+                costs = make_costs(rows, columns, members, width, cost, settings.memory, path)
                 watch.planned = max(watch.planned, costs.planned)
                 _iterate(costs, rows.offsets, torch.tensor(members), columns is None, settings, solution)
                 del costs  # before its successor is there
@@ -108,7 +101,7 @@ def solve(rows: Points, columns: Points | None, cost: Cost, settings: Settings) 
 
 def check_memory(features: Tensor, cost: Cost, settings: Settings, *, share: int = 1) -> None:
     """Refuse, with a ValueError, a bound of which one part in `share` cannot hold the smallest chunk."""
-    least = share * chunk_bytes(features, LEAST_CHUNK, settings.dtype, cost)
+    least = share * chunk_bytes(features, LEAST_CHUNK, cost)
     if settings.memory < least:
         raise ValueError(f"memory is {settings.memory} bytes; accepted: at least {least}")
 
@@ -123,7 +116,7 @@ def _batches(
         groups.setdefault(-(-size // step) * step, []).append(t)
     num_columns = None if columns is None else len(columns.features)
     for width, members in groups.items():
-        fixed, each = held_bytes(rows.features, width, num_columns, settings.dtype, cost)
+        fixed, each = held_bytes(rows.features, width, num_columns, cost)
         if fixed + each > settings.memory:
             yield from (([t], None) for t in members)
             continue

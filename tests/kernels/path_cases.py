@@ -125,13 +125,15 @@ def test_nearest(precision: str, path: str):
     assert torch.equal(found.rows[clear, 0], numbers[clear, 0])
 
 
-def test_softmins_of_a_pair_that_is_not_held(path: str):
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "bf16x3"])
+def test_softmins_of_a_pair_that_is_not_held(precision: str, path: str):
     x, tasks = problem(20)
     rows_, columns = Points(tasks.features, tasks.offsets), Points(x, torch.tensor([0, len(x)]))
-    held = make_costs(rows_, columns, [1], 50, Cost(2), torch.float32, 2**26)
-    how = choose_path(rows_, columns, [1], None, Cost(2), torch.float32, 2**26)
+    cost = Cost(2, None, precision, common_centre(tasks.features))
+    held = make_costs(rows_, columns, [1], 50, cost, 2**26)
+    how = choose_path(rows_, columns, [1], None, cost, 2**26)
     assert how[0] == ("fused" if path == "fused" else "eager")
-    recomputed = make_costs(rows_, columns, [1], None, Cost(2), torch.float32, 2**26, how[0])
+    recomputed = make_costs(rows_, columns, [1], None, cost, 2**26, how[0])
     f, g = rows(1, 50, 3), rows(1, 37, 4)
     for epsilon in (0.5, 20.0):
         # A cost of about 20 is off by some 20 * 2^-21, and so is its softmin.

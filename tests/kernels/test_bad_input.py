@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from headstart.kernels.energy import energy_distances, energy_self_terms
+from headstart.kernels.engine.precision import PRECISIONS
 from headstart.kernels.ragged import RaggedTasks
 from tests.kernels.cases import FUNCTIONS, thirds
 
@@ -54,3 +55,13 @@ def test_self_terms_of_features_of_another_length_are_refused():
     kept = energy_self_terms(RaggedTasks.from_list([rows(9, 5, 2)]), precision="bf16")
     with pytest.raises(ValueError, match=r"centre \[5\]; accepted: \[4\]"):
         energy_distances(x, RaggedTasks.from_list([y]), precision="bf16", self_terms=kept)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_precision_is_taken_by_every_function(name: str, precision: str):
+    y = rows(9, 4, 2)
+    found = FUNCTIONS[name](rows(6, 4, 1), RaggedTasks(y, torch.tensor([0, 4, 9]), thirds(y)), precision=precision)
+    found = found if isinstance(found, torch.Tensor) else found[0]
+    assert found.dtype == PRECISIONS[precision]
+    assert bool(found.isfinite().all())

@@ -115,7 +115,8 @@ def test_the_others_pass_opcheck(device: str):
     rest = (tasks.features, tasks.offsets)
     labels, own = classes(len(tasks.features), device), classes(7, device)
     epsilon = torch.tensor(3.0, dtype=torch.float64)
-    how = (2, epsilon, 1e-3, 1000, "fp32", 2**24)
+    how = (2, epsilon, 1e-3, 1000, "fp32", 2**24, None)
+    rounded = (*how[:4], "tf32", 2**24, x.mean(0))
     for operator, arguments in (
         (torch.ops.headstart.mean_distances, (x, *rest, "fp32", None)),
         (torch.ops.headstart.frechet_distances, (x, *rest, "fp32", None)),
@@ -125,12 +126,13 @@ def test_the_others_pass_opcheck(device: str):
         ),
         (torch.ops.headstart.nearest_neighbours, (x, *rest, 2, False, "fp32", None)),
         (torch.ops.headstart.median_bandwidths, (x,)),
-        (torch.ops.headstart.checked_bandwidths, (SIGMA,)),
+        (torch.ops.headstart.checked_bandwidths, (SIGMA, None)),
         (torch.ops.headstart.terms_of_tasks, (SIGMA, torch.tensor([2, 5]), torch.tensor([0, 2, 7]))),
         (torch.ops.headstart.default_epsilon, (x, 2, 2**24)),
-        (torch.ops.headstart.checked_epsilon, (epsilon,)),
+        (torch.ops.headstart.checked_epsilon, (epsilon, None)),
         (torch.ops.headstart.sinkhorn_self_values, (*rest, *how)),
         (torch.ops.headstart.sinkhorn_transports, (x.clone().requires_grad_(), *rest, *how)),
+        (torch.ops.headstart.sinkhorn_transports, (x.clone().requires_grad_(), *rest, *rounded)),
         (
             torch.ops.headstart.label_aware_distances,
             (x, own, tasks.features, labels, tasks.offsets, None, None, "bures", *how[1:]),
@@ -180,15 +182,26 @@ def agree_compiled(function, x: torch.Tensor, differentiable: bool) -> None:
         torch.testing.assert_close(gradient, plain)
 
 
-@pytest.mark.parametrize("name", ["energy", "mmd", "sinkhorn", "label-aware"])
+KEPT = ["energy", "mmd", "mmd, bandwidths", "sinkhorn", "sinkhorn, epsilon", "label-aware"]
+
+
+@pytest.mark.parametrize("name", KEPT)
 def test_compiled_without_a_break_with_kept_self_terms(name: str, device: str):
     x, tasks = problem(30, 8, device, torch.float32)
     tasks = RaggedTasks(tasks.features, tasks.offsets, classes(len(tasks.features), device))
     function, kept = {
         "energy": (energy_distances, energy_self_terms(tasks)),
         "mmd": (lambda x, t, **how: mmd_distances(x, t, **how).distances, mmd_self_terms(tasks, SIGMA)),
+        "mmd, bandwidths": (  # as a result has them
+            lambda x, t, **how: mmd_distances(x, t, bandwidths=SIGMA, **how).distances,
+            mmd_self_terms(tasks, SIGMA.clone()),
+        ),
         "sinkhorn": (
             lambda x, t, **how: sinkhorn_distances(x, t, **how).distances,
+            sinkhorn_self_terms(tasks, epsilon=3.0),
+        ),
+        "sinkhorn, epsilon": (  # a tensor, as a result has it
+            lambda x, t, **how: sinkhorn_distances(x, t, epsilon=torch.tensor(3.0), **how).distances,
             sinkhorn_self_terms(tasks, epsilon=3.0),
         ),
         "label-aware": (

@@ -238,7 +238,7 @@ def test_bad_input_is_refused(device: str):
         (x, tasks, labels.to("meta"), {}, r"on meta; accepted: .* on (cpu|cuda)"),
         (x, tasks, torch.tensor([0, -2, 1], device=device), {}, "label -2 of the target, in row 1, .* 0 or more"),
         (x, tasks, labels, {"form": "best"}, "form is 'best'; accepted: assignment, nearest"),
-        (x, tasks, labels, {"precision": "bf16"}, "precision is 'bf16'; accepted: fp32, fp64"),
+        (x, tasks, labels, {"precision": "double"}, "precision is 'double'; accepted: bf16, tf32, bf16x3, fp32"),
         (far, far_tasks, labels, {}, "overflow"),
         (far, far_tasks, labels, {"form": "nearest"}, "overflow"),
     ):

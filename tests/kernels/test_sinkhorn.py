@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headstart.kernels import naive
-from headstart.kernels.ragged import RaggedTasks
+from headstart.kernels.engine.precision import rounded
+from headstart.kernels.ragged import RaggedTasks, common_centre
 from headstart.kernels.sinkhorn import default_epsilon, sinkhorn_distances, sinkhorn_self_terms
-from tests.kernels.cases import CASES, KINDS, Case, U, change, double
+from tests.kernels.cases import CASES, HALF_STEP, KINDS, Case, U, change, double
 
 TOLERANCE = {"fp32": 1e-4, "fp64": 1e-10}
 
@@ -152,11 +153,82 @@ def test_self_terms_can_be_kept_and_those_of_something_else_are_refused(device: 
         found = sinkhorn_distances(x, tasks, epsilon=epsilon, self_terms=kept)
         assert torch.equal(found.distances, plain.distances)
         assert found.epsilon == 0.5
-    for asked in ({"epsilon": 0.6}, {"p": 1, "epsilon": 0.5}, {"precision": "fp32", "epsilon": 0.5}):
-        with pytest.raises(ValueError, match=r"self terms are those of 2 tasks with precision fp64, p 2, epsilon 0\.5"):
-            sinkhorn_distances(x, tasks, self_terms=kept, **asked)
+    for asked in ({"p": 1}, {"precision": "fp32"}):
+        with pytest.raises(ValueError, match="self terms are those of 2 tasks with precision fp64, p 2"):
+            sinkhorn_distances(x, tasks, self_terms=kept, epsilon=0.5, **asked)
+    with pytest.raises(ValueError, match=r"epsilon is 0\.6; accepted: 0\.5, that of the self terms"):
+        sinkhorn_distances(x, tasks, self_terms=kept, epsilon=0.6)
     with pytest.raises(ValueError, match="task 0 is that of 3 rows; accepted: of its 4"):
         sinkhorn_distances(x, RaggedTasks(tasks.features, torch.tensor([0, 4, 53])), epsilon=0.5, self_terms=kept)
+
+
+def as_rounded(x: Tensor, centre: Tensor, precision: str) -> Tensor:
+    """The rows that the products of a precision see, in float64."""
+    high, low = rounded((x - centre).float(), precision)
+    return centre.double() + high.double() + (0 if low is None else low.double())
+
+
+@pytest.mark.parametrize("p", [1, 2], ids="p{}".format)
+@pytest.mark.parametrize("precision", HALF_STEP)
+@pytest.mark.parametrize("memory", [None, 3 * 2**20], ids=["held", "recomputed"])
+def test_costs_of_a_rounded_precision_are_those_of_the_rounded_rows(
+    precision: str, p: int, memory: int | None, device: str
+):
+    d, tolerance = 64, 1e-5
+    x = features(200, d, 1, device, torch.float32) + 1
+    tasks = RaggedTasks.from_list([x.clone(), *(features(n, d, n, device, torch.float32) + 1.2 for n in (1, 70, 900))])
+    centre = common_centre(tasks.features)
+    rows, seen = as_rounded(x, centre, precision), as_rounded(tasks.features, centre, precision)
+    seen = RaggedTasks(seen, tasks.offsets)
+    c = largest(rows, seen, p)
+    epsilon = c / 4
+    kept = sinkhorn_self_terms(tasks, epsilon=epsilon, p=p, precision=precision, tolerance=tolerance, memory=memory)
+    how = {"p": p, "precision": precision, "tolerance": tolerance, "memory": memory}
+    found = sinkhorn_distances(x, tasks, epsilon=epsilon, self_terms=kept, **how)
+    again = sinkhorn_distances(x, tasks, epsilon=epsilon, **how)
+    assert torch.equal(found.distances, again.distances)
+    expected = reference(rows, seen, epsilon, p)
+    allowed = bound(c, epsilon, d, p, "fp32", tolerance)
+    reach = float(torch.cat([x, tasks.features]).double().sub(centre).norm(dim=1).max())
+    if precision == "bf16x3":  # the product of both low parts is left out
+        allowed += 2.0**-14 * reach**2 if p == 2 else 2.0**-8 * reach
+    torch.testing.assert_close(found.distances.double(), expected, rtol=0, atol=allowed)
+    # And to the definition on the rows as given: the stated error.
+    moved = HALF_STEP[precision] * reach
+    allowed += 4 * moved if p == 1 else 4 * moved * ((2 * c) ** 0.5 + moved)
+    expected = reference(x, tasks, epsilon, p)
+    torch.testing.assert_close(found.distances.double(), expected, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("precision", HALF_STEP)
+def test_a_gradient_under_a_rounded_precision_is_that_at_the_rounded_rows(precision: str, device: str):
+    x = features(40, 8, 1, device, torch.float32)
+    tasks = RaggedTasks.from_list([features(50, 8, 2, device, torch.float32) + 0.5])
+    centre = common_centre(tasks.features)
+    how = {"epsilon": 2.0, "tolerance": 1e-6, "max_iterations": 5000}
+    given = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(sinkhorn_distances(given, tasks, precision=precision, **how).distances.sum(), given)
+    rows = as_rounded(x, centre, precision).requires_grad_()
+    seen = RaggedTasks(as_rounded(tasks.features, centre, precision), tasks.offsets)
+    (exact,) = torch.autograd.grad(sinkhorn_distances(rows, seen, **how).distances.sum(), rows)
+    # A cost off by e moves the plan by e / epsilon of itself: e is some 64 sqrt(D) u of the costs, 30, and for bf16x3
+    # 2^-15 of squared norms, 10. Weights of a row are 1/40 in both plans, differences at most 8.
+    moved = (64 * 8**0.5 * U["fp32"] * 30 + (2.0**-15 * 10 if precision == "bf16x3" else 0)) / 2 + 4e-6
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2 * moved * 8 / 40)
+    assert float(exact.abs().max()) > 20 * moved * 8 / 40
+
+
+def test_self_terms_bring_their_centre_and_precision(device: str):
+    x, other = features(30, 8, 1, device, torch.float32), features(50, 8, 2, device, torch.float32) + 3
+    first, second = RaggedTasks.from_list([x.clone()]), RaggedTasks.from_list([other])
+    kept = sinkhorn_self_terms(first, epsilon=2.0, precision="bf16")
+    assert kept.centre is not None
+    assert float(sinkhorn_distances(x, first, precision="bf16", self_terms=kept).distances) < 1e-3
+    short = sinkhorn_self_terms(RaggedTasks.from_list([x[:, :5]]), epsilon=2.0, precision="bf16")
+    with pytest.raises(ValueError, match=r"centre \[5\]; accepted: \[8\]"):
+        sinkhorn_distances(x, first, precision="bf16", self_terms=short)
+    with pytest.raises(ValueError, match="precision bf16"):
+        sinkhorn_distances(x, second, precision="fp32", self_terms=kept)
 
 
 def test_what_does_not_converge_is_reported(device: str):
@@ -189,7 +261,7 @@ def test_an_iteration_that_stands_still_by_rounding_is_reported(device: str):
         ({"epsilon": math.nan}, "epsilon"),
         ({"epsilon": math.inf}, "epsilon"),
         ({"p": 3}, "p is 3; accepted: 1, 2"),
-        ({"precision": "bf16"}, "accepted: fp32, fp64"),
+        ({"precision": "fp8"}, "accepted: bf16, tf32, bf16x3, fp32, fp64"),
         ({"tolerance": 0.0}, "tolerance"),
         ({"tolerance": math.nan}, "tolerance"),
         ({"max_iterations": 0}, "max_iterations"),
