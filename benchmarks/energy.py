@@ -151,8 +151,8 @@ def workloads(quick: bool) -> list[Workload]:
     if torch.cuda.is_available():
         dims = (256,) if quick else (64, 256, 512, 2048)
         large = [Workload(num_tasks=512, rows=2048, dim=dim, num_target=4096) for dim in dims]
-        small = Workload(num_tasks=512, rows=110, dim=256, num_target=220)
-        return large if quick else [*large, small, Workload(num_tasks=1, rows=4096, dim=512, num_target=4096)]
+        small = [Workload(num_tasks=512, rows=110, dim=dim, num_target=220) for dim in (256, 2048)]
+        return large if quick else [*large, *small, Workload(num_tasks=1, rows=4096, dim=512, num_target=4096)]
     first = Workload(num_tasks=512, rows=110, dim=256, num_target=220)
     if quick:
         return [first]
