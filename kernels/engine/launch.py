@@ -113,11 +113,10 @@ class _Job(NamedTuple):
     inv_epsilon: float = 0.0
     p: int = 2
 
-    def constants(self, pitch: int) -> dict[str, object]:
+    def constants(self) -> dict[str, object]:
         """What both programs take as constants."""
         return {
             "EPILOGUE": self.epilogue,
-            "TAU": cancellation(self.precision, pitch),
             "P": self.p,
             "B": 0 if self.coefficients is None else len(self.coefficients),
         }
@@ -156,6 +155,7 @@ class _Sweep:
         self.memory, self.share = memory, share  # of the memory, one part in `share` is for this
         self.device, self.pitch = x.high.device, x.high.shape[1]
         self.config = _config(x, job.precision, path)
+        self.tau = cancellation(job.precision, self.pitch)
         for operand in (x, y):
             if self.pitch % 64 or operand.high.shape[1] != self.pitch or not operand.high.is_contiguous():
                 raise ValueError(
@@ -259,7 +259,7 @@ class _Sweep:
         x, y, job, config = self.x, self.y, self.job, self.config
         tile_kernel[(len(table),)](
             x.high, x.low, x.squares, y.high, y.low, y.squares, table, job.h, job.coefficients, values, indices,
-            job.inv_epsilon, **job.constants(self.pitch), PITCH=self.pitch, BM=config.bm, BN=config.bn, BK=config.bk,
+            self.tau, job.inv_epsilon, **job.constants(), PITCH=self.pitch, BM=config.bm, BN=config.bn, BK=config.bk,
             INPUT_PRECISION="tf32" if job.precision == "tf32" else "ieee", INTERPRET=INTERPRETED,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
@@ -325,7 +325,7 @@ class _Sweep:
         finish_kernel[(-(-num_rows // config.bm), -(-num_columns // config.bn))](
             product.values, self.x.squares[product.x_start :], self.y.squares[product.y_start :], h, job.coefficients,
             values, indices, num_rows, num_columns, product.y_start, product.values.stride(0) // 256,
-            len(self.x.squares), job.inv_epsilon, **job.constants(self.pitch), BM=config.bm, BN=config.bn,
+            len(self.x.squares), self.tau, job.inv_epsilon, **job.constants(), BM=config.bm, BN=config.bn,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 

@@ -50,7 +50,7 @@ def choose_config(precision: str, pitch: int, capability: tuple[int, int]) -> Co
 
 
 def cancellation(precision: str, pitch: int) -> float:
-    """TAU of the programs: the share of |x|^2 + |y|^2 at or below which a squared distance has no digit left.
+    """`tau` of the programs: the share of |x|^2 + |y|^2 at or below which a squared distance has no digit left.
 
     Tensor cores: about twice the loss that `programs` derives, K 2^-26 for the products and 2^-25 for each step, of
     which bf16x3 takes three times as many and TF32 on Ampere twice. fp32 is rounded, not cut: K 2^-26 is what a sum of

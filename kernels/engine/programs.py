@@ -16,11 +16,11 @@ them into squared distances d2 = |x|^2 + |y|^2 - 2 x.y and reduces those:
 the same rows go through the same binary, tile by tile, and so agree in every bit: only constants choose the binary
 (no pointer's alignment and no integer's value does), and inside a tile the order of every sum is fixed.
 
-TAU: tensor cores cut, not round. Each product is cut at 2^-24 of the running sum (Ampere; Hopper keeps more bits), and
+tau: tensor cores cut, not round. Each product is cut at 2^-24 of the running sum (Ampere; Hopper keeps more bits), and
 the sum itself at 2^-23 after each step of 4 to 16 products (Fasi, Higham, Mikaitis and Pranesh, PeerJ Computer
 Science 7 (2021) e330). A row against itself has K positive products and a running sum that is half of the final one on
-average, so it comes out short by about K 2^-26 + K 2^-28 of |x|^2. With d2 below TAU (|x|^2 + |y|^2) no digit is left
-and the pair is at distance 0; TAU is about twice that loss, so that equal rows are at distance 0 on either generation.
+average, so it comes out short by about K 2^-26 + K 2^-28 of |x|^2. With d2 below tau (|x|^2 + |y|^2) no digit is left
+and the pair is at distance 0; tau is about twice that loss, so that equal rows are at distance 0 on either generation.
 
 This file imports nothing but Triton, so that it compiles where there is no PyTorch.
 """
@@ -56,9 +56,9 @@ def _epilogue(
     x_rows,
     y_rows,
     y_start,
+    tau,
     inv_epsilon,
     EPILOGUE: tl.constexpr,
-    TAU: tl.constexpr,
     P: tl.constexpr,
     B: tl.constexpr,
     BM: tl.constexpr,
@@ -69,10 +69,10 @@ def _epilogue(
     norms = xs[:, None] + ys[None, :]
     d2 = norms - 2.0 * products
     if EPILOGUE == "sqrt":
-        distances = tl.sqrt(tl.where(d2 > TAU * norms, d2, 0.0))
+        distances = tl.sqrt(tl.where(d2 > tau * norms, d2, 0.0))
         tl.store(values, tl.sum(tl.sum(distances, 1), 0))
     else:
-        d2 = tl.where(d2 < TAU * norms, 0.0, d2)
+        d2 = tl.where(d2 < tau * norms, 0.0, d2)
         if EPILOGUE == "rbf":
             total = tl.zeros([BM], tl.float32)
             # Not unrolled: with 16 bandwidths at once in flight registers spill (triton 3.6).
@@ -96,7 +96,7 @@ def _epilogue(
             tl.store(values + rows, (largest + tl.log2(total)) * LN_2, mask=rows < x_rows)
 
 
-@triton.jit(do_not_specialize=["inv_epsilon"], do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=["tau", "inv_epsilon"], do_not_specialize_on_alignment=UNALIGNED)
 def tile_kernel(
     x_high,  # [N, PITCH], zeros beyond D
     x_low,  # [N, PITCH], what x_high leaves; None but for bf16x3
@@ -109,9 +109,9 @@ def tile_kernel(
     coefficients,
     values,
     indices,
+    tau,
     inv_epsilon,
     EPILOGUE: tl.constexpr,
-    TAU: tl.constexpr,
     P: tl.constexpr,
     B: tl.constexpr,
     PITCH: tl.constexpr,
@@ -162,12 +162,12 @@ def tile_kernel(
     _epilogue(
         products, xs, ys, weights, coefficients,
         values + out_start, indices if indices is None else indices + out_start,
-        x_rows, y_rows, y_start, inv_epsilon, EPILOGUE, TAU, P, B, BM, BN,
+        x_rows, y_rows, y_start, tau, inv_epsilon, EPILOGUE, P, B, BM, BN,
     )  # fmt: skip
 
 
 @triton.jit(
-    do_not_specialize=["inv_epsilon", "x_rows", "y_rows", "y_start", "stride", "out_stride"],
+    do_not_specialize=["tau", "inv_epsilon", "x_rows", "y_rows", "y_start", "stride", "out_stride"],
     do_not_specialize_on_alignment=UNALIGNED,
 )
 def finish_kernel(
@@ -183,9 +183,9 @@ def finish_kernel(
     y_start: tl.int64,
     stride: tl.int64,
     out_stride: tl.int64,
+    tau,
     inv_epsilon,
     EPILOGUE: tl.constexpr,
-    TAU: tl.constexpr,
     P: tl.constexpr,
     B: tl.constexpr,
     BM: tl.constexpr,
@@ -211,5 +211,5 @@ def finish_kernel(
     _epilogue(
         tile, xs, ys, weights, coefficients,
         values + out_start, indices if indices is None else indices + out_start,
-        x_rows - row, y_rows - column, y_start + column, inv_epsilon, EPILOGUE, TAU, P, B, BM, BN,
+        x_rows - row, y_rows - column, y_start + column, tau, inv_epsilon, EPILOGUE, P, B, BM, BN,
     )  # fmt: skip

@@ -16,8 +16,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from headstart.kernels.engine import launch, programs
-from headstart.kernels.engine.launch import FINISH, Value, cancellation, choose_config
+from headstart.kernels.engine import gpu, launch, programs, sweep
+from headstart.kernels.engine.launch import FINISH, Value, choose_config
 from headstart.kernels.engine.precision import make_operand
 
 SCRIPT = Path(__file__).with_name("compile_programs.py")
@@ -37,8 +37,8 @@ PITCHES = (64, 512, 2048)
 SHARED = {80: 99 * 1024, 90: 227 * 1024}
 TYPES = {
     "x_squares": "*fp32", "y_squares": "*fp32", "table": "*i64", "h": "*fp32", "coefficients": "*fp32",
-    "values": "*fp32", "indices": "*i64", "inv_epsilon": "fp32", "products": "*fp32", "x_rows": "i32", "y_rows": "i32",
-    "y_start": "i64", "stride": "i64", "out_stride": "i64",
+    "values": "*fp32", "indices": "*i64", "tau": "fp32", "inv_epsilon": "fp32", "products": "*fp32", "x_rows": "i32",
+    "y_rows": "i32", "y_start": "i64", "stride": "i64", "out_stride": "i64",
 }  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def case(
 ) -> dict[str, Any]:  # fmt: skip
     config = FINISH if kernel == "finish_kernel" else choose_config(precision, pitch, divmod(capability, 10))
     constants = {
-        "EPILOGUE": epilogue, "TAU": cancellation(precision, pitch), "P": p, "B": bandwidths, "BM": config.bm,
+        "EPILOGUE": epilogue, "P": p, "B": bandwidths, "BM": config.bm,
         "BN": config.bn, "BK": config.bk, "PITCH": pitch, "INTERPRET": False,
         "INPUT_PRECISION": "tf32" if precision == "tf32" else "ieee",
     }  # fmt: skip
@@ -210,3 +210,12 @@ def test_launches_of_all_sizes_and_places_share_one_binary(path: str, monkeypatc
     read.loader.exec_module(script)
     found = script.inspect(compiled[0])
     assert {key: expected[key] for key in found} == found
+
+
+@pytest.mark.parametrize("d", [3, 2048, 20000], ids="D{}".format)
+def test_the_default_memory_takes_rows_of_any_length(d: int):
+    x = torch.zeros(1, d).expand(5000, d)
+    setting = gpu.Setting(x, len(x), x[0], sweep.Value("distance"), "bf16", "streamed", None)
+    chunks = list(setting.chunks(torch.tensor([0, 10, 5000])))
+    assert [chunk.start for chunk in chunks] == [0, *(chunk.end for chunk in chunks[:-1])]
+    assert chunks[-1].end == 5000
