@@ -12,8 +12,9 @@ from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.engine.terms import NONE, needed_centre
 from headstart.kernels.ragged import BLOCK_ROWS, RaggedTasks, block_means, check_alike, check_finite, common_centre
 
-_CHUNK = 2**20
-"""Numbers of the features that the `mean` form takes at a time: more would leave the CPU's cache."""
+_CHUNK = {"cpu": 2**20, "cuda": 2**26}
+"""Numbers of the features that the `mean` form takes at a time: more would leave the CPU's cache; on CUDA fewer would
+be launches alone."""
 
 
 def euclidean_distances(
@@ -81,7 +82,7 @@ def _mean_distances(target: Tensor, features: Tensor, offsets: Tensor, precision
     memory = DEFAULT_MEMORY if memory is None else memory
     if memory < BLOCK_ROWS * row_bytes:
         raise ValueError(f"memory is {memory} bytes; accepted: at least {BLOCK_ROWS * row_bytes}")
-    chunk_rows = max(BLOCK_ROWS, min(memory // row_bytes, _CHUNK // dim))
+    chunk_rows = max(BLOCK_ROWS, min(memory // row_bytes, _CHUNK[target.device.type] // dim))
     with dispatch.Watch("mean distances", target.device, precision=precision) as watch:
         watch.planned = min(chunk_rows, max(len(target), len(features))) * row_bytes
         centre = common_centre(target)
