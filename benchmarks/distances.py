@@ -1,6 +1,11 @@
 """What the benchmarks of task distances share: ragged workloads, timing in turn, floors, correctness in each row."""
 
-from collections.abc import Callable, Sequence
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,6 +23,12 @@ Contenders = Callable[[Tensor, RaggedTasks], dict[str, Callable[[], Tensor]]]
 
 CHECKED_TASKS = 8
 """Tasks whose distances are compared with the definition: the definition holds whole matrices in float64."""
+
+FAILED: list[str] = []
+"""What was left out on a GPU, because it failed or time was up."""
+
+deadline = math.inf
+"""The reading of time.monotonic() from which on no further workload is begun."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,48 +64,104 @@ def measure(
     *,
     floor: Callable[[Tensor, RaggedTasks, str], float] | None = None,
     runs: int = 7,
+    checked_tasks: int = CHECKED_TASKS,
 ) -> list[dict[str, Any]]:
     """Time the contenders in turn on each workload, append the rows, print them and return them.
 
     The first contender is ours; `speedup` is a contender's median over ours, so that above 1 ours is faster. A
     contender's name may end in its precision, "... bf16", else it is fp32. `floor` says how many milliseconds this
     machine must take at a precision; `of_floor` is that over the median. `max_error` is against the definition in
-    float64, on the first CHECKED_TASKS tasks; `peak_mb` is what was held beside the inputs.
+    float64, on the first `checked_tasks` tasks; `peak_mb` is what was held beside the inputs.
+
+    Time on a GPU is short and may not come again: there, what fails is named in FAILED and left out, and what was
+    measured before is in the file already. On a CPU it raises.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[dict[str, Any]] = []
     for workload in workloads:
-        target, tasks = workload.make(device)
-        checked = tasks.offsets[: CHECKED_TASKS + 1]
-        few = RaggedTasks(tasks.features[: int(checked[-1])].double(), checked)
-        exact = definition(target.double(), few)
-        timed = contenders(target, tasks)
-        times = interleaved(timed, runs=runs)
-        ours = times[next(iter(timed))]["p50"]
-        for contender, function in timed.items():
-            precision = contender.rsplit(" ", 1)[-1]
-            precision = precision if precision in _RATE_DTYPES else "fp32"
-            least = None if floor is None else floor(target, tasks, precision)
-            error, peak = _error_and_peak(function, exact)
-            rows.append(
-                {
-                    "num_tasks": workload.num_tasks,
-                    "median_rows": workload.rows,
-                    "dim": workload.dim,
-                    "num_target": workload.num_target,
-                    "contender": contender,
-                    "unit": "ms",
-                    **{quantile: round(value, 4) for quantile, value in times[contender].items()},
-                    "speedup": round(times[contender]["p50"] / ours, 3),
-                    "max_error": f"{error:.3g}",
-                    "peak_mb": peak,
-                    "floor_ms": "" if least is None else round(least, 4),
-                    "of_floor": "" if least is None else round(least / times[contender]["p50"], 3),
-                }
-            )
-    append_rows(name, rows)
-    print_rows(name, rows)
+        started = time.monotonic()
+        if started > deadline:
+            FAILED.append(f"{name}, {workload}: not begun, the time is up")
+            continue
+        found: list[dict[str, Any]] = []
+        with kept_going(f"{name}, {workload}", device):
+            found = _measure_one(workload, contenders, definition, floor, runs, checked_tasks, device)
+        if found:
+            append_rows(name, found)
+            rows += found
+        print(f"{name}, {workload}: {len(found)} rows, {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+    if rows:
+        print_rows(name, rows)
     return rows
+
+
+def _measure_one(
+    workload: Workload,
+    contenders: Contenders,
+    definition: Callable[[Tensor, RaggedTasks], Tensor],
+    floor: Callable[[Tensor, RaggedTasks, str], float] | None,
+    runs: int,
+    checked_tasks: int,
+    device: str,
+) -> list[dict[str, Any]]:
+    """The rows of one workload."""
+    target, tasks = workload.make(device)
+    checked = tasks.offsets[: checked_tasks + 1]
+    few = RaggedTasks(tasks.features[: int(checked[-1])].double(), checked)
+    exact = definition(target.double(), few)
+    timed = _working(contenders(target, tasks), workload, device)
+    times = interleaved(timed, runs=runs)
+    rows = []
+    for contender, function in timed.items():
+        precision = contender.rsplit(" ", 1)[-1]
+        precision = precision if precision in _RATE_DTYPES else "fp32"
+        least = None if floor is None else floor(target, tasks, precision)
+        error, peak = _error_and_peak(function, exact)
+        rows.append(
+            {
+                "num_tasks": workload.num_tasks,
+                "median_rows": workload.rows,
+                "dim": workload.dim,
+                "num_target": workload.num_target,
+                "contender": contender,
+                "unit": "ms",
+                **{quantile: round(value, 4) for quantile, value in times[contender].items()},
+                "speedup": round(times[contender]["p50"] / times[next(iter(timed))]["p50"], 3),
+                "max_error": f"{error:.3g}",
+                "peak_mb": peak,
+                "floor_ms": "" if least is None else round(least, 4),
+                "of_floor": "" if least is None else round(least / times[contender]["p50"], 3),
+            }
+        )
+    return rows
+
+
+def _working(
+    timed: dict[str, Callable[[], Tensor]], workload: Workload, device: str
+) -> dict[str, Callable[[], Tensor]]:
+    """The contenders that run; on a CPU all of them, for each is run in its turn anyway."""
+    if device == "cpu":
+        return timed
+    working = {}
+    for contender, function in timed.items():
+        with kept_going(f"{contender}, {workload}", device):
+            function()
+            torch.cuda.synchronize()
+            working[contender] = function
+    return working
+
+
+@contextmanager
+def kept_going(what: str, device: str) -> Iterator[None]:
+    """On a GPU, note what fails in it and go on."""
+    try:
+        yield
+    except Exception as error:
+        if device == "cpu":
+            raise
+        said = f"{what}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        FAILED.append(said[:300])
+        print(traceback.format_exc(limit=-6), f"left out: {said}", sep="\n", file=sys.stderr, flush=True)
 
 
 def print_rows(name: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -127,9 +194,15 @@ def product_rate(precision: str) -> float:
 
 @cache
 def root_rate() -> float:
-    """Square roots a millisecond of an array that fits the CPU's cache, or of a large one on a GPU."""
-    device, size = ("cuda", 2**27) if torch.cuda.is_available() else ("cpu", 2**18)
-    values = torch.rand(size, device=device)
+    """Square roots a millisecond: of an array that fits the CPU's cache; of a GPU's special-function units.
+
+    Those give 16 a clock and multiprocessor (CUDA C++ programming guide, throughput of native arithmetic instructions,
+    8.0 and 9.0), at some 1.7 GHz. An array's roots would measure its memory, where no fused program has its distances.
+    """
+    if torch.cuda.is_available():
+        return 16 * 1.7e6 * torch.cuda.get_device_properties().multi_processor_count
+    size = 2**18
+    values = torch.rand(size)
     return size / interleaved({"roots": lambda: values.sqrt_()}, runs=5)["roots"]["p20"]
 
 
