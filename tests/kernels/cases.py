@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 
 from headstart.kernels.energy import energy_distances
 from headstart.kernels.engine.precision import stated_error
@@ -135,7 +135,8 @@ def rounding_error(x: Tensor, y: Tensor, precision: str, num_means: int) -> floa
 
 def held(call: Callable[[], Any]) -> tuple[Any, int]:
     """What a call gives, and the most bytes that it holds on the CPU."""
-    with profile(profile_memory=True) as profiled:
+    # Of the CPU alone: on a GPU machine the default would start CUPTI, which takes seconds and is not always allowed.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = call()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0

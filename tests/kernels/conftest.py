@@ -1,6 +1,8 @@
 """Devices, and uninitialised memory made visible. This folder imports only torch, triton, numpy, pytest, hypothesis."""
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,3 +35,25 @@ def uninitialised_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
             return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(-(2**30))
 
         monkeypatch.setattr(torch, name, filled)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """On a machine with a GPU, the short table that `make gpu-check` ends with."""
+    if not torch.cuda.is_available():
+        return
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    seconds: Counter[str] = Counter()
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            counts[Path(report.nodeid.split("::")[0]).stem][outcome] += 1
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[Path(report.nodeid.split("::")[0]).stem] += report.duration
+    terminalreporter.section(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    terminalreporter.line(f"{'':24}{'passed':>8}{'failed':>8}{'skipped':>8}{'seconds':>9}")
+    for name in sorted(counts):
+        some = counts[name]
+        failed = some["failed"] + some["error"]
+        line = f"{name:24}{some['passed']:8}{failed:8}{some['skipped']:8}{seconds[name]:9.1f}"
+        terminalreporter.line(line, red=failed > 0)

@@ -19,7 +19,7 @@ from headstart.kernels.neighbours import nearest_neighbours
 from headstart.kernels.ragged import RaggedTasks, common_centre
 from tests.kernels.cases import HALF_STEP, double, rounding_error
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 
 
 @pytest.fixture(params=["fused", "streamed"], autouse=True)
