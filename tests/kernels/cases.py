@@ -98,23 +98,23 @@ def double(tasks: RaggedTasks) -> RaggedTasks:
 CASES = pairwise_cases()
 
 
-def norms(x: Tensor, y: Tensor) -> Tensor:
+def norms(x: Tensor, y: Tensor, centre: Tensor | None = None) -> Tensor:
     """|x_i - c|^2 + |y_j - c|^2 in float64 [N, M], for the centre c that errors are relative to.
 
-    The centre is the mean of a sample of the rows: it may lie a third of their spread from their mean.
+    The centre is the mean of a sample of x, which may lie a third of the spread from the mean, or it is given.
     """
     x, y = x.double(), y.double()
-    centre = x.mean(0)
+    centre = x.mean(0) if centre is None else centre.double()
     return 1.25 * ((x - centre).square().sum(1)[:, None] + (y - centre).square().sum(1)) + 1e-300
 
 
-def square_error(x: Tensor, y: Tensor, precision: str) -> Tensor:
+def square_error(x: Tensor, y: Tensor, precision: str, centre: Tensor | None = None) -> Tensor:
     """Largest error of |x - y|^2 by a product of centred rows, [N, M].
 
     A centred row is rounded by u, a product of D terms by 6 sqrt(D) u of the norms (Higham and Mary, SIAM J. Sci.
     Comput. 41 (2019) A2815, theorem 2.4: six standard deviations).
     """
-    return (6 * x.shape[1] ** 0.5 + 8) * U[precision] * norms(x, y)
+    return (6 * x.shape[1] ** 0.5 + 8) * U[precision] * norms(x, y, centre)
 
 
 def distance_error(x: Tensor, y: Tensor, precision: str) -> float:

@@ -10,7 +10,7 @@ from headstart.kernels.energy import energy_distances
 from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.mmd import mmd_distances
 from headstart.kernels.neighbours import nearest_neighbours
-from headstart.kernels.ragged import BLOCK_ROWS
+from headstart.kernels.ragged import BLOCK_ROWS, common_centre
 from tests.kernels.cases import CASES, Case, U, distance_error, double, square_error
 
 PATHS = [
@@ -38,10 +38,12 @@ def test_fp32_against_the_definitions(case: Case, where: str):
     x, exact = target.double(), double(tasks)
     eager = dispatch.choose(target.device, "fp32", case.dim, tasks.mean_rows)[0] == "eager"
     sources = [tasks.task(t) for t in range(tasks.num_tasks)]
-    # Beside eager, pairs too near for their product are at 0: their root is off by the root of the square's error.
-    cross = [_distance_error(target, y, eager) for y in sources]
-    own = [_distance_error(y, y, eager) for y in sources]
-    inner = _distance_error(target, target, eager)
+    # Beside eager, one centre serves all, which may be far from a pair of rows that are near each other, and pairs too
+    # near for their product are at 0: their root is off by the root of the square's error.
+    centre = None if eager else common_centre(tasks.features)
+    cross = [_distance_error(target, y, centre) for y in sources]
+    own = [_distance_error(y, y, centre) for y in sources]
+    inner = _distance_error(target, target, centre)
 
     found = euclidean_distances(target, tasks, form="pairs").double()
     _close(found, naive.euclidean_distances(x, exact, form="pairs"), cross)
@@ -53,9 +55,9 @@ def test_fp32_against_the_definitions(case: Case, where: str):
 
     found, bandwidths = mmd_distances(target, tasks)
     smallest = 1 / (2 * float(bandwidths.min()) ** 2)
+    itself = _kernel_error(target, target, smallest, centre)
     errors = [
-        2 * _kernel_error(target, y, smallest) + _kernel_error(y, y, smallest) + _kernel_error(target, target, smallest)
-        for y in sources
+        2 * _kernel_error(target, y, smallest, centre) + _kernel_error(y, y, smallest, centre) + itself for y in sources
     ]
     _close(found.double(), naive.mmd_distances(x, exact, bandwidths), errors)
 
@@ -73,18 +75,23 @@ def test_neighbours_against_the_definition(case: Case, where: str):
     assert bool(((chosen - distances).abs() <= 2 * allowed + 1e-300).all())
 
 
-def _distance_error(x: torch.Tensor, y: torch.Tensor, eager: bool) -> float:
-    if eager:
+def _distance_error(x: torch.Tensor, y: torch.Tensor, centre: torch.Tensor | None) -> float:
+    """Of the mean distance; a centre is given beside eager."""
+    if centre is None:
         return distance_error(x, y, "fp32")
-    # A square is off by its rounding, by at most (D / 8 + 8) 2^-23 where it is set to 0: so is the root by at most.
-    lost = ((x.shape[1] / 8 + 8) * 2.0**-23 / (6 * x.shape[1] ** 0.5 + 8) / U["fp32"] + 1) * square_error(x, y, "fp32")
+    lost = _wide(x) * square_error(x, y, "fp32", centre)
     return float(torch.minimum(lost / torch.cdist(x.double(), y.double()), lost.sqrt()).mean())
 
 
-def _kernel_error(x: torch.Tensor, y: torch.Tensor, smallest: float) -> float:
+def _kernel_error(x: torch.Tensor, y: torch.Tensor, smallest: float, centre: torch.Tensor | None) -> float:
     """|k(a) - k(b)| <= c |a - b| and <= 1 for squares a, b, and a few roundings of k."""
-    wide = (x.shape[1] / 8 + 8) * 2.0**-23 / (6 * x.shape[1] ** 0.5 + 8) / U["fp32"] + 1 if x.is_cuda else 1.0
-    return float((wide * smallest * square_error(x, y, "fp32")).clamp(max=1).mean()) + 16 * U["fp32"]
+    wide = 1.0 if centre is None else _wide(x)
+    return float((wide * smallest * square_error(x, y, "fp32", centre)).clamp(max=1).mean()) + 16 * U["fp32"]
+
+
+def _wide(x: torch.Tensor) -> float:
+    """A square is off by its rounding, by at most (D / 8 + 8) 2^-23 where it is set to 0: so is the root by at most."""
+    return (x.shape[1] / 8 + 8) * 2.0**-23 / (6 * x.shape[1] ** 0.5 + 8) / U["fp32"] + 1
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor, allowed: list[float]) -> None:
