@@ -23,8 +23,8 @@ from headstart.kernels.ragged import (
     make_blocks,
 )
 
-_CHUNK = 2**20
-"""Numbers of the features that are summed at a time: more would leave the CPU's cache."""
+_CHUNK = {"cpu": 2**20, "cuda": 2**26}
+"""Numbers of the features that are summed at a time: more would leave the CPU's cache, fewer be launches alone."""
 
 
 def prototype_distances(
@@ -195,7 +195,7 @@ def _limits(target: Tensor, of_target: _Classes, of_tasks: _Classes, memory: int
     if memory < least:
         raise ValueError(f"memory is {memory} bytes; accepted: at least {least}")
     half = (memory - least) // 2
-    chunk_rows = max(BLOCK_ROWS, min(BLOCK_ROWS + half // row_bytes, _CHUNK // num_features))
+    chunk_rows = max(BLOCK_ROWS, min(BLOCK_ROWS + half // row_bytes, _CHUNK[target.device.type] // num_features))
     max_blocks = largest + half // block_bytes
     most_rows = min(chunk_rows, max(len(of_target.order), len(of_tasks.order)))
     most_blocks = min(max_blocks, max(largest, len(of_tasks.ends) - 1))

@@ -167,10 +167,14 @@ class Sweep:
         # A square that no pair reaches and that can still be added to others: marks what is not to be looked at.
         self.far = torch.finfo(self.dtype).max / 32
         # CPU: tiles of 2 MiB beside 4 MiB of rows; larger and smaller ones are slower. CUDA: fewer launches.
-        tile, operand = (2**19, 2**20) if self.device.type == "cpu" else (2**22, 2**23)
+        on_cpu = self.device.type == "cpu"
+        tile, operand = (2**19, 2**20) if on_cpu else (2**22, 2**23)
         self.panel = min(num_columns, 1024)
         self.stripe = max(64, min(2048, tile // self.panel, operand // self.dim))
-        self.pairs = max(16, 2**16 // self.dim)
+        # What is looked at for near pairs together, and the pairs that are computed again together.
+        self.looked_at, self.pairs = (
+            (2**12, max(16, 2**16 // self.dim)) if on_cpu else (2**15, max(16, 2**19 // self.dim))
+        )
         self.memory = DEFAULT_MEMORY if memory is None else memory
         least = self.least
         if self.memory < least:
@@ -191,7 +195,7 @@ class Sweep:
         rounding = 2 * item if self.precision in ("bf16", "tf32", "bf16x3") else 0
         converting = 2 * wide if self.wide != self.dtype else 0
         operands = (self.stripe + self.panel) * (self.dim + 17) * (self._copies * item + rounding + converting)
-        again = self.pairs * self.dim * 3 * wide + 2**12 * 128
+        again = self.pairs * self.dim * 3 * wide + self.looked_at * 128
         tiles = self.value.buffers * self.stripe * self.panel * item
         return operands + tiles + again + 64 * (self.stripe + self.panel) + 2**16
 
@@ -366,7 +370,7 @@ class Sweep:
                 f"squares overflow in {self.dtype}; accepted: nearer rows, or precision='fp64'"
             )
         lost = (least <= self.cancelled * (y.squares + x.largest)).nonzero()
-        for some in lost.split(max(1, 2**12 // tiles.shape[2])):
+        for some in lost.split(max(1, self.looked_at // tiles.shape[2])):
             which, row = some.unbind(1)
             limit = self.cancelled * (x.squares[which] + y.squares[which, row, None])
             near = (tiles[which, row] <= limit) & (limit < self.cancelled * self.far)
