@@ -8,8 +8,11 @@ from torch import Tensor
 
 from headstart.kernels import dispatch
 from headstart.kernels.engine import sweep
-from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, resolve_precision
+from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, resolve_precision, square_error
 from headstart.kernels.ragged import RaggedTasks, check_alike, check_finite, common_centre
+
+_GROUP = 16
+"""Columns of which one minimum is taken before any is looked at."""
 
 
 class Neighbours(NamedTuple):
@@ -70,7 +73,14 @@ def _search(
         centre = common_centre(features) if precision in ROUNDED or path == "fused" else None
         engine = sweep.Sweep(target, len(features), sweep.Value("squared"), precision, memory, centre)
         watch.planned = engine.planned
-        found = [_nearest(engine, target, features[start:end], k, path, memory) for start, end in pairwise(bounds)]
+        origin = engine.centre_of(features) if centre is None else centre
+        norms = _norms(engine, target, origin)
+        found = []
+        for start, end in pairwise(bounds):
+            task = features[start:end]
+            # From the centre that the engine takes for the task: by way of one for all, so that it is a pass for all.
+            reach = norms if centre is not None else norms + (engine.centre_of(task) - origin).norm().to(norms.dtype)
+            found.append(_nearest(engine, target, task, k, path, memory, reach))
     distances = torch.stack([each[0] for each in found])
     rows = torch.stack([each[1] + start for each, start in zip(found, bounds[:-1], strict=True)])
     return (distances, rows) if per_task else (distances[0], rows[0])
@@ -85,7 +95,7 @@ def _(
 
 
 def _nearest(
-    engine: sweep.Sweep, target: Tensor, features: Tensor, k: int, path: str, memory: int | None
+    engine: sweep.Sweep, target: Tensor, features: Tensor, k: int, path: str, memory: int | None, reach: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The k nearest rows of features to each target row: (distances [N, k], rows [N, k])."""
     # Enough beyond k that a row within the products' error of the k-th is among them.
@@ -95,26 +105,103 @@ def _nearest(
 
         assert engine.centre is not None
         candidates = gpu.nearest_rows(target, features, engine.centre, engine.precision, memory, wanted)
-    else:
-        candidates = _candidates(engine, target, features, wanted)
-    return _ranked(target, features, candidates, k, engine)
+        everything = torch.arange(len(target), device=target.device)
+        return _ranked(target, features, everything, candidates, k, engine)
+    values, candidates = _candidates(engine, target, features, k, wanted, reach)
+    unsure = torch.zeros(len(target), dtype=torch.bool, device=target.device)
+    if wanted > k:  # more than k rows may be among the k nearest
+        unsure = values[:, k] <= values[:, k - 1] + _margin(engine, values[:, k - 1], reach)
+    distances, rows = values.new_empty(len(target), k), candidates.new_empty(len(target), k)
+    for which, width in ((~unsure, k), (unsure, wanted)):
+        some = which.nonzero().flatten()
+        if len(some):
+            distances[some], rows[some] = _ranked(target, features, some, candidates[some, :width], k, engine)
+    return distances, rows
 
 
-def _candidates(engine: sweep.Sweep, target: Tensor, features: Tensor, wanted: int) -> Tensor:
-    """The `wanted` rows of features nearest to each target row by the engine's products, [N, wanted], in no order."""
+def _norms(engine: sweep.Sweep, target: Tensor, centre: Tensor) -> Tensor:
+    """|x - centre| of each row x of target, [N]."""
+    parts = target.split(_step(engine))
+    norms = [torch.linalg.vector_norm(part.to(engine.wide) - centre, dim=1) for part in parts]
+    return torch.cat(norms).to(engine.dtype)
+
+
+def _margin(engine: sweep.Sweep, kth: Tensor, reach: Tensor) -> Tensor:
+    """How far above the k-th value [N] a value may be whose row is among the k nearest, for |x| <= reach [N].
+
+    A value is off by e (|x| + |y|)^2, and |y| <= |x| + |x - y|: twice that, for the k-th is off as well, and a quarter
+    more for |x - y|, which is the root of the value but for its error.
+    """
+    return (2 * reach + kth.sqrt()).square_().mul_(2.5 * square_error(engine.dim, engine.precision))
+
+
+def _candidates(
+    engine: sweep.Sweep, target: Tensor, features: Tensor, k: int, wanted: int, reach: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Squares and rows of the `wanted` nearest to each target row by the engine's products, [N, wanted], ascending.
+
+    Equal squares are in order of the rows. What is above the k-th by more than the margin may be missing: inf and -1.
+    """
     best = torch.full((len(target), wanted), torch.inf, dtype=engine.dtype, device=target.device)
     rows = torch.zeros(len(target), wanted, dtype=torch.int64, device=target.device)
     # The target's rows are the tiles' rows, so that each is searched where it lies.
     for tile in engine.tiles(features, target):
         mine = slice(tile.row, tile.row + len(tile.squares))
-        values, inside = _smallest(tile.squares, min(wanted, tile.squares.shape[1]))
+        minima, found = _minima(tile.squares), None
+        if minima.shape[1] >= (1 if tile.column else 4 * k):
+            kth = best[mine, k - 1] if tile.column else minima.kthvalue(k, 1).values
+            limit = torch.minimum(kth + _margin(engine, kth, reach[mine]), best[mine, -1])
+            found = _below(tile.squares, minima, limit, 4 * wanted)
+        values, inside = _smallest(tile.squares, min(wanted, tile.squares.shape[1])) if found is None else found
         # Those found before come first: a stable sort keeps the lower row where distances are equal.
         values = torch.cat([best[mine], values], 1)
         numbers = torch.cat([rows[mine], inside + tile.column], 1)
         values, order = values.sort(stable=True, dim=1)
         best[mine] = values[:, :wanted]
         rows[mine] = numbers.gather(1, order)[:, :wanted]
-    return rows
+    return best, rows.masked_fill_(best == torch.inf, -1)
+
+
+def _minima(squares: Tensor) -> Tensor:
+    """The minima [R, W // _GROUP] of groups of columns of squares [R, W].
+
+    A group is every (W // _GROUP)-th column: those side by side, which a CPU's vectors hold, are in different groups.
+    No column is in two groups, or the k-th of the minima could be below the k-th of the squares.
+    """
+    groups = squares.shape[1] // _GROUP
+    if not groups:
+        return squares[:, :0]
+    whole, rest = divmod(squares.shape[1], groups)
+    minima: Tensor = squares[:, : whole * groups].unflatten(1, (whole, groups)).amin(1)
+    torch.minimum(minima[:, :rest], squares[:, whole * groups :], out=minima[:, :rest])
+    return minima
+
+
+def _below(squares: Tensor, minima: Tensor, limit: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
+    """What is up to limit [R] of each row of squares [R, W], padded with inf, and their places, ascending; [R, P] both.
+
+    Only the groups with such a minimum are looked into. None where they are many, or P above `most`.
+    """
+    height, width = squares.shape
+    row, group = (minima <= limit[:, None]).nonzero().unbind(1)
+    if 4 * len(row) > minima.numel():
+        return None
+    starts = torch.arange(0, width, minima.shape[1], device=squares.device)
+    index = (group[:, None] + starts).clamp_(max=width - 1).add_((row * width)[:, None])
+    flat = squares.flatten()
+    index = index[flat.take(index) <= limit[row, None]]
+    if 2 * len(index) > most * height:
+        return None
+    index = index.unique()  # sorted, and the last column, which is padding too, once
+    row = index // width
+    counts = row.bincount(minlength=height)
+    longest = int(counts.max())
+    if longest > most:
+        return None
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    values, places = squares.new_full((height, longest), torch.inf), counts.new_zeros(height, longest)
+    values[row, place], places[row, place] = flat[index], index % width
+    return values, places
 
 
 def _smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -133,14 +220,23 @@ def _smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return found[:, :k], places[:, :k]
 
 
-def _ranked(target: Tensor, features: Tensor, candidates: Tensor, k: int, engine: sweep.Sweep) -> tuple[Tensor, Tensor]:
-    """The nearest k of candidates [N, K] by their distances, which are computed from differences."""
+def _step(engine: sweep.Sweep) -> int:
+    """Rows at once whose differences fit in the place of a tile."""
+    return max(engine.pairs, engine.stripe * engine.panel // engine.dim)
+
+
+def _ranked(
+    target: Tensor, features: Tensor, some: Tensor, candidates: Tensor, k: int, engine: sweep.Sweep
+) -> tuple[Tensor, Tensor]:
+    """The nearest k of candidates [S, K] to rows `some` [S] of target by distances from differences; -1 is none."""
     candidates = candidates.sort(1).values
     distances = torch.empty(candidates.shape, dtype=engine.dtype, device=target.device)
-    step = max(1, engine.pairs // candidates.shape[1])
-    for start in range(0, len(target), step):
-        rows = features[candidates[start : start + step]].to(engine.wide)
-        difference = rows.sub_(target[start : start + step, None].to(engine.wide))
+    step = max(1, _step(engine) // candidates.shape[1])
+    for start in range(0, len(some), step):
+        chosen = candidates[start : start + step]
+        # On the CPU a third of the time of features[chosen].
+        rows = features.index_select(0, chosen.flatten().clamp(min=0)).to(engine.wide).view(*chosen.shape, -1)
+        difference = rows.sub_(target[some[start : start + step], None].to(engine.wide))
         distances[start : start + step] = torch.linalg.vector_norm(difference, dim=2)
-    distances, order = distances.sort(stable=True, dim=1)
+    distances, order = distances.masked_fill_(candidates < 0, torch.inf).sort(stable=True, dim=1)
     return distances[:, :k].contiguous(), candidates.gather(1, order)[:, :k].contiguous()

@@ -129,6 +129,17 @@ def make_operand(rows: Tensor, centre: Tensor, precision: str, pitch: int) -> Op
 _HALF_STEP = {"bf16": 2.0**-8, "tf32": 2.0**-11, "bf16x3": 2.0**-17, "fp32": 2.0**-24, "fp64": 2.0**-53}
 
 
+def square_error(dim: int, precision: str) -> float:
+    """The most by which |x - y|^2 by products of D terms is off, relative to (|x| + |y|)^2 about their centre.
+
+    Rounded rows are off by h |x| and h |y|, so their distance d <= |x| + |y| by h (|x| + |y|) at most; `bf16x3` leaves
+    out the products of low parts, 2^-8 of the rows each; the product of D terms is rounded as in `stated_error`.
+    """
+    half, u = _HALF_STEP[precision], 2.0**-53 if precision == "fp64" else 2.0**-24
+    left_out = _HALF_STEP["bf16"] ** 2 if precision == "bf16x3" else 0.0
+    return 2 * half + half**2 + left_out + (6 * math.sqrt(dim) + 8) * u
+
+
 def stated_error(x: Tensor, y: Tensor, distance: float, precision: str, *, num_means: int = 4) -> float:
     """The most by which a mean of distances between rows x [N, D] and y [M, D] is off at `precision`.
 

@@ -47,6 +47,55 @@ def test_ties_go_to_the_lowest_row(device: str):
     assert torch.equal(found.rows, expected[1])
 
 
+@pytest.mark.parametrize("k", [1, 7, 70])
+def test_ties_in_several_tiles_go_to_the_lowest_rows(k: int, device: str):
+    # Each of 40 rows 60 times: more equal values in a tile and at the k-th place than are kept as candidates.
+    tasks = RaggedTasks.from_list([rows(40, 16, 1, device).repeat(60, 1)])
+    x = rows(70, 16, 2, device)
+    expected = naive.nearest_neighbours(x.double(), tasks.features.double(), k)
+    assert torch.equal(nearest_neighbours(x, tasks, k).rows, expected[1])
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_more_rows_than_k_within_the_products_error(k: int, shift: float, device: str):
+    # The first row of all and others about it are near every target, by less than products tell apart.
+    x = rows(90, 64, 2, device, torch.float64)
+    y = torch.cat([rows(3, 64, 5, device, torch.float64) * 1e-3, rows(2500, 64, 3, device, torch.float64) * 2])
+    y[1000:1020:4] = y[0] + rows(5, 64, 4, device, torch.float64) * 1e-5
+    x, y = (x + shift).float(), (y + shift).float()
+    found = nearest_neighbours(x, RaggedTasks.from_list([y]), k)
+    distances, _ = naive.nearest_neighbours(x.double(), y.double(), k)
+    rounding = 4 * 64**0.5 * 2.0**-24
+    torch.testing.assert_close(found.distances.double(), distances, rtol=rounding, atol=0)
+    assert all(len(set(numbers)) == k for numbers in found.rows.tolist())  # none twice
+    chosen = (x.double()[:, None] - y.double()[found.rows]).norm(dim=2)
+    torch.testing.assert_close(chosen, distances, rtol=2 * rounding, atol=0)
+
+
+@pytest.mark.parametrize("n", [5, 63, 1100])
+def test_all_rows_in_order(n: int, device: str):
+    x, y = rows(9, 32, 1, device), rows(n, 32, 2, device)
+    found = nearest_neighbours(x, RaggedTasks.from_list([y]), n)
+    distances, _ = naive.nearest_neighbours(x.double(), y.double(), n)
+    torch.testing.assert_close(found.distances.double(), distances, rtol=4 * 32**0.5 * 2.0**-24, atol=0)
+    assert torch.equal(found.rows.sort(1).values, torch.arange(n, device=device).expand(9, n))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_changes_no_bit(precision: str, device: str):
+    x, tasks = rows(700, 64, 1, device), ragged(device, 64)
+    with pytest.raises(ValueError, match="at least") as refused:
+        nearest_neighbours(x, tasks, 10, precision=precision, memory=1)
+    least = int(str(refused.value).split("at least ")[1].split(",")[0])
+    for found, plain in zip(
+        nearest_neighbours(x, tasks, 10, precision=precision, memory=least),
+        nearest_neighbours(x, tasks, 10, precision=precision),
+        strict=True,
+    ):
+        assert torch.equal(found, plain)
+
+
 def test_a_row_finds_itself_at_distance_zero_far_out(device: str):
     tasks = ragged(device)
     far = RaggedTasks(tasks.features + 1e4, tasks.offsets)
