@@ -2,7 +2,7 @@
 
 A request that finds nothing running runs where it arrived, if the model is known to be short: a thread costs more
 than the model then. Requests that arrive together, in one turn of the event loop or while a batch is running, share
-the next batch. No timer is needed for that, and none runs by default.
+the next batch, which takes as many as pay (`sizes`). No timer is needed for that, and none runs by default.
 """
 
 import asyncio
@@ -18,7 +18,8 @@ import numpy as np
 from headstart.serving.package import Tensor
 from headstart.serving.server.errors import ServeError, internal, timeout, too_many, unavailable
 from headstart.serving.server.scheduling.queueing import Budget, Queue, Waiting
-from headstart.serving.server.scheduling.signature import Signature
+from headstart.serving.server.scheduling.signature import Key, Signature
+from headstart.serving.server.scheduling.sizes import BatchSizes
 from headstart.serving.server.watching.metrics import Statistics
 from headstart.serving.server.watching.watch import CLIENT_GONE
 from headstart.serving.server.wire.protocol import InferResponse
@@ -67,10 +68,10 @@ class _Costs:
 class _Batch:
     """What is run together, and what came of it."""
 
-    __slots__ = ("answers", "ended", "executions", "items", "num_bytes", "rows", "started")
+    __slots__ = ("answers", "ended", "executions", "items", "key", "limit", "num_bytes", "rows", "started")
 
-    def __init__(self, items: list[Waiting]) -> None:
-        self.items = items
+    def __init__(self, items: list[Waiting], key: Key, limit: int) -> None:
+        self.items, self.key, self.limit = items, key, limit
         self.rows = sum(item.rows for item in items)
         self.num_bytes = sum(item.num_bytes for item in items)
         self.started = self.ended = 0
@@ -130,6 +131,7 @@ class Scheduler:
         self._idle = asyncio.Event()
         self._idle.set()
         self._costs = _Costs()
+        self._sizes = BatchSizes(max_batch)
         for num_bytes, nanoseconds in known:
             self._costs.learn(num_bytes, nanoseconds)
         self._threads = threads
@@ -275,12 +277,15 @@ class Scheduler:
             if self._timer is None:
                 self._timer = self._loop.call_later((oldest - latest) * 1e-9, self._timer_over)
             return None
-        items, gone, late = self._queue.take(key, self.signature.max_batch if self.signature.batchable else 1)
+        limit = self.signature.max_batch if self.signature.batchable else 1
+        if limit > 1 and not self._max_delay_ns:  # who lets batches wait to be filled wants them full
+            limit = self._sizes.limit(key)
+        items, gone, late = self._queue.take(key, limit)
         for item in gone:
             self._drop(item)
         for item in late:
             self._refuse(item, timeout("the deadline passed while the request waited in the queue"))
-        return _Batch(items)
+        return _Batch(items, key, limit)
 
     def _drop(self, item: Waiting) -> None:
         self.statistics.failed(CLIENT_GONE, perf_counter_ns() - item.arrived)
@@ -306,6 +311,8 @@ class Scheduler:
             self.statistics.executed(rows, nanoseconds)
         if len(batch.executions) == 1:
             self._costs.learn(batch.num_bytes, batch.ended - batch.started)
+            if self.signature.batchable:
+                self._sizes.learn(batch.key, batch.limit, batch.rows, batch.ended - batch.started)
         spent = (batch.ended - batch.started) * 1e-9 / len(batch.items)
         self._seconds_per_request += (0.2 if self._seconds_per_request else 1.0) * (spent - self._seconds_per_request)
         for item, answer in zip(batch.items, batch.answers, strict=True):

@@ -255,7 +255,7 @@ class Routes:
         """A short JSON body, which may be missing."""
         if len(exchange.body) > self.settings.limits.max_json_bytes:
             raise bad_request(f"the body has {len(exchange.body)} bytes of JSON")
-        return parse_json(bytes(exchange.body)) if len(exchange.body) else {}
+        return parse_json(exchange.body) if len(exchange.body) else {}
 
 
 def _match(template: list[str], segments: list[str]) -> tuple[str, ...] | None:

@@ -147,7 +147,7 @@ def encode_response(
             content = f'"parameters":{{"binary_data_size":{len(data)}}}'
             parts.append(data)
         else:
-            content = f'"data":{_compact(to_json(wanted.name, array))}'
+            content = f'"data":{to_json(wanted.name, array).decode()}'
         shape = ",".join(map(str, array.shape))
         outputs.append(
             f'{{"name":{_compact(wanted.name)},"datatype":"{datatype_of(array.dtype)}","shape":[{shape}],{content}}}'

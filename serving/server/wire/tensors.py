@@ -3,13 +3,15 @@
 Every function here is pure. What a client sent and cannot be read raises `ServeError` with status 400.
 """
 
-import itertools
+import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from headstart.serving.server.errors import ServeError, bad_request
@@ -77,20 +79,22 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> ND
         raise bad_request(f"input {name!r} is BF16, which JSON cannot carry; send it with the binary extension")
     flat = _flatten(name, shape, data)
     accepted, words = _JSON_TYPES[dtype.kind]
-    if strange := set(map(type, flat)) - accepted:
+    if strange := _types(flat, mixed=dtype.kind == "f") - accepted:
         found = ", ".join(sorted(kind.__name__ for kind in strange))
         raise bad_request(f"input {name!r} is {datatype} and its data holds {found}; accepted: {words}")
     try:
         if dtype.kind == "O":
             array = np.empty(len(flat), dtype=object)
             array[:] = [text.encode() for text in flat]
+        elif dtype == np.uint8:
+            array = np.frombuffer(bytes(flat), np.uint8)  # in a third of the time of np.array
         else:
             with np.errstate(over="raise"):
                 array = np.array(flat, dtype=dtype)
-    except (OverflowError, FloatingPointError):
-        raise bad_request(f"input {name!r} holds a number beyond the range of {datatype}") from None
     except UnicodeEncodeError:
         raise bad_request(f"input {name!r} holds a string that is not Unicode text (a lone surrogate)") from None
+    except (ValueError, OverflowError, FloatingPointError):
+        raise bad_request(f"input {name!r} holds a number beyond the range of {datatype}") from None
     return array.reshape(shape)
 
 
@@ -103,15 +107,19 @@ def _flatten(name: str, shape: tuple[int, ...], data: Any) -> list[Any]:
         return data
     level: list[Any] = [data]
     for size in shape:
-        for items in level:
-            if type(items) is not list or len(items) != size:
-                found = len(data) if len(shape) == 1 or type(data[0] if data else None) is not list else "nested"
-                raise bad_request(
-                    f"input {name!r}: data ({found} elements) does not fit the shape {list(shape)}; "
-                    f"accepted: {count} elements in one list, or lists nested like the shape"
-                )
-        level = list(itertools.chain.from_iterable(level))
+        if _types(level) - {list} or {length for length, _ in groupby(level, len)} - {size}:
+            found = len(data) if len(shape) == 1 or type(data[0] if data else None) is not list else "nested"
+            raise bad_request(
+                f"input {name!r}: data ({found} elements) does not fit the shape {list(shape)}; "
+                f"accepted: {count} elements in one list, or lists nested like the shape"
+            )
+        level = list(chain.from_iterable(level))
     return level
+
+
+def _types(items: Iterable[Any], *, mixed: bool = False) -> set[type]:
+    """The types of some objects: where they are not mixed, groups are found in half the time that a set needs."""
+    return set(map(type, items)) if mixed else {kind for kind, _ in groupby(items, type)}
 
 
 def from_binary(
@@ -155,8 +163,11 @@ def _decode_bytes(name: str, view: memoryview, count: int) -> NDArray[Any]:
     return array
 
 
-def to_json(name: str, array: NDArray[Any]) -> list[Any]:
-    """The elements of an output in row-major order, as JSON takes them.
+def to_json(name: str, array: NDArray[Any]) -> bytes:
+    """The elements of an output in row-major order, as a list in JSON.
+
+    Floats are written as float64, the shortest digits of which are read back exactly whatever a client makes of them:
+    those of float32 are not where a float64 is read and then rounded.
 
     Raises:
         ServeError: 400, where JSON has no word for an element and the client must ask for binary data.
@@ -167,12 +178,15 @@ def to_json(name: str, array: NDArray[Any]) -> list[Any]:
     if datatype == "BF16":
         raise _not_in_json(name, "is BF16")
     if datatype != "BYTES":
-        elements: list[Any] = array.ravel().tolist()
-        return elements
+        flat = array.ravel()
+        if array.dtype.kind == "f":
+            flat = flat.astype(np.float64, copy=False)
+        return orjson.dumps(flat, option=orjson.OPT_SERIALIZE_NUMPY)
     try:
-        return [text.decode() if isinstance(text, bytes) else str(text) for text in array.ravel().tolist()]
+        texts = [text.decode() if isinstance(text, bytes) else str(text) for text in array.ravel().tolist()]
     except UnicodeDecodeError:
         raise _not_in_json(name, "holds bytes that are not UTF-8") from None
+    return json.dumps(texts, separators=(",", ":")).encode()
 
 
 def _not_in_json(name: str, what: str) -> ServeError:

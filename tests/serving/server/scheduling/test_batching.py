@@ -230,6 +230,24 @@ async def test_what_queues_while_busy_is_batched_up_to_the_limit_and_by_shape():
     assert [x.shape for x in model.ran] == [(1, 3), (4, 3), (1, 5), (1, 3)]
 
 
+@on_a_loop
+async def test_a_batch_takes_no_more_rows_than_have_turned_out_to_pay():
+    gate = threading.Event()
+    model = Doubling(gate=gate)
+    scheduler = Scheduler(model, max_batch=8, max_queue=64)
+    scheduler._sizes.limit = lambda key: 2
+    learnt: list[tuple[int, int]] = []
+    scheduler._sizes.learn = lambda *given: learnt.append(given[1:3])
+    first = scheduler.infer(ask(1))
+    await until(lambda: model.ran)
+    waiting = [scheduler.infer(one) for one in (ask(2), ask(3), ask(4, 5, 6), ask(7))]
+    await turns()
+    gate.set()
+    assert [await outcome(one) for one in (first, *waiting)] == [[2], [4], [6], [8, 10, 12], [14]]
+    assert [len(x) for x in model.ran] == [1, 2, 3, 1]
+    assert learnt == [(2, 1), (2, 2), (2, 3), (2, 1)]
+
+
 ARRIVALS = st.lists(
     st.fixed_dictionaries(
         {

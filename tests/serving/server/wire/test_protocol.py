@@ -149,6 +149,7 @@ def test_strings_and_bfloat16():
         (b'{"parameters": {"a": NaN}, "inputs": [1]}', "finite"),
         (as_json(parameters={"binary_data_output": 1}), "true, false"),
         (as_json(parameters={"timeout": "soon"}), "microseconds"),
+        (as_json(parameters={"timeout": 10**400}), "microseconds"),
         (as_json(parameters={"priority": -1}), "priority"),
         (as_json(outputs=0), "outputs is not a list"),
         (as_json(outputs=[{"name": "y"}, {"name": "y"}]), "twice"),
