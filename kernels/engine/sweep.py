@@ -24,7 +24,10 @@ DEFAULT_MEMORY = 256 * 2**20
 """Bytes that a call may hold beside its inputs and its result, where the caller does not say."""
 
 OWN_ROWS = 256
-"""Tasks of at most so many rows meet themselves in batches; larger ones in stripes of so many rows."""
+"""Tasks of at most so many rows meet themselves in batches, larger ones in stripes."""
+
+OWN_STRIPE = 512
+"""Rows of such a stripe: of 256 fewer pairs are computed twice, and more time is lost between tiles."""
 
 
 class Value(NamedTuple):
@@ -79,8 +82,8 @@ class Rows(NamedTuple):
     low: Tensor | None
     """What rounding left, for bf16x3."""
     extended: Tensor | None
-    """`high` with two columns more that bring the squares into the product, [B, R, D + 2]; None where it is rounded,
-    and where one side is the other too."""
+    """`high` of one run with two columns more that bring the squares into the product, [R, D + 2]; None where it is
+    rounded, and where one side is the other too."""
     squares: Tensor
     """Squared norms of the rounded rows, [B, R]."""
     raw: Tensor
@@ -93,16 +96,24 @@ class Rows(NamedTuple):
     """The largest of the squares that belong to rows."""
 
     def part(self, first: int, end: int) -> "Rows":
-        """Rows first up to end of the one run."""
-        extended, low = (None if part is None else part[:, first:end] for part in (self.extended, self.low))
+        """Rows first up to end of the one run, to meet rows of the same run."""
         return self._replace(
             high=self.high[:, first:end],
-            low=low,
-            extended=extended,
+            low=None if self.low is None else self.low[:, first:end],
+            extended=None,
             squares=self.squares[:, first:end],
             starts=[self.starts[0] + first],
             sizes=[end - first],
         )
+
+
+class Panels(NamedTuple):
+    """All rows of a target as one side of products."""
+
+    centre: Tensor
+    """[D], subtracted from them."""
+    held: list[Rows] | None
+    """One panel after the other; None where the memory does not hold them, and they are made again and again."""
 
 
 class Tile(NamedTuple):
@@ -160,15 +171,16 @@ class Sweep:
         self.wide = torch.promote_types(features.dtype, self.dtype)  # of centres and differences
         self.device, self.dim = features.device, features.shape[1]
         self.centre = centre
+        self._bits = torch.int64 if self.dtype == torch.float64 else torch.int32
         self._scratch = _Scratch(self.device, self.dtype)
         # With g the relative error of a product, some sqrt(D) u, the error of any other d is g (|x|^2 + |y|^2) / 2d, at
         # most 16 g sqrt(|x|^2 + |y|^2) for float32 and 512 g for float64.
         self.cancelled = 2.0**-10 if self.dtype == torch.float32 else 2.0**-20
         # A square that no pair reaches and that can still be added to others: marks what is not to be looked at.
         self.far = torch.finfo(self.dtype).max / 32
-        # CPU: tiles of 2 MiB beside 4 MiB of rows; larger and smaller ones are slower. CUDA: fewer launches.
+        # CPU: tiles of 4 MiB beside 4 MiB of rows; larger and smaller ones are slower. CUDA: fewer launches.
         on_cpu = self.device.type == "cpu"
-        tile, operand = (2**19, 2**20) if on_cpu else (2**22, 2**23)
+        tile, operand = (2**20, 2**20) if on_cpu else (2**22, 2**23)
         self.panel = min(num_columns, 1024)
         self.stripe = max(64, min(2048, tile // self.panel, operand // self.dim))
         # What is looked at for near pairs together, and the pairs that are computed again together.
@@ -199,45 +211,47 @@ class Sweep:
         tiles = self.value.buffers * self.stripe * self.panel * item
         return operands + tiles + again + 64 * (self.stripe + self.panel) + 2**16
 
-    def panels(self, target: Tensor) -> list[Rows] | None:
-        """All rows of a target [N, D] as one side of products, or None where the memory does not hold them."""
-        if not self._hold:
-            return None
+    def panels(self, target: Tensor) -> Panels:
+        """All rows of a target [N, D] as one side of products."""
         centre = self.centre_of(target) if self.centre is None else self.centre
-        return [self._panel(target, centre, start, True) for start in range(0, len(target), self.panel)]
+        if not self._hold:
+            return Panels(centre, None)
+        starts = range(0, len(target), self.panel)
+        return Panels(centre, [self._panel(target, centre, start, True) for start in starts])
 
-    def tiles(self, target: Tensor, features: Tensor, panels: list[Rows] | None = None) -> Iterator[Tile]:
+    def tiles(self, target: Tensor, features: Tensor, panels: Panels | None = None) -> Iterator[Tile]:
         """Every pair of a row y of features [M, D] and x of target [N, D], stripe by stripe of y.
 
-        `panels`: those of the target, where there are any.
+        `panels`: those of the target, where they are made already.
         """
-        centre = self.centre_of(target) if self.centre is None else self.centre
-        panels = self.panels(target) if panels is None else panels
+        centre, held = self.panels(target) if panels is None else panels
         with exact_products(self.device, self.precision):
             for start in range(0, len(features), self.stripe):
                 y = self._rows(features, [start], min(self.stripe, len(features) - start), [centre], "rows", "y")
                 for number, column in enumerate(range(0, len(target), self.panel)):
-                    x = self._panel(target, centre, column, False) if panels is None else panels[number]
+                    x = self._panel(target, centre, column, False) if held is None else held[number]
                     yield Tile(start, column, self._squares(y, x)[0])
 
-    def own_tiles(self, rows: Tensor, panels: list[Rows] | None = None) -> Iterator[tuple[Tensor, int]]:
+    def own_tiles(self, rows: Tensor, panels: Panels | None = None) -> Iterator[tuple[Tensor, int]]:
         """Half of the pairs of rows [n, D], n > 1, with themselves: (squares [R, W], columns that count once).
 
         A tile's columns begin at its first row; those after the first R stand for their mirror images too. A row is at
-        `far` from itself, where the value at zero is meant. `panels`: those of the rows, where there are any.
+        `far` from itself, where the value at zero is meant. `panels`: those of the rows, where they are made already.
         """
-        centre = self.centre_of(rows) if self.centre is None else self.centre
-        num_rows, stripe = len(rows), min(OWN_ROWS, self.panel, self.stripe)
+        if panels is None:
+            panels = Panels(self.centre_of(rows) if self.centre is None else self.centre, None)
+        centre, held = panels
+        num_rows, stripe = len(rows), min(OWN_STRIPE, self.panel, self.stripe)
         with exact_products(self.device, self.precision):
             for number, column in enumerate(range(0, num_rows, self.panel)):
-                x = self._panel(rows, centre, column, False) if panels is None else panels[number]
+                x = self._panel(rows, centre, column, False) if held is None else held[number]
                 for start in range(0, column, stripe):
                     y = self._rows(rows, [start], min(stripe, column - start), [centre], "rows", "y")
                     yield self._squares(y, x)[0], 0
                 for start in range(0, x.sizes[0], stripe):  # of the panel itself: centred and rounded already
                     size = min(stripe, x.sizes[0] - start)
                     rest = x.part(start, x.sizes[0])
-                    yield self._squares(self._turned(rest.part(0, size)), rest, True)[0], size
+                    yield self._squares(rest.part(0, size), rest, True)[0], size
 
     def own_batches(self, features: Tensor, offsets: list[int], members: list[int], width: int) -> Iterator[Tensor]:
         """Tasks of at most `width` rows, some at a time: squares [B, width, width], `far` on and beyond diagonals.
@@ -287,8 +301,8 @@ class Sweep:
         sizes = [size] * len(starts) if sizes is None else sizes
         # Every run starts on 64 bytes, so that its products do not depend on what lies before it.
         pitch = (self.dim + 2 + 15) // 16 * 16
-        extended = self._scratch.take(name, len(starts), size, pitch)[:, :, : self.dim + 2]
-        high = extended[:, :, : self.dim]
+        numbers = self._scratch.take(name, len(starts), size, pitch)
+        high = numbers[:, :, : self.dim]
         for number, (start, length, centre) in enumerate(zip(starts, sizes, centres, strict=True)):
             torch.sub(raw[start : start + length], centre, out=high[number, :length])
             if length < size:
@@ -314,23 +328,11 @@ class Sweep:
             squares.masked_fill_(~inside.to(self.device), self.far)
         if side == "both" or self.precision in ROUNDED:
             return Rows(high, low, None, squares, raw, starts, sizes, largest)
-        self._extend(extended, squares, side)
+        # y = [y, -|y|^2 / 2, -1 / 2] and x = [x, 1, |x|^2]: -2 y.x is |y - x|^2, and saves a pass over the tile.
+        extended = numbers[0, :, : self.dim + 2]
+        first, second = (squares[0] * -0.5, -0.5) if side == "y" else (1.0, squares[0])
+        extended[:, self.dim], extended[:, self.dim + 1] = first, second
         return Rows(high, low, extended, squares, raw, starts, sizes, largest)
-
-    def _extend(self, extended: Tensor, squares: Tensor, side: str) -> None:
-        """y = [y, -|y|^2 / 2, -1 / 2] and x = [x, 1, |x|^2]: -2 y.x is |y - x|^2, and saves a pass over the tile."""
-        first, second = (squares * -0.5, -0.5) if side == "y" else (1.0, squares)
-        extended[:, :, self.dim], extended[:, :, self.dim + 1] = first, second
-
-    def _turned(self, x: Rows) -> Rows:
-        """Rows of one side of products as the other side."""
-        if x.extended is None:
-            return x
-        pitch = (self.dim + 2 + 15) // 16 * 16
-        extended = self._scratch.take("rows", 1, x.sizes[0], pitch)[:, :, : self.dim + 2]
-        extended.copy_(x.extended)
-        self._extend(extended, x.squares, "y")
-        return x._replace(high=extended[:, :, : self.dim], extended=extended)
 
     def _squares(self, y: Rows, x: Rows, itself: bool = False) -> Tensor:
         """|y - x|^2, [B, R, W], never negative; `itself`: row i of y is row i of x, and at `far`.
@@ -339,13 +341,15 @@ class Sweep:
         """
         tiles = self._scratch.take("tiles", *y.squares.shape, x.squares.shape[1])
         if y.extended is not None and x.extended is not None:
-            torch.addmm(tiles[0], y.extended[0], x.extended[0].T, beta=0, alpha=-2, out=tiles[0])
+            torch.addmm(tiles[0], y.extended, x.extended.T, beta=0, alpha=-2, out=tiles[0])
         else:
             self._add_products(tiles, y, x)
         if itself:
             tiles.diagonal(0, 1, 2).fill_(self.far)
         largest = y.largest + x.largest
-        least = tiles.amin(2)  # of each row: twice as fast as of all (2 MiB, two cores)
+        # The least of each row, as whole numbers: among floats of 0 or more the order is the same, and any below 0 is
+        # found. Three times as fast as the least of all floats (2 MiB, two cores).
+        least = tiles.view(self._bits).amin(2).view(self.dtype)
         # So written that a NaN, from an overflow, is looked into.
         if not (float(least.amin()) > self.cancelled * largest and largest < self.far):
             self._again(tiles, y, x, least, largest)
@@ -410,16 +414,16 @@ def cross_sums(
     sums = run_sums(totals, offsets.diff()).to(features.device)
     if not own:
         return sums, None
-    if panels is None:
+    if panels.held is None:
         sweep.clear()
     return sums, own_sums(sweep, target, torch.tensor([0, len(target)]), panels)
 
 
 @torch.no_grad()
-def own_sums(sweep: Sweep, features: Tensor, offsets: Tensor, panels: list[Rows] | None = None) -> Tensor:
+def own_sums(sweep: Sweep, features: Tensor, offsets: Tensor, panels: Panels | None = None) -> Tensor:
     """sum_ij v(y_i, y_j) over each task y [n_t, D], a row with itself included; [T] float64.
 
-    `panels`: those of the one task, where there are any.
+    `panels`: those of the one task, where they are made already.
     """
     value = sweep.value
     sums = value.at_zero * offsets.diff().double()
@@ -431,7 +435,8 @@ def own_sums(sweep: Sweep, features: Tensor, offsets: Tensor, panels: list[Rows]
                 values = value.apply_(squares)
                 if once:
                     values.diagonal().fill_(0)
-                rows = values[:, :once].sum(1).double() + 2 * values[:, once:].sum(1).double()
+                # All twice less what counts once: half the time of the two parts by themselves, whose rows lie apart.
+                rows = 2 * values.sum(1).double() - values[:, :once].sum(1).double()
                 sums[t] += float(rows.sum())
         elif end - start > 1:  # one row has no pairs
             groups.setdefault((end - start + 15) // 16 * 16, []).append(t)
