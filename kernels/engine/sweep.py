@@ -178,9 +178,9 @@ class Sweep:
         self.cancelled = 2.0**-10 if self.dtype == torch.float32 else 2.0**-20
         # A square that no pair reaches and that can still be added to others: marks what is not to be looked at.
         self.far = torch.finfo(self.dtype).max / 32
-        # CPU: tiles of 4 MiB beside 4 MiB of rows; larger and smaller ones are slower. CUDA: fewer launches.
+        # CPU: tiles of 2 MiB beside 4 MiB of rows; larger and smaller ones are slower. CUDA: fewer launches.
         on_cpu = self.device.type == "cpu"
-        tile, operand = (2**20, 2**20) if on_cpu else (2**22, 2**23)
+        tile, operand = (2**19, 2**20) if on_cpu else (2**22, 2**23)
         self.panel = min(num_columns, 1024)
         self.stripe = max(64, min(2048, tile // self.panel, operand // self.dim))
         # What is looked at for near pairs together, and the pairs that are computed again together.
