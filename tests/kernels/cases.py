@@ -4,6 +4,7 @@ from collections.abc import Callable
 from itertools import combinations, product
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from torch.profiler import profile
@@ -95,7 +96,21 @@ def double(tasks: RaggedTasks) -> RaggedTasks:
     return RaggedTasks(tasks.features.double(), tasks.offsets, tasks.labels)
 
 
+def picked(tasks: RaggedTasks) -> tuple[list[int], RaggedTasks]:
+    """Some of the tasks, where the definition takes its time: the first, which may be large, the last, and others."""
+    chosen = sorted({*range(0, tasks.num_tasks, 61), tasks.num_tasks - 1})
+    sizes = tasks.sizes.tolist()
+    labels = None if tasks.labels is None else [tasks.labels.split(sizes)[t] for t in chosen]
+    return chosen, RaggedTasks.from_list([tasks.task(t) for t in chosen], labels)
+
+
 CASES = pairwise_cases()
+
+SOME_SLOW = [
+    pytest.param(case, id=str(case), marks=pytest.mark.slow if 1000 in (case.target, case.rows) else ())
+    for case in CASES
+]
+"""The same for what iterates over N n_t numbers."""
 
 
 def norms(x: Tensor, y: Tensor) -> Tensor:
