@@ -26,6 +26,9 @@ DIMS = (1, 3, 64, 100, 512, 2048)
 COUNTS = (1, 5, 300)
 KINDS = ("plain", "shifted", "small", "large", "duplicates", "all-equal")
 
+NAMES = torch.tensor([7, 0, 2**63 - 1, 10**12])
+"""Labels: far apart, up to the largest int64, and not in order."""
+
 U = {"fp32": 2.0**-24, "fp64": 2.0**-53}
 
 
@@ -52,6 +55,17 @@ class Case(NamedTuple):
         target = rows(self.target)
         sizes = [self.rows, *(1 + t % 3 for t in range(1, self.tasks))]
         return target, RaggedTasks.from_list([rows(n) for n in sizes])
+
+    def make_labelled(self, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, RaggedTasks]:
+        """The same target and tasks, and the labels of both: of up to two, three or four classes a set of rows."""
+        target, tasks = self.make(device, dtype)
+        generator = torch.Generator().manual_seed(self.target + 1000 * self.rows + self.dim)
+
+        def labels(n: int, seed: int) -> Tensor:
+            return NAMES[torch.randint(0, 2 + seed % 3, (n,), generator=generator)].to(device)
+
+        its = torch.cat([labels(n, self.rows + t) for t, n in enumerate(tasks.sizes.tolist())])
+        return target, labels(self.target, self.target + self.dim), RaggedTasks(tasks.features, tasks.offsets, its)
 
 
 def change(kind: str, x: Tensor) -> Tensor:
