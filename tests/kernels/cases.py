@@ -4,6 +4,8 @@ from collections.abc import Callable
 from itertools import combinations, product
 from typing import Any, NamedTuple
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -23,6 +25,9 @@ SIZES = (1, 2, 63, 123, 257, 1000)
 DIMS = (1, 3, 64, 100, 512, 2048)
 COUNTS = (1, 5, 300)
 KINDS = ("plain", "shifted", "small", "large", "duplicates", "all-equal")
+
+NAMES = torch.tensor([7, 0, 2**63 - 1, 10**12])
+"""Labels: far apart, up to the largest int64, and not in order."""
 
 U = {"fp32": 2.0**-24, "fp64": 2.0**-53}
 
@@ -50,6 +55,17 @@ class Case(NamedTuple):
         target = rows(self.target)
         sizes = [self.rows, *(1 + t % 3 for t in range(1, self.tasks))]
         return target, RaggedTasks.from_list([rows(n) for n in sizes])
+
+    def make_labelled(self, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, RaggedTasks]:
+        """The same target and tasks, and the labels of both: of up to two, three or four classes a set of rows."""
+        target, tasks = self.make(device, dtype)
+        generator = torch.Generator().manual_seed(self.target + 1000 * self.rows + self.dim)
+
+        def labels(n: int, seed: int) -> Tensor:
+            return NAMES[torch.randint(0, 2 + seed % 3, (n,), generator=generator)].to(device)
+
+        its = torch.cat([labels(n, self.rows + t) for t, n in enumerate(tasks.sizes.tolist())])
+        return target, labels(self.target, self.target + self.dim), RaggedTasks(tasks.features, tasks.offsets, its)
 
 
 def change(kind: str, x: Tensor) -> Tensor:
@@ -95,7 +111,21 @@ def double(tasks: RaggedTasks) -> RaggedTasks:
     return RaggedTasks(tasks.features.double(), tasks.offsets, tasks.labels)
 
 
+def picked(tasks: RaggedTasks) -> tuple[list[int], RaggedTasks]:
+    """Some of the tasks, where the definition takes its time: the first, which may be large, the last, and others."""
+    chosen = sorted({*range(0, tasks.num_tasks, 61), tasks.num_tasks - 1})
+    sizes = tasks.sizes.tolist()
+    labels = None if tasks.labels is None else [tasks.labels.split(sizes)[t] for t in chosen]
+    return chosen, RaggedTasks.from_list([tasks.task(t) for t in chosen], labels)
+
+
 CASES = pairwise_cases()
+
+SOME_SLOW = [
+    pytest.param(case, id=str(case), marks=pytest.mark.slow if 1000 in (case.target, case.rows) else ())
+    for case in CASES
+]
+"""The same for what iterates over N n_t numbers."""
 
 
 def norms(x: Tensor, y: Tensor, centre: Tensor | None = None) -> Tensor:
@@ -122,6 +152,24 @@ def distance_error(x: Tensor, y: Tensor, precision: str) -> float:
     again = norms(x, y) * (2.0**-10 if precision == "fp32" else 2.0**-20)
     d = torch.maximum(torch.cdist(x.double(), y.double()), again.sqrt())
     return float((square_error(x, y, precision) / (2 * d) + 16 * U[precision] * d).mean())
+
+
+def by_singular_values(target: Tensor, tasks: RaggedTasks) -> Tensor:
+    """`naive.frechet_distances` in the form that loses no digits, by numpy and without triangles, [T] float64.
+
+    The last trace is the sum of the singular values of X Y^T / sqrt(N n_t), for centred rows X and Y: less the target's
+    first row, which float64 holds exactly where they are float32 and near each other.
+    """
+    first, distances = target[0].double(), []
+    a = (target.double() - first).cpu().numpy()
+    mean, a = a.mean(0), a - a.mean(0)
+    for t in range(tasks.num_tasks):
+        b = (tasks.task(t).double() - first).cpu().numpy()
+        apart, b = ((mean - b.mean(0)) ** 2).sum(), b - b.mean(0)
+        # At most D of the min(N, n) are not 0 but for rounding.
+        common = np.linalg.svd(a @ b.T, compute_uv=False)[: a.shape[1]].sum() / (len(a) * len(b)) ** 0.5
+        distances.append(float(apart + (a**2).sum() / len(a) + (b**2).sum() / len(b) - 2 * common))
+    return torch.tensor(distances, dtype=torch.float64, device=target.device)
 
 
 HALF_STEP = {"bf16": 2.0**-8, "tf32": 2.0**-11, "bf16x3": 2.0**-17}

@@ -12,7 +12,7 @@ from headstart.kernels import naive
 from headstart.kernels.engine.precision import rounded
 from headstart.kernels.ragged import RaggedTasks, common_centre
 from headstart.kernels.sinkhorn import default_epsilon, sinkhorn_distances, sinkhorn_self_terms
-from tests.kernels.cases import CASES, HALF_STEP, KINDS, Case, U, change, double
+from tests.kernels.cases import HALF_STEP, KINDS, SOME_SLOW, Case, U, change, double, picked
 
 TOLERANCE = {"fp32": 1e-4, "fp64": 1e-10}
 
@@ -56,29 +56,23 @@ def reference(x: Tensor, tasks: RaggedTasks, epsilon: float, p: int, num_iterati
     return torch.stack([transport(x, y) - (own + transport(y, y)) / 2 for y in sources])
 
 
-def marked(case: Case) -> object:
-    return pytest.param(case, id=str(case), marks=pytest.mark.slow if 1000 in (case.target, case.rows) else ())
-
-
-@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+@pytest.mark.parametrize("case", SOME_SLOW)
 def test_parity_with_the_definition(case: Case, device: str):
     target, tasks = case.make(device)
-    # The definition takes its time: of 300 tasks the first, which may be large, and some others.
-    picked = RaggedTasks.from_list([tasks.task(t) for t in range(tasks.num_tasks) if t % 61 == 0 or t == 299])
+    chosen, some = picked(tasks)
     for p in (1, 2):
-        c = largest(target, picked, p)
+        c = largest(target, some, p)
         # Where costs are far above epsilon the definition's plain iterations hardly converge; the next test takes time.
         epsilon = c / 4 or 0.1
-        expected = reference(target, picked, epsilon, p)
+        expected = reference(target, some, epsilon, p)
         for precision, tolerance in TOLERANCE.items():
             found = sinkhorn_distances(
                 target, tasks, p=p, epsilon=epsilon, precision=precision, tolerance=tolerance, max_iterations=5000
             )
             assert bool(found.converged.all())
             assert found.distances.dtype == (torch.float64 if precision == "fp64" else torch.float32)
-            some = found.distances[[t for t in range(tasks.num_tasks) if t % 61 == 0 or t == 299]].double()
             allowed = bound(c, epsilon, case.dim, p, precision, tolerance)
-            torch.testing.assert_close(some, expected, rtol=0, atol=allowed)
+            torch.testing.assert_close(found.distances[chosen].double(), expected, rtol=0, atol=allowed)
 
 
 @pytest.mark.parametrize("p", [1, 2], ids="p{}".format)
