@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headstart.kernels import naive
+from headstart.kernels import dispatch, naive
+from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, chunk_bytes
 from headstart.kernels.engine.precision import rounded
 from headstart.kernels.ragged import RaggedTasks, common_centre
 from headstart.kernels.sinkhorn import default_epsilon, sinkhorn_distances, sinkhorn_self_terms
@@ -164,22 +165,23 @@ def as_rounded(x: Tensor, centre: Tensor, precision: str) -> Tensor:
 
 @pytest.mark.parametrize("p", [1, 2], ids="p{}".format)
 @pytest.mark.parametrize("precision", HALF_STEP)
-@pytest.mark.parametrize("memory", [None, 3 * 2**20], ids=["held", "recomputed"])
-def test_costs_of_a_rounded_precision_are_those_of_the_rounded_rows(
-    precision: str, p: int, memory: int | None, device: str
-):
-    d, tolerance = 64, 1e-5
-    x = features(200, d, 1, device, torch.float32) + 1
-    tasks = RaggedTasks.from_list([x.clone(), *(features(n, d, n, device, torch.float32) + 1.2 for n in (1, 70, 900))])
+@pytest.mark.parametrize("held", [True, False], ids=["held", "recomputed"])
+def test_costs_of_a_rounded_precision_are_those_of_the_rounded_rows(precision: str, p: int, held: bool, device: str):
+    d, tolerance = 32, 1e-5
+    x = features(70, d, 1, device, torch.float32) + 1
+    tasks = RaggedTasks.from_list([x.clone(), *(features(n, d, n, device, torch.float32) + 1.2 for n in (1, 40, 150))])
+    memory = None if held else chunk_bytes(x, LEAST_CHUNK, Cost(p, None, precision))  # the least that is accepted
     centre = common_centre(tasks.features)
     rows, seen = as_rounded(x, centre, precision), as_rounded(tasks.features, centre, precision)
     seen = RaggedTasks(seen, tasks.offsets)
     c = largest(rows, seen, p)
     epsilon = c / 4
-    kept = sinkhorn_self_terms(tasks, epsilon=epsilon, p=p, precision=precision, tolerance=tolerance, memory=memory)
-    how = {"p": p, "precision": precision, "tolerance": tolerance, "memory": memory}
-    found = sinkhorn_distances(x, tasks, epsilon=epsilon, self_terms=kept, **how)
-    again = sinkhorn_distances(x, tasks, epsilon=epsilon, **how)
+    how = {"p": p, "precision": precision, "tolerance": tolerance, "memory": memory, "epsilon": epsilon}
+    kept = sinkhorn_self_terms(tasks, **how)
+    with dispatch.report() as reports:
+        found = sinkhorn_distances(x, tasks, self_terms=kept, **how)
+    assert any("do not fit" in each.reason for each in reports) == (not held)
+    again = sinkhorn_distances(x, tasks, **how)
     assert torch.equal(found.distances, again.distances)
     expected = reference(rows, seen, epsilon, p)
     allowed = bound(c, epsilon, d, p, "fp32", tolerance)
