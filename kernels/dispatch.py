@@ -1,4 +1,4 @@
-"""Which path computes a distance: chosen by device, precision, D and size; can be overridden; tells what it chose.
+"""Which path computes a distance: chosen by device, precision and D; can be overridden; tells what it chose.
 
     with dispatch.override("streamed"), dispatch.report() as report:
         energy_distances(target, tasks, precision="bf16")
@@ -7,7 +7,8 @@
 Paths:
 
 - `eager`: plain PyTorch, tile by tile, on any device; every precision; near pairs computed again from differences.
-- `streamed` (CUDA): products by cuBLAS into a buffer, then one Triton kernel that reads each tile once.
+- `streamed` (CUDA): products of all rows, whatever task they belong to, by cuBLAS into a buffer, then one Triton kernel
+  that reads each tile once; own sums of small tasks by the fused kernel.
 - `fused` (CUDA): product and epilogue in one Triton kernel; the matrix of distances never reaches memory.
 
 What is no sum over pairs of rows (means, class means, covariances, transport over costs that fit in memory) has the
@@ -24,12 +25,11 @@ PATHS = ("eager", "streamed", "fused")
 
 FUSED_BELOW = 512
 """D below which `fused` is chosen. Fusion saves the passes over the matrix, whose share of the time falls with D: at
-D = 2048 a fused kernel wins only above 66% of the tensor cores' rate, at D = 256 it may be five times as fast."""
+D = 2048 a fused kernel wins only above 66% of the tensor cores' rate, at D = 256 it may be five times as fast.
 
-FUSED_ROWS = 512
-"""Mean rows of a task below which `fused` is chosen whatever D is: `streamed` starts two kernels for each task, which
-takes the host some 10 us, the time of tensor cores for 4,096 x 512 pairs at D = 2048; `fused` starts one for all.
-The target has no part in it, so that self terms can be kept for any."""
+Sizes have no part in it: streamed products are over stripes of rows that ignore the tasks' borders, and so cost the
+same whatever the tasks' sizes, and small tasks' own sums are one fused launch there too (`engine.streamed.own_rows`);
+the target has none in any case, so that self terms can be kept for any."""
 
 
 class _State:
@@ -56,8 +56,8 @@ class Report:
     """Most held beside inputs and result: measured on CUDA, planned on the CPU, whose allocator does not tell."""
 
 
-def choose(device: torch.device, precision: str, dim: int, mean_rows: float) -> tuple[str, str]:
-    """The path for tasks of so many rows [*, dim] on a device at a precision, and the reason.
+def choose(device: torch.device, precision: str, dim: int) -> tuple[str, str]:
+    """The path for features [*, dim] on a device at a precision, and the reason.
 
     ValueError: a path that was asked for by `override` and cannot be taken there.
     """
@@ -73,8 +73,6 @@ def choose(device: torch.device, precision: str, dim: int, mean_rows: float) -> 
         return "eager", f"on {device.type}"
     if precision == "fp64":
         return "eager", "fp64"
-    if mean_rows < FUSED_ROWS:
-        return "fused", f"{mean_rows:.0f} rows a task < {FUSED_ROWS}"
     if precision == "fp32":
         return "streamed", "exact float32 products have no tensor cores: cuBLAS"
     if dim < FUSED_BELOW:

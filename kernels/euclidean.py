@@ -50,8 +50,8 @@ def euclidean_distances(
         means: Tensor = _mean_distances(target, tasks.features, tasks.offsets, precision, memory)
         return means
     if form == "pairs":
-        path = dispatch.choose(target.device, precision, tasks.num_features, tasks.mean_rows)[0]
-        how = (needed_centre(tasks, precision, path), NONE, "distance", precision, memory)
+        centre = needed_centre(tasks, precision, dispatch.choose(target.device, precision, tasks.num_features)[0])
+        how = (centre, NONE, "distance", precision, memory)
         sums: Tensor = pair_sums(target, tasks.features, tasks.offsets, *how, False)[0]
         return (sums / (len(target) * tasks.sizes.to(target.device))).to(PRECISIONS[precision])
     raise ValueError(f"form is {form!r}; accepted: mean, pairs")

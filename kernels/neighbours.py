@@ -65,10 +65,10 @@ def _search(
     target: Tensor, features: Tensor, offsets: Tensor, k: int, per_task: bool, precision: str, memory: int | None
 ) -> tuple[Tensor, Tensor]:
     check_finite(target)
-    bounds = offsets.tolist() if per_task else [0, len(features)]
-    path, reason = dispatch.choose(target.device, precision, target.shape[1], len(features) / (len(bounds) - 1))
+    path, reason = dispatch.choose(target.device, precision, target.shape[1])
     if path == "streamed" or (path == "fused" and k > 1):
         path, reason = "eager", f"{path} has no search for k = {k}"
+    bounds = offsets.tolist() if per_task else [0, len(features)]
     with dispatch.Watch("neighbours", target.device, path, reason, precision) as watch:
         centre = common_centre(features) if precision in ROUNDED or path == "fused" else None
         engine = sweep.Sweep(target, len(features), sweep.Value("squared"), precision, memory, centre)

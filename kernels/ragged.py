@@ -81,11 +81,6 @@ class RaggedTasks:
         """D."""
         return self.features.shape[1]
 
-    @property
-    def mean_rows(self) -> float:
-        """Rows of a task on average."""
-        return len(self.features) / self.num_tasks
-
     def task(self, t: int) -> Tensor:
         """The features of task t, [n_t, D]: a view."""
         if not -self.num_tasks <= t < self.num_tasks:

@@ -2,7 +2,8 @@
 
 What `launch` needs as operands, centred and rounded, would be a copy of all features. Here it is made for as many rows
 as the memory bound has room for: whole tasks where they fit, pieces of PIECE rows where one does not. Tiles are cut
-from a task's first row, and PIECE is a multiple of every tile, so pieces change no tile.
+from a task's first row, and PIECE is a multiple of every tile, so pieces change no tile. Sums of a target over streamed
+tasks know no tasks: there a share is as many stripes of rows as there is room for.
 """
 
 from collections.abc import Iterator
@@ -11,16 +12,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.kernels.engine import launch
+from headstart.kernels.engine import launch, streamed
 from headstart.kernels.engine.precision import Operand, make_operand
 from headstart.kernels.engine.sweep import Value
+from headstart.kernels.engine.units import check_squares
 
 PIECE = 4096
 """Rows of a piece of a task."""
 
 MEMORY = 4 * 2**30
-"""Bytes that a call may hold where the caller does not say: a share takes some 60 launches and 10 copies whatever its
-size, a millisecond, in which an H100 multiplies 45,000 rows of 2,048 numbers with 4,096 in bfloat16."""
+"""Bytes that a call may hold where the caller does not say: a share takes the host up to a millisecond whatever its
+size, in which an H100 multiplies 45,000 rows of 2,048 numbers with 4,096 in bfloat16."""
+
+_ROW_BYTES = {"bf16": 6, "fp32": 8}
+"""A number of an operand and, where features are narrower than float32, its copy in that. 20 in tf32 and bf16x3: five
+of float32 at the worst moment of rounding."""
 
 
 class _Chunk(NamedTuple):
@@ -35,13 +41,30 @@ class _Chunk(NamedTuple):
 
 def pair_sums(setting: "Setting", target: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
     """sum_ij v(x_i, y_j) over the target x [N, D] and each task y, [T] float64 on the target's device."""
+    if setting.streamed:
+        return _streamed_sums(setting, target, features, offsets)
     sums = torch.zeros(len(offsets) - 1, dtype=torch.float64)
-    whole = torch.tensor([0, len(target)])
-    for part in setting.chunks(whole):
+    for part in setting.chunks(torch.tensor([0, len(target)])):
         x = setting.operand(target[part.start : part.end])
         for chunk in setting.chunks(offsets):
             y = setting.operand(features[chunk.start : chunk.end])
             sums[chunk.tasks] += setting.cross(x, y, chunk.offsets)
+    return sums.to(target.device)
+
+
+def _streamed_sums(setting: "Setting", target: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
+    totals = torch.zeros(len(features), dtype=torch.float64, device=features.device)
+    largest = []
+    for part in setting.chunks(torch.tensor([0, len(target)])):
+        x = setting.operand(target[part.start : part.end])
+        largest.append(x.squares.amax())
+        for chunk in setting.stripes(len(features)):
+            y = setting.operand(features[chunk.start : chunk.end])
+            largest.append(y.squares.amax())
+            setting.add_rows(x, y, totals[chunk.start : chunk.end])
+    sums = streamed.task_sums(totals, offsets.diff())
+    # Last, so that until here the host is ahead of the device.
+    check_squares(*largest)
     return sums.to(target.device)
 
 
@@ -104,18 +127,26 @@ class Setting:
             raise ValueError(f"no centre was given; accepted on path {path!r}: one [{features.shape[1]}] for all rows")
         self._centre, self._precision = centre, precision
         self._pitch = (features.shape[1] + 63) // 64 * 64
-        # Half for the operands of two sides, half for tables, products and results. While an operand is made, its rows
-        # are held as float32 three times.
-        row_bytes = self._pitch * 20 + features.element_size() * features.shape[1]
-        least = min(PIECE, num_rows) * row_bytes * 4
+        # Half for the operands of two sides, half for tables, products and results.
+        row_bytes = self._pitch * _ROW_BYTES.get(precision, 20) + features.element_size() * features.shape[1]
+        self.streamed, piece = path == "streamed", PIECE
+        if self.streamed:
+            sides = streamed.stripes(self._pitch)
+            piece = max(PIECE, sides[1])  # both powers of two, so a multiple of a tile, of a stripe and of PIECE
+        least = min(piece, num_rows) * row_bytes * 4
+        if self.streamed:
+            sides = min(sides[0], num_rows), min(sides[1], num_rows)
+            least = max(least, 2 * streamed.least_memory(features.device, precision, self._pitch, *sides))
         memory = max(MEMORY, least) if memory is None else memory
         self.memory = memory // 2
-        self._rows = memory // 4 // row_bytes
         if memory < least:
             raise ValueError(f"memory is {memory} bytes; accepted on path {path!r}: at least {least}")
+        self._piece, self._room = piece, memory // 4 // row_bytes
+        # A streamed product of a stripe with more rows of x has more partial sums than `least_memory` counts.
+        self._rows = min(self._room, 8 * PIECE) if self.streamed else self._room
         coefficients = torch.tensor(value.coefficients, dtype=torch.float32, device=features.device)
         self._value = launch.Value("rbf", coefficients) if value.kind == "rbf" else launch.Value("sqrt")
-        self._path: launch.Path = "fused" if path == "fused" else "streamed"
+        self._path: launch.Path = "streamed" if self.streamed else "fused"
 
     def operand(self, rows: Tensor) -> Operand:
         """Rows [M, D] as an operand."""
@@ -127,23 +158,34 @@ class Setting:
             x, y, offsets, precision=self._precision, value=self._value, path=self._path, memory=self.memory
         )
 
+    def add_rows(self, x: Operand, y: Operand, totals: Tensor) -> None:
+        """Add the sum over x for each row of y to totals, streamed."""
+        launch.add_row_sums(x, y, totals, precision=self._precision, value=self._value, memory=self.memory)
+
     def own(self, y: Operand, offsets: Tensor) -> Tensor:
         """Sums over each task of y with itself, [T] float64 on the CPU."""
         return launch.own_sums(
             y, offsets, precision=self._precision, value=self._value, path=self._path, memory=self.memory
         )
 
+    def stripes(self, num_rows: int) -> Iterator[_Chunk]:
+        """Rows, whatever task they belong to: as many stripes as there is room for."""
+        return self._chunks(torch.tensor([0, num_rows]), self._room)
+
     def chunks(self, offsets: Tensor) -> Iterator[_Chunk]:
         """Consecutive tasks of at most as many rows as fit, or pieces of a task that does not."""
+        return self._chunks(offsets, self._rows)
+
+    def _chunks(self, offsets: Tensor, rows: int) -> Iterator[_Chunk]:
         low, num_tasks = 0, len(offsets) - 1
         while low < num_tasks:
             start = int(offsets[low])
-            high = int(torch.searchsorted(offsets, start + self._rows, right=True)) - 1
+            high = int(torch.searchsorted(offsets, start + rows, right=True)) - 1
             if high > low:
                 yield _Chunk(start, int(offsets[high]), slice(low, high), offsets[low : high + 1] - start)
                 low = high
                 continue
-            end, step = int(offsets[low + 1]), self._rows // PIECE * PIECE
+            end, step = int(offsets[low + 1]), rows // self._piece * self._piece
             for first in range(start, end, step):
                 last = min(first + step, end)
                 yield _Chunk(first, last, slice(low, low + 1), torch.tensor([0, last - first]))

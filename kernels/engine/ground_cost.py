@@ -136,11 +136,11 @@ def choose_path(
     if width is not None:
         return "eager", "costs fit in the memory"
     # The rule of what is recomputed: with D below it, products in registers are cheaper than what they would be read.
-    pair = rows.only(members[0])
-    path, reason = dispatch.choose(rows.features.device, "bf16", rows.features.shape[1], len(pair.features))
+    path, reason = dispatch.choose(rows.features.device, "bf16", rows.features.shape[1])
     if path == "fused":
         from headstart.kernels.engine.fused_cost import FusedCosts  # Triton, which other paths do not need
 
+        pair = rows.only(members[0])
         if not FusedCosts.fit(pair, columns or pair, cost, memory):
             return (
                 "eager",

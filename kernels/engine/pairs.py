@@ -41,7 +41,7 @@ def pair_sums(
     path and whatever stands beside the task.
     """
     value = _value(kind, coefficients)
-    path, reason = dispatch.choose(target.device, precision, target.shape[1], len(features) / (len(offsets) - 1))
+    path, reason = dispatch.choose(target.device, precision, target.shape[1])
     if path != "eager":
         check_finite(target)  # an eager sum fails by itself on what is not finite, and says so below
     same = _same_tasks(target, features, offsets)
@@ -89,7 +89,7 @@ def own_sums(
 ) -> Tensor:
     """sum_ij v(y_i, y_j) over each task y of features [M, D] with itself, a row with itself included; [T] float64."""
     value = _value(kind, coefficients)
-    path, reason = dispatch.choose(features.device, precision, features.shape[1], len(features) / (len(offsets) - 1))
+    path, reason = dispatch.choose(features.device, precision, features.shape[1])
     with dispatch.Watch("own sums", features.device, path, reason, precision) as watch:
         if path == "eager":
             engine = sweep.Sweep(features, int(offsets.diff().max()), value, precision, memory, centre)

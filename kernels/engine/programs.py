@@ -12,9 +12,10 @@ them into squared distances d2 = |x|^2 + |y|^2 - 2 x.y and reduces those:
 | nearest | for each row of x the least d2 and the number of that row of y, the lowest where several tie |
 | lse | for each row of x log sum_j exp(h_j - cost inv_epsilon), cost = d2 / 2 (P = 2) or sqrt(d2) (P = 1) |
 
-`tile_kernel` computes the products, `finish_kernel` takes products that cuBLAS has written. Cross and self terms of
-the same rows go through the same binary, tile by tile, and so agree in every bit: only constants choose the binary
-(no pointer's alignment and no integer's value does), and inside a tile the order of every sum is fixed.
+`tile_kernel` computes the products, `finish_kernel` takes products that cuBLAS has written, and gives no sum of a tile
+but one for each of its columns, rows of y: there a tile may lie across tasks. `add_kernel` and `task_kernel` add those.
+Own sums of the same rows go through the same binary, tile by tile, and so agree in every bit: only constants choose
+the binary (no pointer's alignment and no integer's value does), and inside a tile the order of every sum is fixed.
 
 tau: tensor cores cut, not round. Each product is cut at 2^-24 of the running sum (Ampere; Hopper keeps more bits), and
 the sum itself at 2^-23 after each step of 4 to 16 products (Fasi, Higham, Mikaitis and Pranesh, PeerJ Computer
@@ -33,6 +34,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 # What is not to choose a binary. Operands and products are always aligned: their rows are multiples of 64 numbers.
 UNALIGNED = ["x_squares", "y_squares", "table", "h", "coefficients", "values", "indices"]
+UNALIGNED_SUMS = ["partials", "totals", "table", "sums"]
 
 
 @triton.jit
@@ -42,6 +44,15 @@ def _load_squares(squares, num_rows, EPILOGUE: tl.constexpr, BLOCK: tl.constexpr
     ABSENT: tl.constexpr = float("-inf") if EPILOGUE == "sqrt" else float("inf")
     rows = tl.arange(0, BLOCK)
     return tl.load(squares + rows, mask=rows < num_rows, other=ABSENT)
+
+
+@triton.jit
+def _squared(products, xs, ys, tau, EPILOGUE: tl.constexpr):
+    """Squared distances of a tile, 0 where no digit is left; [BM] and [BN] of `_load_squares`."""
+    norms = xs[:, None] + ys[None, :]
+    d2 = norms - 2.0 * products
+    # Of a row that is not there d2 and the norms are infinite, of one sign: 0 for a sum of distances, else infinite.
+    return tl.where(d2 > tau * norms, d2, 0.0) if EPILOGUE == "sqrt" else tl.where(d2 < tau * norms, 0.0, d2)
 
 
 @triton.jit
@@ -66,13 +77,10 @@ def _epilogue(
 ):
     """Reduce the products of one tile to its result."""
     rows, columns = tl.arange(0, BM), tl.arange(0, BN)
-    norms = xs[:, None] + ys[None, :]
-    d2 = norms - 2.0 * products
+    d2 = _squared(products, xs, ys, tau, EPILOGUE)
     if EPILOGUE == "sqrt":
-        distances = tl.sqrt(tl.where(d2 > tau * norms, d2, 0.0))
-        tl.store(values, tl.sum(tl.sum(distances, 1), 0))
+        tl.store(values, tl.sum(tl.sum(tl.sqrt(d2), 1), 0))
     else:
-        d2 = tl.where(d2 < tau * norms, 0.0, d2)
         if EPILOGUE == "rbf":
             total = tl.zeros([BM], tl.float32)
             # Not unrolled: with 16 bandwidths at once in flight registers spill (triton 3.6).
@@ -166,6 +174,19 @@ def tile_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _column_sums(d2, coefficients, EPILOGUE: tl.constexpr, B: tl.constexpr, BN: tl.constexpr):
+    """Sums of a tile's values over its rows, [BN]."""
+    if EPILOGUE == "sqrt":
+        total = tl.sum(tl.sqrt(d2), 0)
+    else:
+        total = tl.zeros([BN], tl.float32)
+        for b in tl.range(0, B, num_stages=1, loop_unroll_factor=1):
+            factor = -LOG2_E * tl.load(coefficients + b)
+            total += tl.sum(tl.exp2(d2 * factor), 0)
+    return total
+
+
 @triton.jit(
     do_not_specialize=["tau", "inv_epsilon", "x_rows", "y_rows", "y_start", "stride", "out_stride"],
     do_not_specialize_on_alignment=UNALIGNED,
@@ -176,7 +197,7 @@ def finish_kernel(
     y_squares,  # [y_rows]
     h,  # [y_rows]
     coefficients,
-    values,  # sqrt, rbf: one number a program, in the order of the grid; else out_stride numbers a tile of columns
+    values,  # sqrt, rbf: a number for each row of y, out_stride on those of the next block; else out_stride a tile of y
     indices,
     x_rows,
     y_rows,
@@ -190,26 +211,75 @@ def finish_kernel(
     B: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """One program a tile of BM x BN products that are written already; grid (tiles of rows, tiles of columns)."""
-    row, column = tl.program_id(0) * BM, tl.program_id(1) * BN
+    """Products that are written already; grid (blocks of rows, tiles of BN columns).
+
+    A block is BM rows, all columns being of one task, or where values are summed STEPS times that.
+    """
+    column = tl.program_id(1) * BN
     rows, columns = tl.arange(0, BM), tl.arange(0, BN)
     # Loads have no mask, which would keep them from being 16 bytes wide: they stay among the rows, and a row is padded
     # as far as a tile reaches. What is there beyond y_rows, perhaps NaN, is dropped after.
-    offsets = tl.minimum(row + rows, x_rows - 1)[:, None] * (stride * 256) + (column + columns)[None, :]
-    tile = tl.load(products + offsets)
-    tile = tl.where(((column + columns) < y_rows)[None, :], tile, 0.0)
     if EPILOGUE == "sqrt" or EPILOGUE == "rbf":
-        out_start = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        row = tl.program_id(0) * (BM * STEPS)
+        ys = tl.load(y_squares + column + columns, mask=(column + columns) < y_rows, other=0.0)
+        total = tl.zeros([BN], tl.float32)
+        first, end = row, tl.minimum(row + BM * STEPS, x_rows)
+        while first < end:  # a range takes no bounds that are tensors in the interpreter (triton 3.6 with numpy 2.4)
+            offsets = tl.minimum(first + rows, x_rows - 1)[:, None] * (stride * 256) + (column + columns)[None, :]
+            tile = tl.load(products + offsets)
+            xs = _load_squares(x_squares + first, x_rows - first, EPILOGUE, BM)
+            total += _column_sums(_squared(tile, xs, ys, tau, EPILOGUE), coefficients, EPILOGUE, B, BN)
+            first += BM
+        out_start = tl.program_id(0).to(tl.int64) * out_stride + column
+        mean = total if EPILOGUE == "sqrt" else total / B
+        tl.store(values + out_start + columns, mean, mask=(column + columns) < y_rows)
     else:
+        row = tl.program_id(0) * BM
+        offsets = tl.minimum(row + rows, x_rows - 1)[:, None] * (stride * 256) + (column + columns)[None, :]
+        tile = tl.load(products + offsets)
+        tile = tl.where(((column + columns) < y_rows)[None, :], tile, 0.0)
         out_start = tl.program_id(1).to(tl.int64) * out_stride + row
-    xs = _load_squares(x_squares + row, x_rows - row, EPILOGUE, BM)
-    ys = _load_squares(y_squares + column, y_rows - column, EPILOGUE, BN)
-    weights = None
-    if h is not None:
-        weights = tl.load(h + column + columns, mask=(column + columns) < y_rows, other=float("-inf"))
-    _epilogue(
-        tile, xs, ys, weights, coefficients,
-        values + out_start, indices if indices is None else indices + out_start,
-        x_rows - row, y_rows - column, y_start + column, tau, inv_epsilon, EPILOGUE, P, B, BM, BN,
-    )  # fmt: skip
+        xs = _load_squares(x_squares + row, x_rows - row, EPILOGUE, BM)
+        ys = _load_squares(y_squares + column, y_rows - column, EPILOGUE, BN)
+        weights = None
+        if h is not None:
+            weights = tl.load(h + column + columns, mask=(column + columns) < y_rows, other=float("-inf"))
+        _epilogue(
+            tile, xs, ys, weights, coefficients,
+            values + out_start, indices if indices is None else indices + out_start,
+            x_rows - row, y_rows - column, y_start + column, tau, inv_epsilon, EPILOGUE, P, B, BM, BN,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_groups", "width"], do_not_specialize_on_alignment=UNALIGNED_SUMS)
+def add_kernel(
+    partials,  # [num_groups, width] float32
+    totals,  # [width] float64
+    num_groups,
+    width: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    """Add groups to totals, one after another: as many calls with some of them give the same bits."""
+    columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.load(totals + columns, mask=columns < width, other=0.0)
+    while num_groups > 0:
+        total += tl.load(partials + columns, mask=columns < width, other=0.0).to(tl.float64)
+        partials += width
+        num_groups -= 1
+    tl.store(totals + columns, total, mask=columns < width)
+
+
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED_SUMS)
+def task_kernel(
+    totals,  # [M] float64
+    table,  # [num_blocks, 2] int64: start and rows
+    sums,  # [num_blocks] float64
+    BLOCK: tl.constexpr,
+):
+    """One program a block of rows of one task."""
+    table += tl.program_id(0).to(tl.int64) * 2
+    start, size = tl.load(table), tl.load(table + 1)
+    rows = tl.arange(0, BLOCK)
+    tl.store(sums + tl.program_id(0), tl.sum(tl.load(totals + start + rows, mask=rows < size, other=0.0), 0))

@@ -93,7 +93,7 @@ def means_of_pairs(
     precision = resolve_precision(precision, target.dtype)
     if unbiased:
         check_two_rows(target, tasks)
-    path = dispatch.choose(target.device, precision, tasks.num_features, tasks.mean_rows)[0]
+    path = dispatch.choose(target.device, precision, tasks.num_features)[0]
     if self_terms is None:
         centre = needed_centre(tasks, precision, path)
     else:
@@ -128,7 +128,7 @@ def make_self_terms(
 ) -> SelfTerms:
     """The self terms of tasks. `centre`: as those that they are to be joined with; None: amid these tasks."""
     precision = resolve_precision(precision, tasks.features.dtype)
-    path = dispatch.choose(tasks.features.device, precision, tasks.num_features, tasks.mean_rows)[0]
+    path = dispatch.choose(tasks.features.device, precision, tasks.num_features)[0]
     if centre is None:
         centre = needed_centre(tasks, precision, path)
     elif centre.shape != tasks.features.shape[1:] or not bool(centre.isfinite().all()):

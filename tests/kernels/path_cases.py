@@ -11,15 +11,16 @@ import torch
 
 from headstart.kernels import dispatch, naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
-from headstart.kernels.engine import gpu, launch
+from headstart.kernels.engine import gpu, streamed, units
 from headstart.kernels.engine.ground_cost import Cost, Points, choose_path, make_costs
+from headstart.kernels.engine.pairs import pair_sums
 from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.mmd import mmd_distances
 from headstart.kernels.neighbours import nearest_neighbours
 from headstart.kernels.ragged import RaggedTasks, common_centre
 from tests.kernels.cases import HALF_STEP, double, rounding_error
 
-DEVICE = "cpu" if launch.INTERPRETED else "cuda"
+DEVICE = "cpu" if units.INTERPRETED else "cuda"
 
 
 @pytest.fixture(params=["fused", "streamed"], autouse=True)
@@ -71,20 +72,23 @@ def test_mmd_in_fp32():
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=4 * 20 * 2.0**-21)
 
 
-def test_memory_changes_no_bit_and_tasks_in_pieces_agree(monkeypatch: pytest.MonkeyPatch):
+def test_memory_changes_no_bit_and_tasks_in_pieces_agree(path: str, monkeypatch: pytest.MonkeyPatch):
     x, tasks = problem(20)
+    how = (common_centre(tasks.features), torch.empty(0, dtype=torch.float64), "distance", "bf16", None)
     whole = energy_distances(x, tasks, precision="bf16")
-    monkeypatch.setattr(gpu, "PIECE", 32 if DEVICE == "cpu" else 4096)
-    monkeypatch.setattr(gpu.Setting, "chunks", _pieces(gpu.Setting.chunks))
+    cross = pair_sums(x, tasks.features, tasks.offsets, *how, False)[0]
+    # On a GPU a piece is longer than all that there is here; program_cases.py has more rows.
+    piece = 32 if DEVICE == "cpu" else 2**14
+
+    def few(self: gpu.Setting, offsets: torch.Tensor, rows: int):
+        self._piece = piece
+        return chunks(self, offsets, piece)
+
+    chunks = gpu.Setting._chunks
+    monkeypatch.setattr(gpu.Setting, "_chunks", few)
     torch.testing.assert_close(energy_distances(x, tasks, precision="bf16"), whole, rtol=0, atol=1e-6)
-
-
-def _pieces(chunks):
-    def few(self, offsets):
-        self._rows = max(gpu.PIECE, 32)
-        return chunks(self, offsets)
-
-    return few
+    if path == "streamed":  # stripes in shares of one, tasks across shares, and both of the target's units alone
+        assert torch.equal(pair_sums(x, tasks.features, tasks.offsets, *how, False)[0], cross)
 
 
 def test_a_bound_that_is_too_small_is_refused():
@@ -94,7 +98,7 @@ def test_a_bound_that_is_too_small_is_refused():
 
 
 def test_the_least_bound_is_enough_for_a_target_longer_than_the_tasks(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launch, "_PARTIALS", 2**10)  # a bound that this small input can meet
+    monkeypatch.setattr(streamed, "PARTIALS", 2**10)  # a bound that this small input can meet
     x, tasks = rows(40, 20, 1), RaggedTasks.from_list([rows(5, 20, 2)])
     plain = energy_distances(x, tasks, precision="bf16")
     with pytest.raises(ValueError, match="at least") as refused:

@@ -10,18 +10,20 @@ from itertools import pairwise
 import pytest
 import torch
 
-from headstart.kernels.engine import launch
-from headstart.kernels.engine.launch import Value, cancellation
+from headstart.kernels.engine import fused, launch, streamed, units
+from headstart.kernels.engine.launch import Value
+from headstart.kernels.engine.layouts import cancellation
 from headstart.kernels.engine.precision import Operand, make_operand
 
-DEVICE = "cpu" if launch.INTERPRETED else "cuda"
-# Tiles are 16 x 16 under the interpreter, and stripes of the streamed path 48 x 32.
-SIZES = (1, 16, 35, 2) if launch.INTERPRETED else (1, 128, 257, 2100, 63, 1, 600)
-N, D, PITCH = (33 if launch.INTERPRETED else 517), 70, 128
-MEMORY = 256 * 2**20
+DEVICE = "cpu" if units.INTERPRETED else "cuda"
+# Tiles are 16 x 16 under the interpreter, and stripes of the streamed path 32 x 32; the third task is in two of these,
+# and tasks begin at odd rows. The own sums of tasks of 20 rows and more are streamed there.
+SIZES = (1, 16, 35, 2) if units.INTERPRETED else (1, 128, 257, 2100, 63, 1, 600)
+N, D, PITCH = (33 if units.INTERPRETED else 517), 70, 128
+MEMORY = 512 * 2**20
 PRECISIONS = ("fp32", "bf16", "bf16x3", "tf32")
 # The interpreter multiplies all in float32 and takes 3 ms a tile: there, two that differ in their program will do.
-DISTINCT = ("fp32", "bf16x3") if launch.INTERPRETED else PRECISIONS
+DISTINCT = ("fp32", "bf16x3") if units.INTERPRETED else PRECISIONS
 PATHS = ("fused", "streamed")
 BANDWIDTHS = (3.0, 9.0, 30.0)
 
@@ -112,7 +114,7 @@ def test_the_nearest_row_of_each_block(precision: str, path: str):
     d2, which, first = launch.nearest_blocks(x, y, offsets, precision=precision, path=path, memory=MEMORY)
     exact, error = squares(x, y, precision)
     cuts = [int(low) for low in offsets[:-1]]
-    width = launch._bn(x, launch._Job("nearest", precision), path)
+    width = launch.block_rows(x, precision, path)
     block = 0
     for t, low in enumerate(cuts):
         assert first[t] == block
@@ -151,7 +153,7 @@ def test_logsumexp_over_the_rows_of_each_task(precision: str, p: int, epsilon: f
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=allowed)
 
     # Task by task, where the bound allows no more: 3 tiles of columns times 33 rows times 16 bytes, and a table, twice.
-    memory = 2 * 3 * 33 * 16 if path == "fused" and launch.INTERPRETED else MEMORY
+    memory = 2 * 3 * 33 * 16 if path == "fused" and units.INTERPRETED else MEMORY
     forward = launch.row_logsumexp(x, y, offsets, h, **options, memory=memory)
     assert bool((forward[0] == -math.inf).all())
     for t, (low, high) in enumerate(pairwise(offsets.tolist())):
@@ -163,7 +165,8 @@ def test_logsumexp_over_the_rows_of_each_task(precision: str, p: int, epsilon: f
 @pytest.mark.parametrize("kind", ["sqrt", "rbf"])
 @pytest.mark.parametrize("precision", DISTINCT)
 @pytest.mark.parametrize("n", [1, 33], ids="N{}".format)
-def test_cross_and_self_sums_of_the_same_rows_agree_in_every_bit(n: int, precision: str, kind: str, path: str):
+def test_own_sums_of_the_same_rows_agree_in_every_bit(n: int, precision: str, kind: str, path: str):
+    """Whatever stands before and beside them; and cross sums too where a tile is in one task."""
     rows = features(n)
     parts = [rows, features(3, seed=1), rows]
     offsets = offsets_of(tuple(map(len, parts)))
@@ -171,9 +174,45 @@ def test_cross_and_self_sums_of_the_same_rows_agree_in_every_bit(n: int, precisi
     options = {"precision": precision, "value": value_of(kind), "path": path, "memory": MEMORY}
     cross, own = launch.cross_sums(x, y, offsets, **options), launch.own_sums(y, offsets, **options)
     alone = launch.own_sums(x, torch.tensor([0, n]), **options)
-    assert len({float(value) for value in (*cross[[0, 2]], *own[[0, 2]], *alone)}) == 1
+    assert len({float(value) for value in (*own[[0, 2]], *alone)}) == 1
+    if path == "fused":
+        assert len({float(value) for value in (*cross[[0, 2]], *alone)}) == 1
     if n == 1:
-        assert float(alone) == (0 if kind == "sqrt" else 1)
+        assert cross[0] == cross[2] == alone[0] == (0 if kind == "sqrt" else 1)
+
+
+@pytest.mark.parametrize("kind", ["sqrt", "rbf"])
+@pytest.mark.parametrize("precision", DISTINCT)
+def test_streamed_sums_do_not_know_how_rows_are_cut_into_tasks(precision: str, kind: str):
+    """One-row tasks, tasks across stripes and one of all: the same total for each row, and sums of these in order."""
+    n = sum(SIZES)
+    x, y = operand(features(N), precision), operand(features(n, seed=1), precision)
+    options = {"precision": precision, "value": value_of(kind), "memory": MEMORY}
+    totals = torch.zeros(n, dtype=torch.float64, device=DEVICE)
+    launch.add_row_sums(x, y, totals, **options)
+    block = streamed.BLOCK
+    for sizes in ([1] * n, SIZES, [31, 2, n - 33], [n]):
+        found = launch.cross_sums(x, y, offsets_of(tuple(sizes)), **options, path="streamed")
+        # The order of a block's sum is the program's own, and 2^-44 is above its error in float64.
+        for task, value in zip(totals.cpu().split(list(sizes)), found, strict=True):
+            assert float(value) == pytest.approx(float(task.sum()), rel=2**-44)
+            assert len(task) > 1 or value == task[0]
+            assert len(sizes) > 1 or len(task) > block  # some task has several blocks
+
+
+@pytest.mark.parametrize("kind", ["sqrt", "rbf"])
+def test_rows_of_x_are_added_one_group_after_another(kind: str):
+    """In parts that are multiples of a unit, each in its own call, as all at once."""
+    rows = streamed.stripes(PITCH)[0]
+    n = rows + 5
+    x, y = operand(features(n), "fp32"), operand(features(20, seed=1), "fp32")
+    options = {"precision": "fp32", "value": value_of(kind), "memory": 2 * MEMORY}
+    once, twice = (torch.zeros(20, dtype=torch.float64, device=DEVICE) for _ in range(2))
+    launch.add_row_sums(x, y, once, **options)
+    for part in (slice(rows), slice(rows, n)):
+        some = Operand(x.high[part], None, x.squares[part])
+        launch.add_row_sums(some, y, twice, **options)
+    assert torch.equal(once, twice)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -200,15 +239,17 @@ def test_neither_the_memory_nor_the_order_of_tiles_changes_a_bit(kind: str, monk
     options = {"precision": "fp32", "value": value_of(kind)}
     cross = launch.cross_sums(x, y, offsets, **options, path="fused", memory=MEMORY)
     own = launch.own_sums(y, offsets, **options, path="fused", memory=MEMORY)
-    streamed = launch.cross_sums(x, y, offsets, **options, path="streamed", memory=MEMORY)
-    least = max(-(-n // 16) for n in (*SIZES, N)) * launch._TILE_BYTES
+    streamed_cross = launch.cross_sums(x, y, offsets, **options, path="streamed", memory=MEMORY)
+    least = max(-(-n // 16) for n in (*SIZES, N)) * fused.TILE_BYTES
     for memory in (least, 2 * least + 1):
         assert torch.equal(launch.cross_sums(x, y, offsets, **options, path="fused", memory=memory), cross)
         assert torch.equal(launch.own_sums(y, offsets, **options, path="fused", memory=memory), own)
-    monkeypatch.setattr(launch, "_PARTIALS", 1)
-    assert torch.equal(launch.cross_sums(x, y, offsets, **options, path="streamed", memory=MEMORY), streamed)
-    block = 16 if launch.INTERPRETED else 128
-    monkeypatch.setattr(launch, "_GROUP_BYTES", 2 * block * PITCH * 4)
+    streamed_own = launch.own_sums(y, offsets, **options, path="streamed", memory=MEMORY)
+    monkeypatch.setattr(streamed, "PARTIALS", 1)
+    assert torch.equal(launch.cross_sums(x, y, offsets, **options, path="streamed", memory=MEMORY), streamed_cross)
+    assert torch.equal(launch.own_sums(y, offsets, **options, path="streamed", memory=MEMORY), streamed_own)
+    block = 16 if units.INTERPRETED else 128
+    monkeypatch.setattr(fused, "GROUP_BYTES", 2 * block * PITCH * 4)
     assert torch.equal(launch.cross_sums(x, y, offsets, **options, path="fused", memory=MEMORY), cross)
     assert torch.equal(launch.own_sums(y, offsets, **options, path="fused", memory=MEMORY), own)
 
@@ -223,7 +264,7 @@ def test_too_little_memory_is_refused(path: str):
     launch.own_sums(x, torch.tensor([0, 40]), **options, memory=least)
 
 
-@pytest.mark.skipif(launch.INTERPRETED, reason="takes 5 GB; that starts are multiplied in 64 bits is read off the code")
+@pytest.mark.skipif(units.INTERPRETED, reason="takes 5 GB; that starts are multiplied in 64 bits is read off the code")
 @pytest.mark.parametrize("path", PATHS)
 def test_rows_beyond_two_to_the_31_numbers(path: str):
     few = make_operand(features(300, 64), torch.zeros(64, device=DEVICE), "bf16", 64)

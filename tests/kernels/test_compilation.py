@@ -16,8 +16,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from headstart.kernels.engine import gpu, launch, programs, sweep
-from headstart.kernels.engine.launch import FINISH, Value, choose_config
+from headstart.kernels.engine import fused, gpu, launch, programs, streamed, sweep
+from headstart.kernels.engine.launch import Value
+from headstart.kernels.engine.layouts import FINISH, choose_config
 from headstart.kernels.engine.precision import make_operand
 
 SCRIPT = Path(__file__).with_name("compile_programs.py")
@@ -39,6 +40,7 @@ TYPES = {
     "x_squares": "*fp32", "y_squares": "*fp32", "table": "*i64", "h": "*fp32", "coefficients": "*fp32",
     "values": "*fp32", "indices": "*i64", "tau": "fp32", "inv_epsilon": "fp32", "products": "*fp32", "x_rows": "i32",
     "y_rows": "i32", "y_start": "i64", "stride": "i64", "out_stride": "i64",
+    "partials": "*fp32", "totals": "*fp64", "sums": "*fp64", "num_groups": "i32", "width": "i64",
 }  # fmt: skip
 
 
@@ -49,7 +51,7 @@ def case(
     config = FINISH if kernel == "finish_kernel" else choose_config(precision, pitch, divmod(capability, 10))
     constants = {
         "EPILOGUE": epilogue, "P": p, "B": bandwidths, "BM": config.bm,
-        "BN": config.bn, "BK": config.bk, "PITCH": pitch, "INTERPRET": False,
+        "BN": config.bn, "BK": config.bk, "PITCH": pitch, "INTERPRET": False, "STEPS": streamed.STEPS,
         "INPUT_PRECISION": "tf32" if precision == "tf32" else "ieee",
     }  # fmt: skip
     operand = "*bf16" if precision.startswith("bf16") else "*fp32"
@@ -67,6 +69,14 @@ def case(
     }  # fmt: skip
 
 
+def adding_cases(capability: int) -> Iterator[dict[str, Any]]:
+    for kernel, block in (("add_kernel", 256), ("task_kernel", streamed.BLOCK)):
+        yield {
+            "name": f"sm_{capability}-{kernel}", "kernel": kernel, "capability": capability, "types": TYPES,
+            "constants": {"BLOCK": block}, "aligned": [], "options": {"num_warps": 4},
+        }  # fmt: skip
+
+
 def quick_cases() -> Iterator[dict[str, Any]]:
     """Each precision and each epilogue on each target once."""
     for capability in (80, 90):
@@ -75,6 +85,7 @@ def quick_cases() -> Iterator[dict[str, Any]]:
         for epilogue, p, bandwidths in (("rbf", 2, 5), ("nearest", 2, 0), ("lse", 2, 0)):
             yield case(capability, "bf16", epilogue, p, bandwidths, pitch=512)
         yield case(capability, "fp32", "sqrt", kernel="finish_kernel")
+        yield from adding_cases(capability)
 
 
 def all_cases() -> Iterator[dict[str, Any]]:
@@ -84,6 +95,7 @@ def all_cases() -> Iterator[dict[str, Any]]:
                 for pitch in PITCHES:
                     yield case(capability, precision, epilogue, p, bandwidths, pitch)
             yield case(capability, "fp32", epilogue, p, bandwidths, kernel="finish_kernel")
+        yield from adding_cases(capability)
 
 
 def compile_all(
@@ -113,6 +125,8 @@ def check(case: dict[str, Any], found: dict[str, Any]) -> None:
     assert found["shared"] <= SHARED[case["capability"]], found
     if case["kernel"] == "finish_kernel":
         assert found["wide_loads"] >= 8, found  # 32 x 256 products, 16 bytes for each of 128 threads at a time: 16
+        return
+    if case["kernel"] != "tile_kernel":
         return
     precision = case["name"].split("-")[2]
     kinds = {instruction.split(".")[0] for instruction in found["tensor"]}
@@ -160,7 +174,7 @@ def test_every_layout_compiles_with_the_oldest_triton(tmp_path: Path):
 
 @pytest.mark.parametrize("path", ["fused", "streamed"])
 def test_launches_of_all_sizes_and_places_share_one_binary(path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """What cross and self terms agreeing in every bit rests on, tried on the launches themselves, without a GPU:
+    """What own sums of equal tasks agreeing in every bit rests on, tried on the launches themselves, without a GPU:
     a driver that only says what it is, and programs that are compiled for it and not run."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     driver = SimpleNamespace(
@@ -168,12 +182,16 @@ def test_launches_of_all_sizes_and_places_share_one_binary(path: str, monkeypatc
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
-    compiled: list[Any] = []
+    compiled: dict[str, list[Any]] = {}
 
-    def compiling(kernel: Any) -> Any:
+    def compiling(name: str) -> Any:
         class Compiling:
             def __getitem__(self, grid: Any) -> Any:
-                return lambda *arguments, **options: compiled.append(kernel.warmup(*arguments, grid=grid, **options))
+                def launched(*arguments: Any, **options: Any) -> None:
+                    made = getattr(copy, name).warmup(*arguments, grid=grid, **options)
+                    compiled.setdefault(name, []).append(made)
+
+                return launched
 
         return Compiling()
 
@@ -183,8 +201,10 @@ def test_launches_of_all_sizes_and_places_share_one_binary(path: str, monkeypatc
     assert spec.loader is not None
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
-    monkeypatch.setattr(launch, "tile_kernel", compiling(copy.tile_kernel))
-    monkeypatch.setattr(launch, "finish_kernel", compiling(copy.finish_kernel))
+    monkeypatch.setattr(fused, "tile_kernel", compiling("tile_kernel"))
+    for name in ("finish_kernel", "add_kernel", "task_kernel"):
+        monkeypatch.setattr(streamed, name, compiling(name))
+    monkeypatch.setattr(launch, "own_rows", lambda precision: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
 
@@ -198,18 +218,21 @@ def test_launches_of_all_sizes_and_places_share_one_binary(path: str, monkeypatc
         options = {"precision": "fp32", "value": Value("sqrt"), "path": path, "memory": 2**26}
         launch.cross_sums(x, y, offsets, **options)
         launch.own_sums(y, offsets, **options)
-    assert len(compiled) >= 6
-    assert len({each.hash for each in compiled}) == 1
-    # And it is the binary that is looked at above.
-    kernel = "tile_kernel" if path == "fused" else "finish_kernel"
-    expected = compile_all([case(90, "fp32", "sqrt", pitch=640, kernel=kernel)], tmp_path / "again")[0]
+    kernels = ["tile_kernel"] if path == "fused" else ["finish_kernel", "add_kernel", "task_kernel"]
+    assert list(compiled) == kernels
+    for kernel in kernels:
+        assert len(compiled[kernel]) >= 6
+        assert len({each.hash for each in compiled[kernel]}) == 1
+    # And they are the binaries that are looked at above.
+    cases = [case(90, "fp32", "sqrt", pitch=640, kernel=kernels[0]), *adding_cases(90)][: len(kernels)]
     read = importlib.util.spec_from_file_location("compile_programs", SCRIPT)
     assert read is not None
     assert read.loader is not None
     script = importlib.util.module_from_spec(read)
     read.loader.exec_module(script)
-    found = script.inspect(compiled[0])
-    assert {key: expected[key] for key in found} == found
+    for kernel, expected in zip(kernels, compile_all(cases, tmp_path / "again"), strict=True):
+        found = script.inspect(compiled[kernel][0])
+        assert {key: expected[key] for key in found} == found
 
 
 @pytest.mark.parametrize("d", [3, 2048, 20000], ids="D{}".format)

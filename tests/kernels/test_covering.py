@@ -36,7 +36,7 @@ LARGE = pytest.param(Case(1500, 2500, 64, 300, "plain"), marks=pytest.mark.slow)
 def test_fp32_against_the_definitions(case: Case, where: str):
     target, tasks = case.make(where)
     x, exact = target.double(), double(tasks)
-    eager = dispatch.choose(target.device, "fp32", case.dim, tasks.mean_rows)[0] == "eager"
+    eager = dispatch.choose(target.device, "fp32", case.dim)[0] == "eager"
     sources = [tasks.task(t) for t in range(tasks.num_tasks)]
     # Beside eager, one centre serves all, which may be far from a pair of rows that are near each other, and pairs too
     # near for their product are at 0: their root is off by the root of the square's error.

@@ -14,29 +14,26 @@ CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("device", "precision", "dim", "rows", "path"),
+    ("device", "precision", "dim", "path"),
     [
-        (torch.device("cpu"), "bf16", 64, 1000, "eager"),
-        (CUDA, "fp64", 64, 1000, "eager"),
-        (CUDA, "fp32", 64, 1000, "streamed"),
-        (CUDA, "bf16", dispatch.FUSED_BELOW - 1, 1000, "fused"),
-        (CUDA, "bf16x3", dispatch.FUSED_BELOW, 1000, "streamed"),
-        (CUDA, "tf32", 2048, dispatch.FUSED_ROWS, "streamed"),
-        (CUDA, "tf32", 2048, dispatch.FUSED_ROWS - 1, "fused"),
-        (CUDA, "fp32", 2048, 10, "fused"),
-        (CUDA, "fp64", 2048, 10, "eager"),
+        (torch.device("cpu"), "bf16", 64, "eager"),
+        (CUDA, "fp64", 64, "eager"),
+        (CUDA, "fp32", 64, "streamed"),
+        (CUDA, "bf16", dispatch.FUSED_BELOW - 1, "fused"),
+        (CUDA, "bf16x3", dispatch.FUSED_BELOW, "streamed"),
+        (CUDA, "tf32", 2048, "streamed"),
     ],
 )
-def test_the_rule(device: torch.device, precision: str, dim: int, rows: float, path: str):
-    assert dispatch.choose(device, precision, dim, rows)[0] == path
+def test_the_rule(device: torch.device, precision: str, dim: int, path: str):
+    assert dispatch.choose(device, precision, dim)[0] == path
 
 
 def test_what_is_asked_for_is_taken_or_refused():
     with dispatch.override("fused"):
-        assert dispatch.choose(CUDA, "bf16", 4096, 1000) == ("fused", "asked for")
+        assert dispatch.choose(CUDA, "bf16", 4096) == ("fused", "asked for")
         with pytest.raises(ValueError, match="accepted there: eager"):
-            dispatch.choose(CUDA, "fp64", 64, 1000)
-    assert dispatch.choose(CUDA, "bf16", 4096, 1000)[0] == "streamed"
+            dispatch.choose(CUDA, "fp64", 64)
+    assert dispatch.choose(CUDA, "bf16", 4096)[0] == "streamed"
     with pytest.raises(ValueError, match="accepted: eager, streamed, fused"), dispatch.override("fast"):
         pass
 
