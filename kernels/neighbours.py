@@ -66,11 +66,9 @@ def _search(
 ) -> tuple[Tensor, Tensor]:
     check_finite(target)
     path, reason = dispatch.choose(target.device, precision, target.shape[1])
-    if path == "streamed" or (path == "fused" and k > 1):
-        path, reason = "eager", f"{path} has no search for k = {k}"
     bounds = offsets.tolist() if per_task else [0, len(features)]
     with dispatch.Watch("neighbours", target.device, path, reason, precision) as watch:
-        centre = common_centre(features) if precision in ROUNDED or path == "fused" else None
+        centre = common_centre(features) if precision in ROUNDED or path != "eager" else None
         engine = sweep.Sweep(target, len(features), sweep.Value("squared"), precision, memory, centre)
         watch.planned = engine.planned
         origin = engine.centre_of(features) if centre is None else centre
@@ -100,13 +98,8 @@ def _nearest(
     """The k nearest rows of features to each target row: (distances [N, k], rows [N, k])."""
     # Enough beyond k that a row within the products' error of the k-th is among them.
     wanted = min(len(features), k + 8 if engine.precision not in ROUNDED else 4 * k + 32)
-    if path == "fused":
-        from headstart.kernels.engine import gpu  # Triton, which other paths do not need
-
-        assert engine.centre is not None
-        candidates = gpu.nearest_rows(target, features, engine.centre, engine.precision, memory, wanted)
-        everything = torch.arange(len(target), device=target.device)
-        return _ranked(target, features, everything, candidates, k, engine)
+    if path != "eager":
+        return _among_blocks(engine, target, features, k, wanted, path, memory)
     values, candidates = _candidates(engine, target, features, k, wanted, reach)
     unsure = torch.zeros(len(target), dtype=torch.bool, device=target.device)
     if wanted > k:  # more than k rows may be among the k nearest
@@ -117,6 +110,35 @@ def _nearest(
         if len(some):
             distances[some], rows[some] = _ranked(target, features, some, candidates[some, :width], k, engine)
     return distances, rows
+
+
+def _among_blocks(
+    engine: sweep.Sweep, target: Tensor, features: Tensor, k: int, wanted: int, path: str, memory: int | None
+) -> tuple[Tensor, Tensor]:
+    """`_nearest` from what the Triton programs find: the nearest row of each block of rows.
+
+    For k = 1 the nearest rows of the nearest blocks are candidates. For more, all rows of the k nearest blocks: a block
+    that is not among them has no row nearer, by the products, than the nearest rows of these k.
+    """
+    from headstart.kernels.engine import gpu  # Triton, which other paths do not need
+
+    assert engine.centre is not None
+    num_blocks = wanted if k == 1 else k
+    nearest, starts, height = gpu.nearest_rows(
+        target, features, engine.centre, engine.precision, memory, num_blocks, path
+    )
+    if k == 1:
+        return _ranked(target, features, torch.arange(len(target), device=target.device), nearest, k, engine)
+    within = torch.arange(height, device=target.device)
+    memory = gpu.MEMORY if memory is None else memory
+    # Candidates and their order, then their rows and differences.
+    step = max(1, memory // 4 // (starts.shape[1] * height * 32))
+    found = []
+    for some in torch.arange(len(target), device=target.device).split(step):
+        rows = (starts[some][:, :, None] + within).flatten(1)
+        rows = rows.masked_fill_(rows >= len(features), -1)
+        found.append(_ranked(target, features, some, rows, k, engine, memory // 4))
+    return torch.cat([each[0] for each in found]), torch.cat([each[1] for each in found])
 
 
 def _norms(engine: sweep.Sweep, target: Tensor, centre: Tensor) -> Tensor:
@@ -226,12 +248,16 @@ def _step(engine: sweep.Sweep) -> int:
 
 
 def _ranked(
-    target: Tensor, features: Tensor, some: Tensor, candidates: Tensor, k: int, engine: sweep.Sweep
+    target: Tensor, features: Tensor, some: Tensor, candidates: Tensor, k: int, engine: sweep.Sweep, memory: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The nearest k of candidates [S, K] to rows `some` [S] of target by distances from differences; -1 is none."""
+    """The nearest k of candidates [S, K] to rows `some` [S] of target by distances from differences; -1 is none.
+
+    `memory`: bytes that differences may take, where that is more than a tile.
+    """
     candidates = candidates.sort(1).values
     distances = torch.empty(candidates.shape, dtype=engine.dtype, device=target.device)
-    step = max(1, _step(engine) // candidates.shape[1])
+    at_once = max(_step(engine), memory // (3 * engine.wide.itemsize * engine.dim))
+    step = max(1, at_once // candidates.shape[1])
     for start in range(0, len(some), step):
         chosen = candidates[start : start + step]
         # On the CPU a third of the time of features[chosen].

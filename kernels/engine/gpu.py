@@ -85,28 +85,33 @@ def own_sums(setting: "Setting", features: Tensor, offsets: Tensor) -> Tensor:
 
 
 def nearest_rows(
-    target: Tensor, features: Tensor, centre: Tensor, precision: str, memory: int | None, wanted: int
-) -> Tensor:
-    """For each row of a target [N, D] the nearest row of each of the nearest blocks of features, [N, K] row numbers.
+    target: Tensor, features: Tensor, centre: Tensor, precision: str, memory: int | None, wanted: int, path: str
+) -> tuple[Tensor, Tensor, int]:
+    """For each row of a target [N, D] the nearest blocks of features, nearest first.
 
-    K is `wanted`, or the number of blocks if that is less.
+    Gives (the nearest row of each block, [N, K]; the first row of each block, [N, K]; the rows of a block, of which the
+    last may have fewer). K is `wanted`, or the number of blocks if that is less.
     """
-    setting = Setting(features, max(len(target), len(features)), centre, Value("squared"), precision, "fused", memory)
-    rows = []
+    setting = Setting(features, max(len(target), len(features)), centre, Value("squared"), precision, path, memory)
+    rows, starts, height = [], [], 0
     for part in setting.chunks(torch.tensor([0, len(target)])):
         x = setting.operand(target[part.start : part.end])
         best = torch.empty(len(x.squares), 0, device=target.device)
-        numbers = torch.empty(len(x.squares), 0, dtype=torch.int64, device=target.device)
+        nearest = torch.empty(len(x.squares), 0, dtype=torch.int64, device=target.device)
+        firsts = torch.empty_like(nearest)
         for chunk in setting.chunks(torch.tensor([0, len(features)])):
             y = setting.operand(features[chunk.start : chunk.end])
-            squares, found, _ = launch.nearest_blocks(
-                x, y, chunk.offsets, precision=precision, path="fused", memory=setting.memory
+            squares, found, height = setting.nearest(x, y, chunk.offsets)
+            # A share begins at a multiple of a block.
+            first = (chunk.start + height * torch.arange(found.shape[1], device=target.device)).expand_as(found)
+            best, kept = torch.cat([best, squares], 1).topk(
+                min(wanted, best.shape[1] + squares.shape[1]), dim=1, largest=False
             )
-            best, numbers = torch.cat([best, squares], 1), torch.cat([numbers, found + chunk.start], 1)
-            best, kept = best.topk(min(wanted, best.shape[1]), dim=1, largest=False)
-            numbers = numbers.gather(1, kept)
-        rows.append(numbers)
-    return torch.cat(rows)
+            nearest = torch.cat([nearest, found + chunk.start], 1).gather(1, kept)
+            firsts = torch.cat([firsts, first], 1).gather(1, kept)
+        rows.append(nearest)
+        starts.append(firsts)
+    return torch.cat(rows), torch.cat(starts), height
 
 
 class Setting:
@@ -167,6 +172,13 @@ class Setting:
         return launch.own_sums(
             y, offsets, precision=self._precision, value=self._value, path=self._path, memory=self.memory
         )
+
+    def nearest(self, x: Operand, y: Operand, offsets: Tensor) -> tuple[Tensor, Tensor, int]:
+        """For each row of x and block of y the least square and the row that has it, and the rows of a block."""
+        squares, rows, _ = launch.nearest_blocks(
+            x, y, offsets, precision=self._precision, path=self._path, memory=self.memory
+        )
+        return squares, rows, launch.block_rows(x, self._precision, self._path)
 
     def stripes(self, num_rows: int) -> Iterator[_Chunk]:
         """Rows, whatever task they belong to: as many stripes as there is room for."""

@@ -107,6 +107,23 @@ def test_the_least_bound_is_enough_for_a_target_longer_than_the_tasks(monkeypatc
     assert torch.equal(energy_distances(x, tasks, precision="bf16", memory=least), plain)
 
 
+@pytest.mark.parametrize("k", [2, 7, 40])
+def test_several_nearest(k: int, path: str):
+    x, tasks = problem(20)
+    with dispatch.report() as reports:
+        found = nearest_neighbours(x, tasks, k)
+    assert reports[0].path == path
+    exact, numbers = naive.nearest_neighbours(x.double(), tasks.features.double(), k)
+    # As below, of float32: where the k-th and the next lie closer than the products' error either may be given.
+    reach = 2 * torch.cat([x, tasks.features]).double().norm(dim=1).amax()
+    allowed = 2 * (6 * 20**0.5 + 8) * 2.0**-24 * reach**2 / exact
+    assert bool(((found.distances.double() - exact).abs() <= allowed).all())
+    given = (x.double()[:, None] - tasks.features.double()[found.rows]).norm(dim=2)
+    torch.testing.assert_close(found.distances.double(), given, rtol=2.0**-20, atol=0)
+    assert all(len(set(row)) == k for row in found.rows.tolist())
+    assert float((found.rows == numbers).double().mean()) > 0.99
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_nearest(precision: str, path: str):
     x, tasks = problem(20)
