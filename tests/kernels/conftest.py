@@ -33,3 +33,15 @@ def uninitialised_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
             return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(-(2**30))
 
         monkeypatch.setattr(torch, name, filled)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread of torch: for many small steps, LAPACK's or a transport's.
+
+    On two threads that share their cores with others they take 6 to 20 times as long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
