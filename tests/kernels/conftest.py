@@ -57,3 +57,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         failed = some["failed"] + some["error"]
         line = f"{name:24}{some['passed']:8}{failed:8}{some['skipped']:8}{seconds[name]:9.1f}"
         terminalreporter.line(line, red=failed > 0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread of torch: for many small steps, LAPACK's or a transport's.
+
+    On two threads that share their cores with others they take 6 to 20 times as long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,7 +1,6 @@
 """Fréchet distances against their definition, closed forms, and others' code; the stated error is what is allowed."""
 
 import math
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -17,14 +16,7 @@ from tests.kernels.cases import U as HALF_STEPS
 
 U = HALF_STEPS["fp64"]
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """LAPACK on two threads that share their cores with others takes up to 20 times as long as on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def features(n: int, d: int, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -15,6 +15,8 @@ from tests.kernels.cases import KINDS, SOME_SLOW, Case, U, by_singular_values, c
 FORMS = ("bures", "sinkhorn")
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-12}
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def labelled(n: int, d: int, classes: int, seed: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Rows about their class's own place, the classes of different spread; labels 0, 3, 6, ..."""
