@@ -23,6 +23,7 @@ from headstart.kernels.engine.units import (
     check_operands,
     check_squares,
     cut,
+    met_units,
     on,
     run_sums,
     tile_config,
@@ -53,13 +54,7 @@ class Fused:
         self.tau = cancellation(job.precision, self.pitch)
         x_tasks = (starts, sizes) if own else whole(x)
         self.x_units, self.y_units = cut(*x_tasks, self.config.bm), cut(starts, sizes, self.config.bn)
-        # Which units of x a unit of y meets: `counts` of them from `firsts` on.
-        if own:
-            tasks, units_of_task = self.y_units.tasks, self.x_units.first_of_task
-            self.firsts, self.counts = units_of_task[tasks], units_of_task.diff()[tasks]
-        else:
-            self.firsts = torch.zeros_like(self.y_units.starts)
-            self.counts = torch.full_like(self.firsts, len(self.x_units.starts))
+        self.firsts, self.counts = met_units(self.x_units, self.y_units, own)
 
     def sums(self) -> Tensor:
         """[T] float64 on the CPU: a unit of y adds its tiles' float32 sums in order, a task its units'."""

@@ -46,6 +46,7 @@ from headstart.kernels.engine.units import (
     chunks,
     cut,
     finish_config,
+    met_units,
     on,
     run_sums,
     whole,
@@ -112,13 +113,7 @@ class Streamed:
         x_rows, y_rows = stripes(self.pitch)
         self.x_units: Units = cut(*((starts, sizes) if own else whole(x)), x_rows)
         self.y_units: Units = cut(starts, sizes, y_rows)
-        # Which units of x a unit of y meets: `counts` of them from `firsts` on.
-        if own:
-            tasks, units_of_task = self.y_units.tasks, self.x_units.first_of_task
-            self.firsts, self.counts = units_of_task[tasks], units_of_task.diff()[tasks]
-        else:
-            self.firsts = torch.zeros_like(self.y_units.starts)
-            self.counts = torch.full_like(self.firsts, len(self.x_units.starts))
+        self.firsts, self.counts = met_units(self.x_units, self.y_units, own)
         # Groups of x before each of its units.
         self.groups = F.pad((-(-self.x_units.sizes // (STEPS * self.config.bm))).cumsum(0), (1, 0))
         met = self.groups[self.firsts + self.counts] - self.groups[self.firsts]

@@ -62,6 +62,15 @@ def cut(starts: Tensor, sizes: Tensor, rows: int) -> Units:
     return Units(starts[tasks] + within, (sizes[tasks] - within).clamp(max=rows), tasks, first)
 
 
+def met_units(x_units: Units, y_units: Units, own: bool) -> tuple[Tensor, Tensor]:
+    """Which units of x each unit of y meets, all or (`own`) those of its task: (the first, how many), [U] both."""
+    if own:
+        first = x_units.first_of_task
+        return first[y_units.tasks], first.diff()[y_units.tasks]
+    firsts = torch.zeros_like(y_units.starts)
+    return firsts, torch.full_like(firsts, len(x_units.starts))
+
+
 def whole(operand: Operand) -> tuple[Tensor, Tensor]:
     """Starts and sizes of all rows as one task."""
     return torch.tensor([0]), torch.tensor([len(operand.squares)])
