@@ -23,10 +23,10 @@ demo: $(INSTALLED)  ## 300 labelled digits, eight sources, one served model
 	$(BIN)/headstart demo
 
 test: $(INSTALLED)  ## all tests but the slow ones and those that need a GPU
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
 
 test-slow: $(INSTALLED)  ## the slow tests
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "slow and not gpu"
 
 SECONDS_EACH ?= 60
 SECONDS ?= 600

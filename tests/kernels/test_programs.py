@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-CASES = [Path(__file__).with_name(name) for name in ("program_cases.py", "path_cases.py")]
+OPTIONS = ("-q", "-x", "--no-header", "-p", "no:cacheprovider")
+CASES = ("program_cases.py", "path_cases.py")
 
 
-def run_cases(**environment: str) -> None:
+def run_cases(name: str, **environment: str) -> None:
     # TRITON_INTERPRET counts when Triton is first imported, so not in this process.
     ended = subprocess.run(
-        [sys.executable, "-m", "pytest", *map(str, CASES), "-q", "-x", "--no-header", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", Path(__file__).with_name(name), *OPTIONS],
         env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **environment},
-        cwd=CASES[0].parents[2],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=False,
@@ -25,12 +26,14 @@ def run_cases(**environment: str) -> None:
     assert " passed" in ended.stdout
 
 
-def test_every_epilogue_in_the_interpreter():
-    run_cases(TRITON_INTERPRET="1")
+@pytest.mark.parametrize("name", CASES)
+def test_every_epilogue_in_the_interpreter(name: str):
+    run_cases(name, TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
-def test_every_epilogue_on_the_gpu():
+@pytest.mark.parametrize("name", CASES)
+def test_every_epilogue_on_the_gpu(name: str):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    run_cases(TRITON_INTERPRET="0")
+    run_cases(name, TRITON_INTERPRET="0")
