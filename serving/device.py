@@ -3,8 +3,6 @@
 What is here for CUDA and TensorRT was written where there was no GPU: the refusals are tested, a run is not.
 """
 
-import contextlib
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import onnxruntime
 
 from headstart.serving.errors import PackageError, first_line
-from headstart.serving.runtime import CPU, open_session
+from headstart.serving.runtime import CPU, open_session, preload
 
 CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
@@ -116,8 +114,7 @@ def providers(device: Device, key: str = "") -> list[Any]:
 
 def _open_cuda(model: Path | bytes, device: Device, key: str) -> onnxruntime.InferenceSession:
     """A session on CUDA or TensorRT."""
-    with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses
-        onnxruntime.preload_dlls()  # cuDNN and cuBLAS from their wheels, where the system has none
+    preload()
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads = device.threads or 0

@@ -1,5 +1,7 @@
 """Predictions from a package by ONNX Runtime, with hardly anything around `session.run`."""
 
+import contextlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,6 +59,8 @@ def open_session(model: Path | bytes, provider: str = CPU, threads: int | None =
         raise PackageError(f"the provider {provider!r} is not in this ONNX Runtime; accepted: {', '.join(available)}")
     if threads is not None and threads < 1:
         raise PackageError(f"threads is {threads}; accepted: at least 1, or none for one per core")
+    if provider != CPU:
+        preload()
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads = threads or 0
@@ -83,6 +87,12 @@ def open_session(model: Path | bytes, provider: str = CPU, threads: int | None =
             f"install what it needs, or ask for {', '.join(session.get_providers())}"
         )
     return session
+
+
+def preload() -> None:
+    """Load CUDA's libraries from their wheels: ONNX Runtime by itself looks for the system's alone."""
+    with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses
+        onnxruntime.preload_dlls()
 
 
 def describe(nodes: Sequence[Any]) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ The programs beside this file are started by path in environments of their own: 
 """
 
 import base64
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ class Model:
         model = Model("model.onnx")
         model.run(model.from_bytes(body))  # float32 [1, C]
 
-    Its last output is the one that is asked for.
+    Its last output is the one that is asked for; it runs on the provider `BENCHMARK_PROVIDER`, or not at all.
     """
 
     def __init__(self, path: str) -> None:
@@ -26,7 +27,14 @@ class Model:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        provider = os.environ.get("BENCHMARK_PROVIDER", "CPUExecutionProvider")
+        chosen = [provider]
+        if provider == "CUDAExecutionProvider":
+            onnxruntime.preload_dlls()
+            chosen = [(provider, {"cudnn_conv_algo_search": "HEURISTIC"})]  # as ours has it
+        self.session = onnxruntime.InferenceSession(path, options, providers=chosen)
+        if self.session.get_providers()[0] != provider:
+            raise RuntimeError(f"{provider} does not load here")
         self.input = self.session.get_inputs()[0].name
         self.output = self.session.get_outputs()[-1].name
         self.is_image = self.session.get_inputs()[0].type == "tensor(uint8)"

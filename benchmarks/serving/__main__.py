@@ -2,6 +2,7 @@
 
 python -m benchmarks.serving                                # all models, all peers: about an hour
 python -m benchmarks.serving --quick --peers fastapi,lit    # one model, two concurrencies, one round
+python -m benchmarks.serving --provider CUDAExecutionProvider    # the default where torch sees a GPU
 
 Linux with two cores: the server under test has core 0, the client core 1. Each peer is installed from the pinned list
 `benchmarks/peers/NAME.txt` into a virtual environment of its own below `--environments`.
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +24,9 @@ from benchmarks.serving.measure import Plan, run
 from benchmarks.serving.models import MODELS
 from benchmarks.serving.plot import plot
 from benchmarks.serving.servers import PEERS, SERVERS, install
+from headstart.serving.device import CUDA, Device, check
+from headstart.serving.errors import PackageError
+from headstart.serving.runtime import CPU
 
 _SHOWN = ("p50_ms", "p99_ms", "overhead_ms", "p50_ratio", "requests_per_s", "rate_ratio", "cpu_ms_per_request")
 
@@ -38,16 +43,23 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="the MLP, 1 and 32 clients, one round of half a second")
     parser.add_argument("--folder", type=Path, default=Path("runs/serving-benchmark"), help="the models are made here")
     parser.add_argument("--environments", type=Path, help="of the peers; in the folder by default")
+    provider = CUDA if torch.cuda.is_available() else CPU
+    parser.add_argument("--provider", default=provider, help="ONNX Runtime's; CUDA's where there is a GPU")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--no-rows", action="store_true", help="append nothing to benchmarks/results, draw nothing")
     options = parser.parse_args(arguments)
     if options.quick:
         options.models, options.concurrency, options.rounds, options.seconds = "mlp", "1,32", 1, 0.5
-    environments = (options.environments or options.folder / "environments").absolute()
+    environments = "environments" if options.provider == CPU else "environments-gpu"
+    environments = (options.environments or options.folder / environments).absolute()
     peers = [name for name in options.peers.split(",") if name]
     if unknown := set(peers) - set(PEERS):
         parser.error(f"no peer {min(unknown)!r}; accepted: {', '.join(PEERS)}")
-    failures = install(peers, environments)
+    try:
+        check(Device(provider=options.provider))
+    except PackageError as error:
+        parser.error(str(error))
+    failures = install(peers, environments, options.provider)
     groups = {"transport", "headstart", *peers} - set(failures)
     plan = Plan(
         models=tuple(options.models.split(",")),
@@ -57,6 +69,7 @@ def main(arguments: list[str]) -> int:
         seconds=options.seconds,
         models_folder=options.folder.absolute() / "models",
         environments=environments,
+        provider=options.provider,
     )
     rows: list[dict[str, Any]] = []
     for found, failed in run(plan, lambda line: print(line, file=sys.stderr, flush=True)):

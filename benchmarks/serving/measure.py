@@ -18,8 +18,8 @@ from benchmarks.serving.client import ask, grpc_load, http_load
 from benchmarks.serving.formats import FORMATS, Format
 from benchmarks.serving.models import make_model, sample_inputs
 from benchmarks.serving.servers import CLIENT_CORE, PROGRAMS, SERVER_CORE, Running, Server
+from headstart.serving.device import Device, open_on
 from headstart.serving.package import MODEL
-from headstart.serving.runtime import open_session
 
 BARE = "session.run"
 TOLERANCE = 1e-4
@@ -44,14 +44,19 @@ class Plan:
     """Of a server at one concurrency in one round, after the warm-up."""
     models_folder: Path
     environments: Path
+    provider: str
+    """ONNX Runtime's execution provider, of every server and of the bare calls."""
 
 
 class Bare:
     """`session.run` in a process of its own on the servers' core, which sleeps unless it is asked; a context."""
 
-    def __init__(self, package: Path) -> None:
+    def __init__(self, package: Path, provider: str) -> None:
         command = ["taskset", "-c", str(SERVER_CORE), sys.executable, str(PROGRAMS / "bare.py"), str(package / MODEL)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = {**os.environ, "BENCHMARK_PROVIDER": provider}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self._line()
 
     def __enter__(self) -> "Bare":
@@ -82,7 +87,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> Iterator[tuple[list[dict[str,
         package = make_model(plan.models_folder, model)
         rounds: dict[tuple[str, str, int], list[Figures]] = {}
         failures: dict[str, str] = {}
-        with tempfile.TemporaryDirectory() as folder, Bare(package) as bare:
+        with tempfile.TemporaryDirectory() as folder, Bare(package, plan.provider) as bare:
             for number in range(plan.rounds):
                 _bare_round(bare, plan.seconds, rounds)
                 for server in plan.servers:
@@ -118,11 +123,11 @@ def _round(
     rounds: dict[tuple[str, str, int], list[Figures]],
 ) -> None:
     """One server, started, asked in every way at every concurrency, and stopped."""
-    session = open_session(package / MODEL, threads=1)
+    session = open_on(Device(provider=plan.provider, threads=1), package / MODEL)
     name, output = session.get_inputs()[0].name, session.get_outputs()[-1].name
     inputs = sample_inputs(model)
     expected = [session.run([output], {name: row})[0][0] for row in inputs]
-    with Running(server, package, plan.environments, log) as running:
+    with Running(server, package, plan.environments, log, plan.provider) as running:
         for kind in server.formats:
             way = FORMATS[kind]
             requests = [way.encode(row, name, output) for row in inputs]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks.serving.client import ask
 from headstart.serving.package import MODEL
+from headstart.serving.runtime import CPU
 
 SERVER_CORE, CLIENT_CORE = 0, 1
 PROGRAMS = Path(__file__).parents[1] / "peers"
@@ -72,8 +73,11 @@ def python_of(group: str, environments: Path) -> Path:
     return environments / group / "bin" / "python" if own else Path(sys.executable)
 
 
-def install(groups: Sequence[str], environments: Path) -> dict[str, str]:
-    """Make the virtual environments that are not there, and return why a group has none."""
+def install(groups: Sequence[str], environments: Path, provider: str) -> dict[str, str]:
+    """Make the virtual environments that are not there, and return why a group has none.
+
+    For another provider than the CPU's they have `onnxruntime-gpu` and its libraries in the place of `onnxruntime`.
+    """
     failed = {}
     for group in groups:
         python, requirements = python_of(group, environments), PROGRAMS / f"{group}.txt"
@@ -81,8 +85,11 @@ def install(groups: Sequence[str], environments: Path) -> dict[str, str]:
             continue
         print(f"installing {group} into {python.parents[1]}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
-        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]
-        done = subprocess.run([*command, str(requirements)], capture_output=True, text=True, check=False)
+        wanted = requirements.read_text().split()
+        if provider != CPU:
+            wanted = [line.replace("onnxruntime==", "onnxruntime-gpu[cuda,cudnn]==") for line in wanted]
+        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        done = subprocess.run([*command, *wanted], capture_output=True, text=True, check=False)
         if done.returncode:
             failed[group] = done.stderr.strip().splitlines()[-1]
             shutil.rmtree(python.parents[1])
@@ -97,12 +104,14 @@ class Running:
         package: the model that it serves.
         environments: folder of the peers' virtual environments.
         log: where its output goes.
+        provider: execution provider that runs the model.
     """
 
-    def __init__(self, server: Server, package: Path, environments: Path, log: Path) -> None:
+    def __init__(self, server: Server, package: Path, environments: Path, log: Path, provider: str) -> None:
         self.port = _free_port()
         self.cold_start_s = 0.0
         self._log = log
+        self._environment = {**os.environ, **_ENVIRONMENT, "BENCHMARK_PROVIDER": provider}
         if server.program:
             python = str(python_of(server.group, environments))
             command = [python, str(PROGRAMS / server.program), str(package / MODEL)]
@@ -113,15 +122,15 @@ class Running:
         else:
             repository = str(package.parents[1])
             command = [str(Path(sys.executable).with_name("headstart")), "serve", repository, "--port", str(self.port)]
-            command += ["--grpc-port", str(self.port + 1), "--threads", "1", *server.options]
+            command += ["--grpc-port", str(self.port + 1), "--threads", "1", "--provider", provider]
+            command += server.options
         self._command = ["taskset", "-c", str(SERVER_CORE), *command]
 
     def __enter__(self) -> "Running":
-        environment = {**os.environ, **_ENVIRONMENT}
         self._started = time.perf_counter()
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                self._command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
             )
         return self
 

@@ -56,6 +56,13 @@ def test_tensorrt_has_cuda_and_the_cpu_behind_it_and_engines_by_package(tmp_path
     assert providers(device)[0][1] == {"trt_fp16_enable": "1"}, "a graph without a key keeps no engine"
 
 
+@has_builds
+def test_all_that_cuda_needs_beside_its_driver_is_installed():
+    code = "import onnxruntime; onnxruntime.preload_dlls()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout + ended.stderr == "", "it prints what it does not find"
+
+
 @lacks_gpu
 @has_builds
 @pytest.mark.parametrize("provider", [CUDA, TENSORRT])
