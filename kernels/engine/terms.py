@@ -165,24 +165,34 @@ def check_self_terms(
             raise ValueError(f"self terms have {name} {given}; accepted: {accepted}")
 
 
-@torch.library.custom_op("headstart::terms_of_tasks", mutates_args=())
 def terms_of_tasks(terms: Tensor, sizes: Tensor, offsets: Tensor) -> Tensor:
-    """Terms [T] that were kept for tasks of these sizes [T], or a ValueError where the tasks of offsets have others.
+    """Terms [T] that were kept for tasks of these sizes [T], or a ValueError where the tasks of offsets have others."""
+    if torch.compiler.is_compiling():
+        of_tasks: Tensor = _terms_of_tasks(terms, sizes, offsets)
+        return of_tasks
+    _check_sizes(sizes, offsets)  # without the operator, which takes a hundred microseconds
+    return terms
 
-    An operator, because what follows from values would break a compiled graph.
-    """
+
+@torch.library.custom_op("headstart::terms_of_tasks", mutates_args=())
+def _terms_of_tasks(terms: Tensor, sizes: Tensor, offsets: Tensor) -> Tensor:
+    """An operator, because what follows from values would break a compiled graph."""
+    _check_sizes(sizes, offsets)
+    return terms.clone()
+
+
+@_terms_of_tasks.register_fake
+def _(terms: Tensor, sizes: Tensor, offsets: Tensor) -> Tensor:
+    return torch.empty_like(terms)
+
+
+def _check_sizes(sizes: Tensor, offsets: Tensor) -> None:
     now = offsets.diff()
     if len(sizes) != len(now):
         raise ValueError(f"self terms are of {len(sizes)} tasks; accepted: those of these {len(now)}")
     if not torch.equal(sizes, now):
         t = int((sizes != now).nonzero()[0])
         raise ValueError(f"the self term of task {t} is that of {int(sizes[t])} rows; accepted: of its {int(now[t])}")
-    return terms.clone()
-
-
-@terms_of_tasks.register_fake
-def _(terms: Tensor, sizes: Tensor, offsets: Tensor) -> Tensor:
-    return torch.empty_like(terms)
 
 
 def coefficients_of(bandwidths: Tensor | None) -> Tensor:

@@ -100,7 +100,7 @@ def test_a_distance_follows_from_its_own_task_alone(device: str):
 @pytest.mark.parametrize("kind", ["plain", "near and equal rows", "half precision"])
 def test_memory_is_held_to(kind: str):
     d = 40
-    x, tasks = rows(1030, d, 1), [rows(n, d, n) for n in (1100, 1, *[300] * 8)]
+    x, tasks = rows(1030, d, 1), [rows(n, d, n) for n in (1100, 1, *[300] * 10)]
     if kind == "near and equal rows":
         tasks.append(x[:1].expand(300, d).contiguous())
         tasks.append(x[:1].expand(100, d) + 1e-4 * rows(100, d, 3))
