@@ -26,7 +26,8 @@ test: $(INSTALLED)  ## all tests but the slow ones and those that need a GPU
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
 
 test-slow: $(INSTALLED)  ## the slow tests
-	$(BIN)/python -m pytest -n 2 -m "slow and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "slow and not gpu" --ignore tests/cluster --ignore tests/test_demo.py
+	$(BIN)/python -m pytest -m "slow and not gpu" tests/cluster tests/test_demo.py
 
 SECONDS_EACH ?= 60
 SECONDS ?= 600

@@ -183,7 +183,7 @@ class Sweep:
         on_cpu = self.device.type == "cpu"
         tile, operand = (2**20 if value.kind == "distance" else 2**19, 2**20) if on_cpu else (2**22, 2**23)
         self.panel = min(num_columns, 1024)
-        self.stripe = max(64, min(2048, tile // self.panel, operand // self.dim))
+        self.stripe = max(64, min(4096, tile // self.panel, operand // self.dim))
         # What is looked at for near pairs together, and the pairs that are computed again together.
         self.looked_at, self.pairs = (
             (2**12, max(16, 2**16 // self.dim)) if on_cpu else (2**15, max(16, 2**19 // self.dim))
