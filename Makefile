@@ -25,9 +25,10 @@ demo: $(INSTALLED)  ## 300 labelled digits, eight sources, one served model
 test: $(INSTALLED)  ## all tests but the slow ones and those that need a GPU
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
 
+WHOLE_RUNS := tests/cluster/test_fit.py tests/cluster/test_pipeline.py tests/test_demo.py
 test-slow: $(INSTALLED)  ## the slow tests
-	$(BIN)/python -m pytest -n 2 -m "slow and not gpu" --ignore tests/cluster --ignore tests/test_demo.py
-	$(BIN)/python -m pytest -m "slow and not gpu" tests/cluster tests/test_demo.py
+	$(BIN)/python -m pytest -n 2 -m "slow and not gpu" $(addprefix --ignore=,$(WHOLE_RUNS))
+	$(BIN)/python -m pytest -m "slow and not gpu" $(WHOLE_RUNS)
 
 SECONDS_EACH ?= 60
 SECONDS ?= 600
