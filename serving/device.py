@@ -11,7 +11,7 @@ from typing import Any
 import onnxruntime
 
 from headstart.serving.errors import PackageError, first_line
-from headstart.serving.runtime import CPU, open_session, preload
+from headstart.serving.runtime import CPU, open_session
 
 CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
@@ -82,9 +82,15 @@ def open_on(device: Device, model: Path | bytes, *, key: str = "") -> onnxruntim
     Raises:
         PackageError: the provider does not load on this machine, or ONNX Runtime refuses the graph.
     """
-    if device.memory == "cuda":
-        return _open_cuda(model, device, key)
-    return open_session(model, device.provider, device.threads)
+    if device.memory == "cpu":
+        return open_session(model, device.provider, device.threads)
+    chosen = providers(device, key)
+    if ENGINES in chosen[0][1]:
+        try:
+            Path(chosen[0][1][ENGINES]).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PackageError(f"{ENGINES} cannot be made: {first_line(error)}; give a folder to write in") from error
+    return open_session(model, device.provider, device.threads, chosen)
 
 
 def check(device: Device) -> None:
@@ -110,35 +116,3 @@ def providers(device: Device, key: str = "") -> list[Any]:
         else:
             del options[ENGINES]
     return [(TENSORRT, options), (CUDA, dict(_CUDA_OPTIONS)), CPU]
-
-
-def _open_cuda(model: Path | bytes, device: Device, key: str) -> onnxruntime.InferenceSession:
-    """A session on CUDA or TensorRT."""
-    preload()
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.intra_op_num_threads = device.threads or 0
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    chosen = providers(device, key)
-    try:
-        if ENGINES in chosen[0][1]:
-            Path(chosen[0][1][ENGINES]).mkdir(parents=True, exist_ok=True)
-        session = onnxruntime.InferenceSession(
-            model if isinstance(model, bytes) else str(model),
-            options,
-            providers=chosen,
-            enable_fallback=0,  # the fallback prints to stdout
-        )
-    # ONNX Runtime's exceptions have no common base below Exception.
-    except Exception as error:
-        raise PackageError(
-            f"ONNX Runtime cannot load the graph on {device.provider}: {first_line(error)}; install what the provider "
-            f"needs, or ask for {CPU}"
-        ) from error
-    if session.get_providers()[0] != device.provider:
-        raise PackageError(
-            f"the provider {device.provider!r} does not load on this machine (ONNX Runtime's log says why); "
-            f"install what it needs, or ask for {CPU}"
-        )
-    return session

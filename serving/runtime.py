@@ -40,7 +40,9 @@ class Prediction:
     """Probability of every class, in the order of the package's labels."""
 
 
-def open_session(model: Path | bytes, provider: str = CPU, threads: int | None = None) -> onnxruntime.InferenceSession:
+def open_session(
+    model: Path | bytes, provider: str = CPU, threads: int | None = None, chosen: Sequence[Any] = ()
+) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session that runs on `provider` or not at all.
 
     ONNX Runtime itself drops a provider that does not load, prints, and goes on with the CPU. Idle threads do
@@ -50,6 +52,7 @@ def open_session(model: Path | bytes, provider: str = CPU, threads: int | None =
         model: the graph's file, its external data beside it, or its bytes.
         provider: name of an execution provider; the CPU takes only what this one lacks.
         threads: threads within an operator; None is one per core.
+        chosen: ONNX Runtime's list of providers with their options, `provider` first; by default that alone.
 
     Raises:
         PackageError: the provider is unknown or does not load, or ONNX Runtime refuses the graph.
@@ -59,8 +62,9 @@ def open_session(model: Path | bytes, provider: str = CPU, threads: int | None =
         raise PackageError(f"the provider {provider!r} is not in this ONNX Runtime; accepted: {', '.join(available)}")
     if threads is not None and threads < 1:
         raise PackageError(f"threads is {threads}; accepted: at least 1, or none for one per core")
-    if provider != CPU:
-        preload()
+    if provider != CPU:  # CUDA's libraries from their wheels: ONNX Runtime by itself looks for the system's alone
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses
+            onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads = threads or 0
@@ -70,7 +74,7 @@ def open_session(model: Path | bytes, provider: str = CPU, threads: int | None =
         session = onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model),
             options,
-            providers=[provider],
+            providers=list(chosen) or [provider],
             enable_fallback=0,  # the fallback prints to stdout
         )
     # ONNX Runtime's exceptions have no common base below Exception.
@@ -87,12 +91,6 @@ def open_session(model: Path | bytes, provider: str = CPU, threads: int | None =
             f"install what it needs, or ask for {', '.join(session.get_providers())}"
         )
     return session
-
-
-def preload() -> None:
-    """Load CUDA's libraries from their wheels: ONNX Runtime by itself looks for the system's alone."""
-    with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses
-        onnxruntime.preload_dlls()
 
 
 def describe(nodes: Sequence[Any]) -> tuple[Tensor, ...]:
