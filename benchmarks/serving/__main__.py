@@ -2,7 +2,8 @@
 
 python -m benchmarks.serving                                # all models, all peers: about an hour
 python -m benchmarks.serving --quick --peers fastapi,lit    # one model, two concurrencies, one round
-python -m benchmarks.serving --provider CUDAExecutionProvider    # the default where torch sees a GPU
+
+On the CPU, or with the CUDA provider where torch sees a GPU (CUDA_VISIBLE_DEVICES= leaves the CPU).
 
 Linux with two cores: the server under test has core 0, the client core 1. Each peer is installed from the pinned list
 `benchmarks/peers/NAME.txt` into a virtual environment of its own below `--environments`.
@@ -15,11 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rows import append_rows
+from benchmarks.rows import append_rows, device_slug
 from benchmarks.serving.measure import Plan, run
 from benchmarks.serving.models import MODELS
 from benchmarks.serving.plot import plot
@@ -43,23 +43,22 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="the MLP, 1 and 32 clients, one round of half a second")
     parser.add_argument("--folder", type=Path, default=Path("runs/serving-benchmark"), help="the models are made here")
     parser.add_argument("--environments", type=Path, help="of the peers; in the folder by default")
-    provider = CUDA if torch.cuda.is_available() else CPU
-    parser.add_argument("--provider", default=provider, help="ONNX Runtime's; CUDA's where there is a GPU")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--no-rows", action="store_true", help="append nothing to benchmarks/results, draw nothing")
     options = parser.parse_args(arguments)
     if options.quick:
         options.models, options.concurrency, options.rounds, options.seconds = "mlp", "1,32", 1, 0.5
-    environments = "environments" if options.provider == CPU else "environments-gpu"
+    provider = CPU if device_slug() == "cpu" else CUDA  # as the rows name the device
+    environments = "environments" if provider == CPU else "environments-gpu"
     environments = (options.environments or options.folder / environments).absolute()
     peers = [name for name in options.peers.split(",") if name]
     if unknown := set(peers) - set(PEERS):
         parser.error(f"no peer {min(unknown)!r}; accepted: {', '.join(PEERS)}")
     try:
-        check(Device(provider=options.provider))
+        check(Device(provider=provider))
     except PackageError as error:
         parser.error(str(error))
-    failures = install(peers, environments, options.provider)
+    failures = install(peers, environments, provider)
     groups = {"transport", "headstart", *peers} - set(failures)
     plan = Plan(
         models=tuple(options.models.split(",")),
@@ -69,7 +68,7 @@ def main(arguments: list[str]) -> int:
         seconds=options.seconds,
         models_folder=options.folder.absolute() / "models",
         environments=environments,
-        provider=options.provider,
+        provider=provider,
     )
     rows: list[dict[str, Any]] = []
     for found, failed in run(plan, lambda line: print(line, file=sys.stderr, flush=True)):
