@@ -171,6 +171,8 @@ class Sweep:
         self.wide = torch.promote_types(features.dtype, self.dtype)  # of centres and differences
         self.device, self.dim = features.device, features.shape[1]
         self.centre = centre
+        # Every row and so every run starts on 64 bytes: products do not depend on what lies before them.
+        self._pitch = (self.dim + 2 + 15) // 16 * 16
         self._bits = torch.int64 if self.dtype == torch.float64 else torch.int32
         self._scratch = _Scratch(self.device, self.dtype)
         # With g the relative error of a product, some sqrt(D) u, the error of any other d is g (|x|^2 + |y|^2) / 2d, at
@@ -300,9 +302,7 @@ class Sweep:
     ) -> Rows:
         """Runs of `size` rows from each start, or of their own sizes and `far` after them."""
         sizes = [size] * len(starts) if sizes is None else sizes
-        # Every run starts on 64 bytes, so that its products do not depend on what lies before it.
-        pitch = (self.dim + 2 + 15) // 16 * 16
-        numbers = self._scratch.take(name, len(starts), size, pitch)
+        numbers = self._scratch.take(name, len(starts), size, self._pitch)
         high = numbers[:, :, : self.dim]
         for number, (start, length, centre) in enumerate(zip(starts, sizes, centres, strict=True)):
             torch.sub(raw[start : start + length], centre, out=high[number, :length])
@@ -310,7 +310,7 @@ class Sweep:
                 high[number, length:] = 0
         low = None
         if self.precision == "bf16x3":
-            low = self._scratch.take(f"{name}, low", len(starts), size, pitch)[:, :, : self.dim]
+            low = self._scratch.take(f"{name}, low", len(starts), size, self._pitch)[:, :, : self.dim]
             rounded = high.bfloat16()
             torch.sub(high, rounded, out=low)
             low.copy_(low.bfloat16())
@@ -342,7 +342,7 @@ class Sweep:
         """Rows that were made as x's, to stand on the left of a product with x's."""
         if rows.extended is None:
             return rows
-        copy = self._scratch.take("rows", len(rows.extended), (self.dim + 2 + 15) // 16 * 16)[:, : self.dim + 2]
+        copy = self._scratch.take("rows", len(rows.extended), self._pitch)[:, : self.dim + 2]
         copy.copy_(rows.extended)
         self._extend(copy, rows.squares[0], "y")
         return rows._replace(extended=copy)
@@ -448,7 +448,7 @@ def own_sums(sweep: Sweep, features: Tensor, offsets: Tensor, panels: Panels | N
                 values = value.apply_(squares)
                 if once:
                     values.diagonal().fill_(0)
-                    values[:, :once].mul_(0.5)
+                    values[:, :once].mul_(0.5)  # these stand for themselves alone
                 sums[t] += 2 * float(values.sum(1).double().sum())
         elif end - start > 1:  # one row has no pairs
             groups.setdefault((end - start + 15) // 16 * 16, []).append(t)
@@ -466,7 +466,8 @@ def own_sums(sweep: Sweep, features: Tensor, offsets: Tensor, panels: Panels | N
 def cross_gradient(sweep: Sweep, target: Tensor, features: Tensor, row_weights: Tensor) -> Tensor:
     """sum_j w_j dv(x_i, y_j)/dx_i for weights w [M] of the rows y [M, D] of features; [N, D] float64.
 
-    With the slopes s_ij of a tile, sum_j s_ij (x_i - y_j) is one product more. Rows at distance 0 add nothing.
+    With the slopes s_ij of a tile, sum_j s_ij (x_i - y_j) is one product more. Rows at distance 0 add nothing. Beside
+    what `memory` bounds, some four arrays as large as the result are held at once.
     """
     origin = sweep.centre_of(target)
     weights = row_weights.to(sweep.dtype)

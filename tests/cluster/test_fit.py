@@ -23,8 +23,6 @@ from headstart.trainer.loop import Task
 from headstart.trainer.recipe import Train
 from headstart.trainer.transfer import Classifier
 
-pytestmark = pytest.mark.timeout(900)  # Ray Train takes minutes to see that a worker is gone, beside other tests
-
 SETTINGS = Train(epochs=3, batch_size=20, workers=2)
 RATES = (1e-5, 1e-2)
 
