@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from headstart.kernels import dispatch
-from headstart.kernels.engine import sweep
 from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, resolve_precision, square_error
+from headstart.kernels.engine.sweep import Sweep
+from headstart.kernels.engine.tile import Value
 from headstart.kernels.ragged import RaggedTasks, check_alike, check_finite, common_centre
 
 _GROUP = 16
@@ -44,7 +45,7 @@ def nearest_neighbours(
     fp32) choose candidates, more than k of them; their distances are computed again from the differences of the rows
     as given, in float32 at least, and decide. So a distance is that of its row, whatever the precision, and a row that
     is missed is nearer by less than the precision's error. `memory` bounds, in bytes, what is held beside the inputs
-    and results of N (k + 40) numbers.
+    and results and k + 8 candidates for each of the N rows (4 k + 32 where products are rounded).
 
     ValueError: a target of another D, dtype or device, or without rows, or not finite; k below 1, or above the number
     of rows; a precision that is not accepted; a bound that cannot hold one tile.
@@ -69,7 +70,9 @@ def _search(
     bounds = offsets.tolist() if per_task else [0, len(features)]
     with dispatch.Watch("neighbours", target.device, path, reason, precision) as watch:
         centre = common_centre(features) if precision in ROUNDED or path != "eager" else None
-        engine = sweep.Sweep(target, len(features), sweep.Value("squared"), precision, memory, centre)
+        wanted = _wanted(len(features), k, precision)
+        per_row = _per_row(wanted, min(len(features), 1024), PRECISIONS[precision].itemsize)
+        engine = Sweep(target, len(features), Value("squared"), precision, memory, centre, per_row)
         watch.planned = engine.planned
         origin = engine.centre_of(features) if centre is None else centre
         norms = _norms(engine, target, origin)
@@ -93,11 +96,10 @@ def _(
 
 
 def _nearest(
-    engine: sweep.Sweep, target: Tensor, features: Tensor, k: int, path: str, memory: int | None, reach: Tensor
+    engine: Sweep, target: Tensor, features: Tensor, k: int, path: str, memory: int | None, reach: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The k nearest rows of features to each target row: (distances [N, k], rows [N, k])."""
-    # Enough beyond k that a row within the products' error of the k-th is among them.
-    wanted = min(len(features), k + 8 if engine.precision not in ROUNDED else 4 * k + 32)
+    wanted = _wanted(len(features), k, engine.precision)
     if path != "eager":
         return _among_blocks(engine, target, features, k, wanted, path, memory)
     values, candidates = _candidates(engine, target, features, k, wanted, reach)
@@ -106,14 +108,13 @@ def _nearest(
         unsure = values[:, k] <= values[:, k - 1] + _margin(engine, values[:, k - 1], reach)
     distances, rows = values.new_empty(len(target), k), candidates.new_empty(len(target), k)
     for which, width in ((~unsure, k), (unsure, wanted)):
-        some = which.nonzero().flatten()
-        if len(some):
+        for some in which.nonzero().flatten().split(engine.stripe):
             distances[some], rows[some] = _ranked(target, features, some, candidates[some, :width], k, engine)
     return distances, rows
 
 
 def _among_blocks(
-    engine: sweep.Sweep, target: Tensor, features: Tensor, k: int, wanted: int, path: str, memory: int | None
+    engine: Sweep, target: Tensor, features: Tensor, k: int, wanted: int, path: str, memory: int | None
 ) -> tuple[Tensor, Tensor]:
     """`_nearest` from what the Triton programs find: the nearest row of each block of rows.
 
@@ -141,14 +142,29 @@ def _among_blocks(
     return torch.cat([each[0] for each in found]), torch.cat([each[1] for each in found])
 
 
-def _norms(engine: sweep.Sweep, target: Tensor, centre: Tensor) -> Tensor:
+def _wanted(num_rows: int, k: int, precision: str) -> int:
+    """Candidates for each target row: enough beyond k that a row within the products' error of the k-th is one."""
+    return min(num_rows, 4 * k + 32 if precision in ROUNDED else k + 8)
+
+
+def _most(wanted: int) -> int:
+    """Places of a row of a tile that are worth a list of their own."""
+    return max(128, wanted)
+
+
+def _per_row(wanted: int, width: int, itemsize: int) -> int:
+    """Bytes that are held for each row of a tile of that width: the columns looked into, or lists and their order."""
+    return max(5 * width, 3 * (itemsize + 8) * (wanted + _most(wanted)))
+
+
+def _norms(engine: Sweep, target: Tensor, centre: Tensor) -> Tensor:
     """|x - centre| of each row x of target, [N]."""
     parts = target.split(_step(engine))
     norms = [torch.linalg.vector_norm(part.to(engine.wide) - centre, dim=1) for part in parts]
     return torch.cat(norms).to(engine.dtype)
 
 
-def _margin(engine: sweep.Sweep, kth: Tensor, reach: Tensor) -> Tensor:
+def _margin(engine: Sweep, kth: Tensor, reach: Tensor) -> Tensor:
     """How far above the k-th value [N] a value may be whose row is among the k nearest, for |x| <= reach [N].
 
     A value is off by e (|x| + |y|)^2, and |y| <= |x| + |x - y|: twice that, for the k-th is off as well, and a quarter
@@ -158,7 +174,7 @@ def _margin(engine: sweep.Sweep, kth: Tensor, reach: Tensor) -> Tensor:
 
 
 def _candidates(
-    engine: sweep.Sweep, target: Tensor, features: Tensor, k: int, wanted: int, reach: Tensor
+    engine: Sweep, target: Tensor, features: Tensor, k: int, wanted: int, reach: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Squares and rows of the `wanted` nearest to each target row by the engine's products, [N, wanted], ascending.
 
@@ -173,7 +189,7 @@ def _candidates(
         if minima.shape[1] >= (1 if tile.column else 4 * k):
             kth = best[mine, k - 1] if tile.column else minima.kthvalue(k, 1).values
             limit = torch.minimum(kth + _margin(engine, kth, reach[mine]), best[mine, -1])
-            found = _below(tile.squares, minima, limit, 4 * wanted)
+            found = _below(tile.squares, minima, limit, _most(wanted))
         values, inside = _smallest(tile.squares, min(wanted, tile.squares.shape[1])) if found is None else found
         # Those found before come first: a stable sort keeps the lower row where distances are equal.
         values = torch.cat([best[mine], values], 1)
@@ -181,7 +197,9 @@ def _candidates(
         values, order = values.sort(stable=True, dim=1)
         best[mine] = values[:, :wanted]
         rows[mine] = numbers.gather(1, order)[:, :wanted]
-    return best, rows.masked_fill_(best == torch.inf, -1)
+    for values, numbers in zip(best.split(engine.stripe), rows.split(engine.stripe), strict=True):
+        numbers.masked_fill_(values == torch.inf, -1)
+    return best, rows
 
 
 def _minima(squares: Tensor) -> Tensor:
@@ -236,19 +254,19 @@ def _smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     places = places.gather(1, again)
     if k < width:
         tied = (found[:, k - 1] == found[:, k]).nonzero().flatten()
-        if len(tied):
-            ordered, where = values[tied].sort(stable=True, dim=1)
-            found[tied, :k], places[tied, :k] = ordered[:, :k], where[:, :k]
+        for some in tied.split(max(1, len(values) // 8)):  # each a copy, its places and the sort's own
+            ordered, where = values[some].sort(stable=True, dim=1)
+            found[some, :k], places[some, :k] = ordered[:, :k], where[:, :k]
     return found[:, :k], places[:, :k]
 
 
-def _step(engine: sweep.Sweep) -> int:
-    """Rows at once whose differences fit in the place of a tile."""
-    return max(engine.pairs, engine.stripe * engine.panel // engine.dim)
+def _step(engine: Sweep) -> int:
+    """Rows at once whose differences take a quarter of a tile."""
+    return max(engine.pairs, engine.stripe * engine.panel // (4 * engine.dim))
 
 
 def _ranked(
-    target: Tensor, features: Tensor, some: Tensor, candidates: Tensor, k: int, engine: sweep.Sweep, memory: int = 0
+    target: Tensor, features: Tensor, some: Tensor, candidates: Tensor, k: int, engine: Sweep, memory: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The nearest k of candidates [S, K] to rows `some` [S] of target by distances from differences; -1 is none.
 

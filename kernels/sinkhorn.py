@@ -88,7 +88,7 @@ def sinkhorn_distances(
     fit are held, others are computed again in every iteration; that changes the result by no more than the error.
     `self_terms` spares the tasks' own part.
     Differentiable by the target, not twice: at the optimum the gradient follows from the potentials, which are kept.
-    Where the distance is clamped at 0, it is that of the unclamped value.
+    Where the distance is clamped at 0, it is that of the unclamped value. It holds one array more like the target.
 
     Error: at most (e + 64 sqrt(D) u) (c + epsilon), with e the marginal error, c the largest cost among and between the
     rows of both, and u = 6e-8 for fp32 and 1.1e-16 for fp64; for p = 1, 512 instead of 64, which only pairs of rows

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headstart.kernels.engine import launch, streamed
 from headstart.kernels.engine.precision import Operand, make_operand
-from headstart.kernels.engine.sweep import Value
+from headstart.kernels.engine.tile import Value
 from headstart.kernels.engine.units import check_squares
 
 PIECE = 4096

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from headstart.kernels import dispatch
-from headstart.kernels.engine import sweep
-from headstart.kernels.engine.sweep import Value
+from headstart.kernels.engine import sums
+from headstart.kernels.engine.sweep import Sweep
+from headstart.kernels.engine.tile import Value
 from headstart.kernels.ragged import check_finite
 
 
@@ -53,13 +54,15 @@ def pair_sums(
             if memory is not None:
                 # What the own sums of the largest task take is refused here, by one figure.
                 sizes = (len(target), int(offsets.diff().max()))
-                least = max(sweep.Sweep(features, n, value, precision, 2**62, centre).least for n in sizes)
+                least = max(Sweep(features, n, value, precision, 2**62, centre).least for n in sizes)
+                if target.requires_grad:
+                    least = max(least, _gradient_sweep(features, len(target), value, precision, 2**62, centre).least)
                 if memory < least:
                     raise ValueError(f"memory is {memory} bytes; accepted: at least {least}, which one tile takes")
-            engine = sweep.Sweep(features, len(target), value, precision, memory, centre)
+            engine = Sweep(features, len(target), value, precision, memory, centre)
             watch.planned = engine.planned
             try:
-                sums, itself = sweep.cross_sums(engine, target, features, offsets, own=wanted)
+                totals, itself = sums.cross_sums(engine, target, features, offsets, own=wanted)
             except ValueError:
                 check_finite(target)
                 raise
@@ -67,14 +70,14 @@ def pair_sums(
             from headstart.kernels.engine import gpu  # Triton, which other paths do not need
 
             setting = gpu.Setting(features, max(len(target), len(features)), centre, value, precision, path, memory)
-            sums = gpu.pair_sums(setting, target, features, offsets)
+            totals = gpu.pair_sums(setting, target, features, offsets)
             if wanted:
                 setting = gpu.Setting(target, len(target), centre, value, precision, path, memory)
                 itself = gpu.own_sums(setting, target, whole)
     if itself is None:
-        itself = sums.new_empty(0)
-    sums[same] = itself
-    return sums, itself if own else sums.new_empty(0)
+        itself = totals.new_empty(0)
+    totals[same] = itself
+    return totals, itself if own else totals.new_empty(0)
 
 
 @torch.library.custom_op("headstart::own_sums", mutates_args=())
@@ -92,13 +95,21 @@ def own_sums(
     path, reason = dispatch.choose(features.device, precision, features.shape[1])
     with dispatch.Watch("own sums", features.device, path, reason, precision) as watch:
         if path == "eager":
-            engine = sweep.Sweep(features, int(offsets.diff().max()), value, precision, memory, centre)
+            engine = Sweep(features, int(offsets.diff().max()), value, precision, memory, centre)
             watch.planned = engine.planned
-            return sweep.own_sums(engine, features, offsets)
+            return sums.own_sums(engine, features, offsets)
         from headstart.kernels.engine import gpu
 
         setting = gpu.Setting(features, len(features), centre, value, precision, path, memory)
         return gpu.own_sums(setting, features, offsets)
+
+
+def _gradient_sweep(
+    features: Tensor, num_columns: int, value: Value, precision: str, memory: int | None, centre: Tensor | None
+) -> Sweep:
+    """Gradients are in float32 at least, whatever the sums were in."""
+    wide = precision if precision in ("fp32", "fp64") else "fp32"
+    return sums.gradient_sweep(features, num_columns, value, wide, memory, centre)
 
 
 @torch.library.custom_op("headstart::pair_gradient", mutates_args=())
@@ -113,9 +124,10 @@ def pair_gradient(
     memory: int | None,
 ) -> Tensor:
     """sum_j w_j dv(x_i, y_j)/dx_i for weights w [M] of the rows y; [N, D] in the target's dtype. Always `eager`."""
-    wide = precision if precision in ("fp32", "fp64") else "fp32"
-    engine = sweep.Sweep(features, len(target), _value(kind, coefficients), wide, memory, centre)
-    return sweep.cross_gradient(engine, target, features, row_weights).to(target.dtype)
+    moved, value = torch.empty_like(target), _value(kind, coefficients)
+    engine = _gradient_sweep(features, len(target), value, precision, memory, centre)
+    sums.cross_gradient(engine, target, features, row_weights, moved)
+    return moved
 
 
 @torch.library.custom_op("headstart::own_gradient", mutates_args=())
@@ -130,10 +142,11 @@ def own_gradient(
     memory: int | None,
 ) -> Tensor:
     """w_t sum_j dv(y_i, y_j)/dy_i over the rows j of the task t of row i, for weights w [T]; [M, D] as the features."""
-    moved = torch.empty_like(features)
+    moved, value = torch.empty_like(features), _value(kind, coefficients)
     for t, (start, end) in enumerate(pairwise(offsets.tolist())):
-        rows, same = features[start:end], weights[t].expand(end - start).contiguous()
-        moved[start:end] = pair_gradient(rows, rows, same, centre, coefficients, kind, precision, memory)
+        rows, same = features[start:end], weights[t].expand(end - start)
+        engine = _gradient_sweep(features, len(rows), value, precision, memory, centre)
+        sums.cross_gradient(engine, rows, rows, same, moved[start:end])
     return moved
 
 
@@ -170,7 +183,7 @@ def _pair_backward(ctx: Any, gradient: Tensor, own_gradient_: Tensor) -> tuple[T
     moved = pair_gradient(target, features, weights, *how)
     if ctx.own:
         # A pair of rows counts twice, once from each side.
-        moved = moved + own_gradient(target, torch.tensor([0, len(target)]), 2 * own_gradient_, *how)
+        moved += own_gradient(target, torch.tensor([0, len(target)]), 2 * own_gradient_, *how)
     return moved, *[None] * 8
 
 

@@ -10,152 +10,27 @@ A tile is a stripe of the tasks' rows against a panel of the target's rows, one 
   the memory bound decides whether the target's rows are kept or made again, which changes no bit.
 """
 
-import math
 from collections.abc import Iterator
-from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, exact_products, round_tf32
+from headstart.kernels.engine.tile import Panels, Rows, Scratch, Tile, Value
 
 DEFAULT_MEMORY = 256 * 2**20
 """Bytes that a call may hold beside its inputs and its result, where the caller does not say."""
-
-OWN_ROWS = 256
-"""Tasks of at most so many rows meet themselves in batches, larger ones in stripes."""
 
 OWN_STRIPE = 256
 """Rows of a stripe of a panel that meets itself: of more, more pairs are computed twice."""
 
 
-class Value(NamedTuple):
-    """What is made of a squared distance: itself, its root, or the mean over b of exp(-c_b d^2)."""
-
-    kind: Literal["squared", "distance", "rbf"]
-    coefficients: tuple[float, ...] = ()
-    """c_b = 1 / (2 sigma_b^2), for rbf."""
-
-    @property
-    def at_zero(self) -> float:
-        """The value of a row and itself."""
-        return 1.0 if self.kind == "rbf" else 0.0
-
-    @property
-    def buffers(self) -> float:
-        """Arrays as large as a tile that are held while it is worked on: of distances, itself and a mask of bytes."""
-        return {"squared": 3, "distance": 1.25, "rbf": 4}[self.kind]
-
-    def apply_(self, squares: Tensor) -> Tensor:
-        """The values of d^2 >= 0, in the place of `squares` but for mixtures."""
-        if self.kind == "squared":
-            return squares
-        if self.kind == "distance":
-            return squares.sqrt_()
-        if len(self.coefficients) == 1:
-            return squares.mul_(-self.coefficients[0]).exp_()
-        total = torch.zeros_like(squares)
-        scratch = torch.empty_like(squares)
-        for c in self.coefficients:
-            total += torch.mul(squares, -c, out=scratch).exp_()
-        return total.div_(len(self.coefficients))
-
-    def slope_(self, squares: Tensor) -> Tensor:
-        """2 dv/d(d^2), which times (x - y) is the gradient of v with respect to x; 0 where d = 0 has none."""
-        if self.kind == "squared":
-            return squares.fill_(2.0)
-        if self.kind == "distance":
-            slopes = squares.rsqrt_()
-            return slopes.masked_fill_(slopes == math.inf, 0)
-        total = torch.zeros_like(squares)
-        for c in self.coefficients:
-            total += torch.exp(squares * -c).mul_(-2 * c)
-        return total.div_(len(self.coefficients))
-
-
-class Rows(NamedTuple):
-    """Some rows as one side of products."""
-
-    high: Tensor
-    """Rows less the centre, rounded, [B, R, D] in the dtype of the products."""
-    low: Tensor | None
-    """What rounding left, for bf16x3."""
-    extended: Tensor | None
-    """`high` of one run with two columns more that bring the squares into the product, [R, D + 2]; None where it is
-    rounded, and in batches."""
-    squares: Tensor
-    """Squared norms of the rounded rows, [B, R]."""
-    raw: Tensor
-    """The features that the rows are from, [*, D]."""
-    starts: list[int]
-    """The row of `raw` at which each of B runs starts."""
-    sizes: list[int]
-    """The rows of each run; the rest of its R is padding, at `far`."""
-    largest: float
-    """The largest of the squares that belong to rows."""
-
-    def part(self, first: int, end: int) -> "Rows":
-        """Rows first up to end of the one run."""
-        return self._replace(
-            high=self.high[:, first:end],
-            low=None if self.low is None else self.low[:, first:end],
-            extended=None if self.extended is None else self.extended[first:end],
-            squares=self.squares[:, first:end],
-            starts=[self.starts[0] + first],
-            sizes=[end - first],
-        )
-
-
-class Panels(NamedTuple):
-    """All rows of a target as one side of products."""
-
-    centre: Tensor
-    """[D], subtracted from them."""
-    held: list[Rows] | None
-    """One panel after the other; None where the memory does not hold them, and they are made again and again."""
-
-
-class Tile(NamedTuple):
-    """Squared distances of a stripe of y to a panel of x."""
-
-    row: int
-    """First row of y."""
-    column: int
-    """First row of x."""
-    squares: Tensor
-    """[R, W]; to be used up before the next tile is asked for."""
-
-
-class _Scratch:
-    """Memory that is used again and again: page faults are a third of the time of 512 small tasks."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
-        self._held: dict[str, Tensor] = {}
-        self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """An uninitialised tensor of that shape in the place of the one of that name before."""
-        view = self._views.get((name, shape))
-        if view is None:
-            size = math.prod(shape)
-            if name not in self._held or self._held[name].numel() < size:
-                # Before its successor is there.
-                self._held.pop(name, None)
-                self._views.clear()
-                self._held[name] = torch.empty(size, dtype=self._dtype, device=self._device)
-            view = self._views[name, shape] = self._held[name][:size].view(shape)
-        return view
-
-    def clear(self) -> None:
-        """Let go of all of it."""
-        self._held.clear()
-        self._views.clear()
-
-
 class Sweep:
-    """Tiles of squared distances at one precision, around one centre."""
+    """Tiles of squared distances at one precision, around one centre.
+
+    `per_row`, `beside`: bytes that the caller holds beside a tile, for each of its rows and for all of it.
+    """
 
     def __init__(
         self,
@@ -165,8 +40,10 @@ class Sweep:
         precision: str,
         memory: int | None,
         centre: Tensor | None = None,
+        per_row: int = 0,
+        beside: int = 0,
     ) -> None:
-        self.value = value
+        self.value, self._per_row, self._beside = value, per_row, beside
         self.precision, self.dtype = precision, PRECISIONS[precision]
         self.wide = torch.promote_types(features.dtype, self.dtype)  # of centres and differences
         self.device, self.dim = features.device, features.shape[1]
@@ -174,7 +51,7 @@ class Sweep:
         # Every row and so every run starts on 64 bytes: products do not depend on what lies before them.
         self._pitch = (self.dim + 2 + 15) // 16 * 16
         self._bits = torch.int64 if self.dtype == torch.float64 else torch.int32
-        self._scratch = _Scratch(self.device, self.dtype)
+        self._scratch = Scratch(self.device, self.dtype)
         # With g the relative error of a product, some sqrt(D) u, the error of any other d is g (|x|^2 + |y|^2) / 2d, at
         # most 16 g sqrt(|x|^2 + |y|^2) for float32 and 512 g for float64.
         self.cancelled = 2.0**-10 if self.dtype == torch.float32 else 2.0**-20
@@ -183,9 +60,9 @@ class Sweep:
         # CPU: tiles of 4 MiB where little else is held, of 2 MiB where more is, beside 4 MiB of rows; smaller ones are
         # slower, and twice as large ones at most 3% faster. CUDA: fewer launches.
         on_cpu = self.device.type == "cpu"
-        tile, operand = (2**20 if value.kind == "distance" else 2**19, 2**20) if on_cpu else (2**22, 2**23)
+        tile, operand = (2**19 if value.kind == "rbf" else 2**20, 2**20) if on_cpu else (2**22, 2**23)
         self.panel = min(num_columns, 1024)
-        self.stripe = max(64, min(4096, tile // self.panel, operand // self.dim))
+        self.stripe = max(64, min(4096, tile // self.panel, operand // self.dim, 8 * tile // max(1, per_row)))
         # What is looked at for near pairs together, and the pairs that are computed again together.
         self.looked_at, self.pairs = (
             (2**12, max(16, 2**16 // self.dim)) if on_cpu else (2**15, max(16, 2**19 // self.dim))
@@ -212,7 +89,8 @@ class Sweep:
         operands = (self.stripe + self.panel) * (self.dim + 17) * (self._copies * item + rounding + converting)
         again = self.pairs * self.dim * 3 * wide + self.looked_at * 128
         tiles = int(self.value.buffers * self.stripe * self.panel) * item
-        return operands + tiles + again + 64 * (self.stripe + self.panel) + 2**16
+        callers = self._per_row * self.stripe + self._beside
+        return operands + tiles + again + callers + 64 * (self.stripe + self.panel) + 2**16
 
     def panels(self, target: Tensor) -> Panels:
         """All rows of a target [N, D] as one side of products."""
@@ -410,79 +288,3 @@ class Sweep:
             if y.low is not None and x.low is not None:
                 difference += y.low[which, row] - x.low[which, column]
         return difference.square_().sum(1).to(self.dtype)
-
-
-@torch.no_grad()
-def cross_sums(
-    sweep: Sweep, target: Tensor, features: Tensor, offsets: Tensor, *, own: bool
-) -> tuple[Tensor, Tensor | None]:
-    """sum_ij v(x_i, y_j) over the target x [N, D] and each task y [n_t, D], [T] float64.
-
-    With `own` also the sum over the target with itself, [1], as `own_sums` has it: its rows are at hand here.
-    """
-    totals = torch.zeros(len(features), dtype=torch.float64, device=features.device)
-    panels = sweep.panels(target)
-    for tile in sweep.tiles(target, features, panels):
-        totals[tile.row : tile.row + tile.squares.shape[0]].add_(sweep.value.apply_(tile.squares).sum(1))
-    sums = run_sums(totals, offsets.diff()).to(features.device)
-    if not own:
-        return sums, None
-    if panels.held is None:
-        sweep.clear()
-    return sums, own_sums(sweep, target, torch.tensor([0, len(target)]), panels)
-
-
-@torch.no_grad()
-def own_sums(sweep: Sweep, features: Tensor, offsets: Tensor, panels: Panels | None = None) -> Tensor:
-    """sum_ij v(y_i, y_j) over each task y [n_t, D], a row with itself included; [T] float64.
-
-    `panels`: those of the one task, where they are made already.
-    """
-    value = sweep.value
-    sums = value.at_zero * offsets.diff().double()
-    cuts: list[int] = offsets.tolist()
-    groups: dict[int, list[int]] = {}
-    for t, (start, end) in enumerate(pairwise(cuts)):
-        if end - start > OWN_ROWS:
-            for squares, once in sweep.own_tiles(features[start:end], panels):
-                values = value.apply_(squares)
-                if once:
-                    values.diagonal().fill_(0)
-                    values[:, :once].mul_(0.5)  # these stand for themselves alone
-                sums[t] += 2 * float(values.sum(1).double().sum())
-        elif end - start > 1:  # one row has no pairs
-            groups.setdefault((end - start + 15) // 16 * 16, []).append(t)
-    for width, members in groups.items():
-        done = 0
-        for squares in sweep.own_batches(features, cuts, members, width):
-            beyond = squares >= sweep.far
-            rows = value.apply_(squares).masked_fill_(beyond, 0).sum(2).double()
-            sums[members[done : done + len(rows)]] += rows.sum(1).cpu()
-            done += len(rows)
-    return sums.to(features.device)
-
-
-@torch.no_grad()
-def cross_gradient(sweep: Sweep, target: Tensor, features: Tensor, row_weights: Tensor) -> Tensor:
-    """sum_j w_j dv(x_i, y_j)/dx_i for weights w [M] of the rows y [M, D] of features; [N, D] float64.
-
-    With the slopes s_ij of a tile, sum_j s_ij (x_i - y_j) is one product more. Rows at distance 0 add nothing. Beside
-    what `memory` bounds, some four arrays as large as the result are held at once.
-    """
-    origin = sweep.centre_of(target)
-    weights = row_weights.to(sweep.dtype)
-    moved = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
-    total = torch.zeros(len(target), dtype=torch.float64, device=target.device)
-    for tile in sweep.tiles(target, features):
-        rows = slice(tile.row, tile.row + len(tile.squares))
-        columns = slice(tile.column, tile.column + tile.squares.shape[1])
-        slopes = sweep.value.slope_(tile.squares).mul_(weights[rows, None])
-        total[columns] += slopes.sum(0)
-        moved[columns] += slopes.T @ (features[rows].to(sweep.wide) - origin).to(sweep.dtype)
-    return (target.to(sweep.wide) - origin).double() * total[:, None] - moved
-
-
-def run_sums(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sums of consecutive runs of values, float64 [len(lengths)] on the CPU, each run in its own order."""
-    sums: Tensor = torch.segment_reduce(values.flatten().cpu(), "sum", lengths=lengths, unsafe=True)
-    return sums

@@ -16,7 +16,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from headstart.kernels.engine import fused, gpu, launch, programs, streamed, sweep
+from headstart.kernels.engine import fused, gpu, launch, programs, streamed, tile
 from headstart.kernels.engine.launch import Value
 from headstart.kernels.engine.layouts import FINISH, choose_config
 from headstart.kernels.engine.precision import make_operand
@@ -238,7 +238,7 @@ def test_launches_of_all_sizes_and_places_share_one_binary(path: str, monkeypatc
 @pytest.mark.parametrize("d", [3, 2048, 20000], ids="D{}".format)
 def test_the_default_memory_takes_rows_of_any_length(d: int):
     x = torch.zeros(1, d).expand(5000, d)
-    setting = gpu.Setting(x, len(x), x[0], sweep.Value("distance"), "bf16", "streamed", None)
+    setting = gpu.Setting(x, len(x), x[0], tile.Value("distance"), "bf16", "streamed", None)
     chunks = list(setting.chunks(torch.tensor([0, 10, 5000])))
     assert [chunk.start for chunk in chunks] == [0, *(chunk.end for chunk in chunks[:-1])]
     assert chunks[-1].end == 5000

@@ -6,6 +6,7 @@ import torch
 from headstart.kernels import naive
 from headstart.kernels.neighbours import nearest_neighbours
 from headstart.kernels.ragged import RaggedTasks
+from tests.kernels.cases import held
 
 
 def rows(n: int, d: int, seed: int, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -94,6 +95,22 @@ def test_memory_changes_no_bit(precision: str, device: str):
         strict=True,
     ):
         assert torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("k", [1, 10, 700])
+def test_memory_is_held_to(k: int, precision: str):
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    # Each row of y is nearer than those before it, so that every tile brings new candidates.
+    y = rows(3000, 100, 2, "cpu", dtype) * torch.linspace(30, 0.01, 3000, dtype=dtype)[:, None]
+    x, tasks = rows(2100, 100, 1, "cpu", dtype), RaggedTasks.from_list([y])
+    with pytest.raises(ValueError, match="at least") as refused:
+        nearest_neighbours(x, tasks, k, precision=precision, memory=1)
+    least = int(str(refused.value).split("at least ")[1].split(",")[0])
+    found, most = held(lambda: nearest_neighbours(x, tasks, k, precision=precision, memory=least))
+    wanted = min(len(y), 4 * k + 32 if precision == "bf16" else k + 8)
+    of_each = found.distances.element_size() + found.rows.element_size()
+    assert most <= least + len(x) * (wanted * of_each + k * (of_each + 8))
 
 
 def test_a_row_finds_itself_at_distance_zero_far_out(device: str):

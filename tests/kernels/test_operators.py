@@ -1,5 +1,7 @@
 """Gradients with respect to the target, and what torch.compile needs of the operators."""
 
+import re
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from headstart.kernels.neighbours import nearest_neighbours
 from headstart.kernels.prototype import prototype_distances
 from headstart.kernels.ragged import RaggedTasks
 from headstart.kernels.sinkhorn import sinkhorn_distances, sinkhorn_self_terms
+from tests.kernels.cases import held
 
 SIGMA = torch.tensor([0.8, 3.0], dtype=torch.float64)
 
@@ -80,6 +83,32 @@ def test_equal_rows_give_no_gradient_and_no_nan(device: str):
     x = rows(9, 4, 1, device).requires_grad_()
     energy_distances(x, RaggedTasks.from_list([x.detach().clone()])).sum().backward()
     assert float(x.grad.abs().max()) < 1e-14
+
+
+@pytest.mark.parametrize("name", ["energy", "mmd", "sinkhorn"])
+def test_gradients_keep_to_the_memory(name: str):
+    num_target = 300 if name == "sinkhorn" else 1500  # a small bound makes many steps of its iterations
+    x = rows(num_target, 512, 1, "cpu", torch.float32).requires_grad_()
+    tasks = RaggedTasks.from_list([rows(n, 512, n, "cpu", torch.float32) for n in (200, 1, 700)])
+
+    def distances(memory: int) -> torch.Tensor:
+        if name == "energy":
+            return energy_distances(x, tasks, memory=memory)
+        if name == "mmd":
+            return mmd_distances(x, tasks, bandwidths=torch.tensor([20.0, 40.0]), memory=memory).distances
+        return sinkhorn_distances(x, tasks, epsilon=500.0, tolerance=0.3, max_iterations=20, memory=memory).distances
+
+    with pytest.raises(ValueError, match="at least") as refused:
+        distances(1)
+    least = int(re.search(r"at least (\d+)", str(refused.value))[1])
+    for memory in (least, 2**25):
+        x.grad = None
+        _, most = held(lambda memory=memory: distances(memory).sum().backward())
+        plain, x.grad = x.grad, None
+        # The result, one array more like it, and what is as long as N and the rows of the tasks.
+        assert most <= memory + 2 * x.nbytes + 80 * (len(x) + len(tasks.features))
+        distances(2**28).sum().backward()
+        torch.testing.assert_close(x.grad, plain, rtol=0, atol=0 if name != "sinkhorn" else 1e-6)
 
 
 def test_gradients_reach_through_what_made_the_target(device: str):

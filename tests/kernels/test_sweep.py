@@ -7,7 +7,7 @@ import torch
 
 from headstart.kernels import naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
-from headstart.kernels.engine import sweep
+from headstart.kernels.engine import sums
 from headstart.kernels.engine.pairs import own_sums, pair_sums
 from headstart.kernels.engine.terms import NONE
 from headstart.kernels.euclidean import euclidean_distances
@@ -138,7 +138,7 @@ def test_the_least_bound_that_is_told_is_enough(distance: str, sizes: tuple[int,
 @pytest.mark.parametrize("stripe", [100, 256, 1000])
 def test_half_of_the_pairs_are_all_of_them(stripe: int, monkeypatch: pytest.MonkeyPatch, device: str):
     # Stripes that do not divide a panel of 1,024 rows.
-    monkeypatch.setattr(sweep, "OWN_ROWS", stripe)
+    monkeypatch.setattr(sums, "OWN_ROWS", stripe)
     x = rows(2100, 3, 1, device, torch.float64)
     found = own_sums(x, torch.tensor([0, len(x)]), None, NONE, "distance", "fp64", None)
     assert float(found[0]) == pytest.approx(float(naive.pairwise(x, x).sum()), rel=1e-13)
