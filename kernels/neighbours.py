@@ -72,7 +72,9 @@ def _search(
         centre = common_centre(features) if precision in ROUNDED or path != "eager" else None
         wanted = _wanted(len(features), k, precision)
         per_row = _per_row(wanted, min(len(features), 1024), PRECISIONS[precision].itemsize)
-        engine = Sweep(target, len(features), Value("squared"), precision, memory, centre, per_row)
+        engine = Sweep(
+            target, len(features), Value("squared"), precision, memory, centre, per_row, num_kept=len(target)
+        )
         watch.planned = engine.planned
         origin = engine.centre_of(features) if centre is None else centre
         norms = _norms(engine, target, origin)
@@ -183,7 +185,7 @@ def _candidates(
     best = torch.full((len(target), wanted), torch.inf, dtype=engine.dtype, device=target.device)
     rows = torch.zeros(len(target), wanted, dtype=torch.int64, device=target.device)
     # The target's rows are the tiles' rows, so that each is searched where it lies.
-    for tile in engine.tiles(features, target):
+    for tile in engine.tiles_by_panel(target, features):
         mine = slice(tile.row, tile.row + len(tile.squares))
         minima, found = _minima(tile.squares), None
         if minima.shape[1] >= (1 if tile.column else 4 * k):

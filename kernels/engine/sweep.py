@@ -29,7 +29,8 @@ OWN_STRIPE = 256
 class Sweep:
     """Tiles of squared distances at one precision, around one centre.
 
-    `per_row`, `beside`: bytes that the caller holds beside a tile, for each of its rows and for all of it.
+    `per_row`, `beside`: bytes that the caller holds beside a tile, for each of its rows and for all of it. `num_kept`:
+    rows that are kept from tile to tile where the memory holds them, by default those of the columns.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Sweep:
         centre: Tensor | None = None,
         per_row: int = 0,
         beside: int = 0,
+        num_kept: int | None = None,
     ) -> None:
         self.value, self._per_row, self._beside = value, per_row, beside
         self.precision, self.dtype = precision, PRECISIONS[precision]
@@ -71,7 +73,7 @@ class Sweep:
         least = self.least
         if self.memory < least:
             raise ValueError(f"memory is {self.memory} bytes; accepted: at least {least}, which one tile takes")
-        kept = num_columns * (self.dim + 17) * self._copies * self.dtype.itemsize
+        kept = (num_columns if num_kept is None else num_kept) * (self.dim + 17) * self._copies * self.dtype.itemsize
         self._hold = least + kept <= self.memory
         self.planned = least + kept if self._hold else least
         """Bytes that it will hold at most."""
@@ -111,6 +113,23 @@ class Sweep:
                 y = self._rows(features, [start], min(self.stripe, len(features) - start), [centre], "rows", "y")
                 for number, column in enumerate(range(0, len(target), self.panel)):
                     x = self._panel(target, centre, column, False) if held is None else held[number]
+                    yield Tile(start, column, self._squares(y, x)[0])
+
+    def tiles_by_panel(self, target: Tensor, features: Tensor) -> Iterator[Tile]:
+        """Every pair of a row y of target [N, D] and x of features [M, D], panel by panel of x: M may be large."""
+        centre = self.centre_of(features) if self.centre is None else self.centre
+        size = -(-len(target) // -(-len(target) // self.stripe))  # as even as they can be
+        starts = range(0, len(target), size)
+
+        def stripe(start: int, name: str) -> Rows:
+            return self._rows(target, [start], min(size, len(target) - start), [centre], name, "y")
+
+        held = [stripe(start, f"rows {start}") for start in starts] if self._hold else None
+        with exact_products(self.device, self.precision):
+            for column in range(0, len(features), self.panel):
+                x = self._panel(features, centre, column, False)
+                for number, start in enumerate(starts):
+                    y = stripe(start, "rows") if held is None else held[number]
                     yield Tile(start, column, self._squares(y, x)[0])
 
     def own_tiles(self, rows: Tensor, panels: Panels | None = None) -> Iterator[tuple[Tensor, int]]:
