@@ -1,8 +1,9 @@
 """The scheduler of one model: on the event loop when it is idle and short, in a thread and in batches otherwise.
 
-A request that finds nothing running runs where it arrived, if the model is known to be short: a thread costs more
-than the model then. Requests that arrive together, in one turn of the event loop or while a batch is running, share
-the next batch, which takes as many as pay (`sizes`). No timer is needed for that, and none runs by default.
+A request that finds nothing running runs where it arrived, if the model is known to be short, or somewhat longer where
+no other client is connected: a thread costs a tenth of a millisecond. Requests that arrive together, in one turn of the
+event loop or while a batch is running, share the next batch, which takes as many as pay (`sizes`). No timer is needed
+for that, and none runs by default.
 """
 
 import asyncio
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 SHORT_NS = 2_000_000
 """A model that takes less on average may hold up the event loop; other connections wait as long."""
+ALONE_NS = 20_000_000
+"""The same where the request's client is the only one: who connects just then waits as long."""
 _KNOWN_AFTER = 3  # calls of a size before its average is believed
 _CALM_AFTER = 8  # turns with a single request before the next may run where it arrived
 
@@ -60,9 +63,9 @@ class _Costs:
         weight = 1 / min(self._calls[slot], 8)
         self._average[slot] += weight * (nanoseconds - self._average[slot])
 
-    def short(self, num_bytes: int) -> bool:
+    def below(self, nanoseconds: int, num_bytes: int) -> bool:
         slot = num_bytes.bit_length()
-        return self._calls[slot] >= _KNOWN_AFTER and self._average[slot] < SHORT_NS
+        return self._calls[slot] >= _KNOWN_AFTER and self._average[slot] < nanoseconds
 
 
 class _Batch:
@@ -162,7 +165,7 @@ class Scheduler:
                 and not self._running
                 and not self._max_delay_ns
                 and not (self.signature.batchable and (self._crowded or self._ran_this_turn))
-                and self._costs.short(num_bytes)
+                and self._costs.below(ALONE_NS if request.alone else SHORT_NS, num_bytes)
             ):
                 if not self._ran_this_turn:
                     self._ran_this_turn = True
@@ -248,7 +251,7 @@ class Scheduler:
             if not batch.items:
                 continue
             self._crowded = _CALM_AFTER if len(batch.items) > 1 else max(0, self._crowded - 1)
-            if not self._running and self._costs.short(batch.num_bytes):
+            if not self._running and self._costs.below(SHORT_NS, batch.num_bytes):
                 self._execute(batch)
                 self._settle(batch)
                 if self._queue and not self._dispatching:  # others first: sockets, timers

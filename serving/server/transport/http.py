@@ -41,7 +41,7 @@ class HttpServer:
         self.settings = settings
         self.watch = watch
         self.request_ids = RequestIds()
-        self.routes = Routes(service, settings)
+        self.routes = Routes(service, settings, lambda: len(self._connections) == 1)
         self.closing = False
         """Whether it has stopped accepting."""
         self.port = 0

@@ -69,11 +69,13 @@ class Routes:
     Args:
         service: answers the requests.
         settings: the limits.
+        alone: whether one client is connected and no other.
     """
 
-    def __init__(self, service: InferenceService, settings: HttpSettings) -> None:
+    def __init__(self, service: InferenceService, settings: HttpSettings, alone: Callable[[], bool]) -> None:
         self.service = service
         self.settings = settings
+        self._alone = alone
         self.closing = False
         """Whether the server has stopped accepting, which makes it not ready."""
         self._decoder = RequestDecoder(settings.limits)
@@ -155,6 +157,7 @@ class Routes:
             request.priority = head.priority
         if head.timeout is not None:
             request.deadline = time.monotonic() + head.timeout
+        request.alone = self._alone()
         exchange.asked(request)
         result = self.service.infer(request)
         if type(result) is InferResponse:

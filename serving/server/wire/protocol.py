@@ -71,6 +71,8 @@ class InferRequest:
     """When the client stops waiting, in seconds of `time.monotonic`; None is never."""
     priority: int = 0
     """Larger goes first."""
+    alone: bool = False
+    """Whether its client is the only one, whom a model that holds up the event loop keeps waiting in any case."""
     cancelled: bool = False
     """Set by `cancel` when the client has gone."""
     request_id: str = ""

@@ -152,6 +152,21 @@ async def test_a_long_model_never_holds_up_the_event_loop():
 
 
 @on_a_loop
+async def test_a_model_of_some_milliseconds_runs_at_once_for_the_only_client():
+    model = Doubling()
+    scheduler = Scheduler(model, max_batch=4, max_queue=8, known=[(12, 8_000_000)] * 8)
+    given = scheduler.infer(ask(1))
+    assert not isinstance(given, InferResponse)
+    await given
+    await turns()
+    assert isinstance(scheduler.infer(ask(1, alone=True)), InferResponse)
+    scheduler = Scheduler(model, max_batch=4, max_queue=8, known=[(12, 30_000_000)] * 8)
+    given = scheduler.infer(ask(1, alone=True))
+    assert not isinstance(given, InferResponse)
+    await given
+
+
+@on_a_loop
 async def test_small_requests_that_are_short_say_nothing_of_large_ones():
     model = Doubling()
     scheduler = Scheduler(model, max_batch=4, max_queue=8)

@@ -81,6 +81,18 @@ def test_triton_infers_with_every_datatype(client: Any, dtype: str, binary: bool
     assert np.array_equal(found, array)
 
 
+def test_the_only_client_is_told_from_one_of_several():
+    with Running(HttpSettings(port=0)) as running, triton.InferenceServerClient(running.url) as client:
+        x = [tensor("x", np.zeros((1, 2), np.float32))]
+        client.infer("echo", x)
+        with running.connect():
+            wait_until(lambda: len(running.server._connections) == 2)
+            client.infer("echo", x)
+        wait_until(lambda: len(running.server._connections) == 1)
+        client.infer("echo", x)
+        assert [request.alone for request in running.service.requests] == [True, False, True]
+
+
 @pytest.mark.parametrize("binary", [True, False])
 def test_triton_infers_with_strings(client: Any, binary: bool):
     array = np.array([[b"", "grün".encode()], [b"a" * 300, b"0"]], dtype=object)
