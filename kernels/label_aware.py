@@ -10,6 +10,7 @@ from headstart.kernels.engine.ground_cost import Cost, Points
 from headstart.kernels.engine.precision import PRECISIONS
 from headstart.kernels.engine.terms import needed_centre
 from headstart.kernels.engine.transport import Settings, check_memory, solve
+from headstart.kernels.engine.transport_operators import warn_of
 from headstart.kernels.frechet import frechet_distances
 from headstart.kernels.ragged import RaggedTasks, check_alike, check_finite, check_labels, check_not_negative
 from headstart.kernels.sinkhorn import (
@@ -19,7 +20,6 @@ from headstart.kernels.sinkhorn import (
     checked_options,
     resolve_epsilon,
     sinkhorn_distances,
-    warn_of,
 )
 
 LabelDistance = Literal["bures", "sinkhorn"]

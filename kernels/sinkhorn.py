@@ -1,18 +1,16 @@
 """Sinkhorn divergences between a target and many ragged tasks."""
 
-import warnings
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from headstart.kernels.engine.ground_cost import Cost, Points, add_gradient
-from headstart.kernels.engine.precision import PRECISIONS, exact_products, resolve_precision
+from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
 from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.engine.terms import needed_centre, terms_of_tasks
-from headstart.kernels.engine.transport import Settings, solve
-from headstart.kernels.ragged import RaggedTasks, check_alike, check_finite
+from headstart.kernels.engine.transport_operators import self_values, transports
+from headstart.kernels.ragged import RaggedTasks, check_alike
 
 _SAMPLE = 1024
 """Rows of the target that the default epsilon is taken from."""
@@ -107,126 +105,11 @@ def sinkhorn_distances(
     kept = check_self_terms(self_terms, tasks, p, options.precision)
     centre = needed_centre(tasks, options.precision, "eager") if self_terms is None else self_terms.centre
     how = (p, at, *options, None if centre is None else centre.to(target.device))
-    values, errors = _self_values(tasks.features, tasks.offsets, *how) if kept is None else kept
-    cross, own, iterations, cross_errors, own_errors, *_ = _transports(target, tasks.features, tasks.offsets, *how)
+    values, errors = self_values(tasks.features, tasks.offsets, *how) if kept is None else kept
+    cross, own, iterations, cross_errors, own_errors, *_ = transports(target, tasks.features, tasks.offsets, *how)
     distances = (cross - (own + values) / 2).clamp(min=0)  # what the errors leave of a value that cannot be negative
     errors = torch.maximum(torch.maximum(cross_errors, own_errors), errors)
     return SinkhornResult(distances.to(PRECISIONS[options.precision]), at, iterations, errors, errors <= tolerance)
-
-
-@torch.library.custom_op("headstart::sinkhorn_transports", mutates_args=())
-def _transports(
-    target: Tensor,
-    features: Tensor,
-    offsets: Tensor,
-    p: int,
-    epsilon: Tensor,
-    tolerance: float,
-    max_iterations: int,
-    precision: str,
-    memory: int,
-    centre: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(OT(x, y) [T], OT(x, x) [1], iterations [T], the errors of both, the potentials of y [M] and of x [N])."""
-    check_finite(target)
-    settings = Settings(float(epsilon), tolerance, max_iterations, memory)
-    cost, own = Cost(p, None, precision, centre), as_points(target)
-    itself, cross = solve(own, None, cost, settings), solve(Points(features, offsets), own, cost, settings)
-    warn_of(torch.maximum(cross.errors, itself.errors), settings)
-    return (
-        cross.values,
-        itself.values,
-        cross.num_iterations,
-        cross.errors,
-        itself.errors,
-        cross.potentials,
-        itself.potentials,
-    )
-
-
-@_transports.register_fake
-def _(
-    target: Tensor, features: Tensor, offsets: Tensor, *settings: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def new(size: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return target.new_empty(size, dtype=dtype)
-
-    num_tasks, dtype = len(offsets) - 1, PRECISIONS[settings[4]]
-    counts, potentials = new(num_tasks, torch.int64), (new(len(features), dtype), new(len(target), dtype))
-    return new(num_tasks), new(1), counts, new(num_tasks), new(1), *potentials
-
-
-@torch.library.custom_op("headstart::sinkhorn_gradient", mutates_args=())
-def _gradient(
-    target: Tensor,
-    features: Tensor,
-    offsets: Tensor,
-    potentials: Tensor,
-    own_potentials: Tensor,
-    weights: Tensor,
-    own_weight: Tensor,
-    p: int,
-    epsilon: Tensor,
-    precision: str,
-    memory: int,
-    centre: Tensor | None,
-) -> Tensor:
-    """sum_t w_t dOT(x, y_t)/dx + w dOT(x, x)/dx at the potentials of the optimum, [N, D] as the target."""
-    cost, at = Cost(p, None, precision, centre), float(epsilon)
-    sources, own = Points(features, offsets), as_points(target)
-    out, cuts = torch.zeros(target.shape, dtype=PRECISIONS[precision], device=target.device), offsets.tolist()
-    with exact_products(target.device):
-        for t, weight in enumerate(weights.tolist()):
-            if weight:
-                rows, part = sources.only(t), potentials[cuts[t] : cuts[t + 1]]
-                add_gradient(out, weight, rows, own, part, at, cost, memory)
-        # Both sides of OT(x, x) move: each has the gradient of one.
-        add_gradient(out, 2 * float(own_weight), own, own, own_potentials, at, cost, memory)
-    return out.to(target.dtype)
-
-
-@_gradient.register_fake
-def _(target: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(target)
-
-
-def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    target, features, offsets, ctx.p, epsilon, _, _, ctx.precision, ctx.memory, centre = inputs
-    ctx.save_for_backward(target, features, offsets, *output[5:], epsilon, centre)
-
-
-def _backward(ctx: Any, weights: Tensor, own_weight: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    *saved, epsilon, centre = ctx.saved_tensors
-    moved = _gradient(*saved, weights, own_weight, ctx.p, epsilon, ctx.precision, ctx.memory, centre)
-    return moved, *[None] * 9
-
-
-_transports.register_autograd(_backward, setup_context=_context)
-
-
-@torch.library.custom_op("headstart::sinkhorn_self_values", mutates_args=())
-def _self_values(
-    features: Tensor,
-    offsets: Tensor,
-    p: int,
-    epsilon: Tensor,
-    tolerance: float,
-    max_iterations: int,
-    precision: str,
-    memory: int,
-    centre: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """OT(y, y) of each task and its error, [T] float64 both."""
-    settings = Settings(float(epsilon), tolerance, max_iterations, memory)
-    solution = solve(Points(features, offsets), None, Cost(p, None, precision, centre), settings)
-    warn_of(solution.errors, settings)
-    return solution.values, solution.errors
-
-
-@_self_values.register_fake
-def _(features: Tensor, offsets: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    values = features.new_empty(len(offsets) - 1, dtype=torch.float64)
-    return values, torch.empty_like(values)
 
 
 def sinkhorn_self_terms(
@@ -243,7 +126,7 @@ def sinkhorn_self_terms(
     options = checked_options(tasks.features.dtype, p, tolerance, max_iterations, precision, memory)
     at = resolve_epsilon(tasks.features, p, epsilon, options.memory, None)
     centre = needed_centre(tasks, options.precision, "eager")
-    values, errors = _self_values(tasks.features, tasks.offsets, p, at, *options, centre)
+    values, errors = self_values(tasks.features, tasks.offsets, p, at, *options, centre)
     return SinkhornSelfTerms(
         values=values,
         errors=errors,
@@ -359,21 +242,3 @@ def check_self_terms(
     device = tasks.features.device
     values, errors = (terms_of_tasks(v.to(device), kept.sizes, tasks.offsets) for v in (kept.values, kept.errors))
     return values, errors
-
-
-def as_points(features: Tensor) -> Points:
-    """One set."""
-    return Points(features.detach(), torch.tensor([0, len(features)]))
-
-
-def warn_of(errors: Tensor, settings: Settings) -> None:
-    """Warn where a transport did not converge."""
-    lost = int((errors > settings.tolerance).sum())
-    if lost:
-        warnings.warn(
-            f"{lost} of {len(errors)} Sinkhorn distances did not converge in {settings.max_iterations} iterations: "
-            f"marginal error up to {float(errors.max()):.1e}, tolerance {settings.tolerance:.1e}; what helps is more "
-            "iterations, a larger epsilon or tolerance, precision='fp64'",
-            RuntimeWarning,
-            stacklevel=3,
-        )

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from headstart.kernels.engine import launch
-from headstart.kernels.engine.ground_cost import Cost, Points, Recomputed
+from headstart.kernels.engine.ground_cost import Cost, Points
 from headstart.kernels.engine.precision import make_operand
+from headstart.kernels.engine.softmin import Recomputed
 
 
 class FusedCosts(Recomputed):

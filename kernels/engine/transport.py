@@ -6,7 +6,7 @@ in turn, in the log domain:
     f_i = softmin_j(C_ij - g_j) = -epsilon log sum_j 1/N exp((g_j - C_ij) / epsilon),    g likewise from f
 
 until the plan exp((f_i + g_j - C_ij) / epsilon) / (M N) has the marginals 1/M and 1/N; the value is mean f + mean g.
-Two things make that fast, beside what `ground_cost` does:
+Two things make that fast, beside what `softmin` does:
 
 - Epsilon is annealed from the largest cost, a quarter of it at a time, with the symmetric step
   f, g = (f + softmin(g)) / 2, (g + softmin(f)) / 2, which leaves f = g where both sides are the same rows.
@@ -26,17 +26,9 @@ import torch
 from torch import Tensor
 
 from headstart.kernels import dispatch
-from headstart.kernels.engine.ground_cost import (
-    LEAST_CHUNK,
-    Cost,
-    Costs,
-    Points,
-    choose_path,
-    chunk_bytes,
-    held_bytes,
-    make_costs,
-)
+from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, Points, chunk_bytes, held_bytes
 from headstart.kernels.engine.precision import exact_products
+from headstart.kernels.engine.softmin import Costs, choose_path, make_costs
 
 _ANNEALING = 0.25
 _RELAXATION = 1.5

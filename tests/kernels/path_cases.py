@@ -12,8 +12,9 @@ import torch
 from headstart.kernels import dispatch, naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
 from headstart.kernels.engine import gpu, streamed, units
-from headstart.kernels.engine.ground_cost import Cost, Points, choose_path, make_costs
+from headstart.kernels.engine.ground_cost import Cost, Points
 from headstart.kernels.engine.pairs import pair_sums
+from headstart.kernels.engine.softmin import choose_path, make_costs
 from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.mmd import mmd_distances
 from headstart.kernels.neighbours import nearest_neighbours
