@@ -5,7 +5,6 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from headstart.kernels.ragged import (
     check_not_negative,
     common_centre,
     make_blocks,
+    sums_of_rows,
 )
 
 _CHUNK = {"cpu": 2**20, "cuda": 2**26}
@@ -216,17 +216,11 @@ def _class_means(features: Tensor, classes: _Classes, low: int, high: int, centr
         end = min(last, int(torch.searchsorted(classes.ends, classes.ends[block] + chunk_rows, right=True)) - 1)
         ends = classes.ends[block : end + 1]
         rows = features[classes.order[int(ends[0]) : int(ends[-1])]].double().sub_(centre)
-        sums.append(_run_sums(rows, ends[:-1] - ends[0]))
+        sums.append(sums_of_rows(rows, ends[:-1] - ends[0]))
         block = end
     blocks = classes.first_block[low : high + 1]
-    means = _run_sums(torch.cat(sums), blocks[:-1] - first)
+    means = sums_of_rows(torch.cat(sums), blocks[:-1] - first)
     return means.div_(classes.ends[blocks].diff().to(means.device)[:, None])
-
-
-def _run_sums(rows: Tensor, starts: Tensor) -> Tensor:
-    """Sum of each run of rows that begins at `starts`, [len(starts), D], one row after the other on every device."""
-    places = torch.arange(len(rows), device=rows.device)
-    return F.embedding_bag(places, rows, starts.to(rows.device), mode="sum")
 
 
 def _check_finite(costs: Any) -> None:

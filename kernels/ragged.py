@@ -143,21 +143,27 @@ def block_means(
         ends = blocks.ends[low : max(low + 1, high) + 1]
         rows = features[int(ends[0]) : int(ends[-1])]
         rows = rows.to(dtype) if centre is None else (rows - centre).to(dtype)
-        sums.append(_run_sums(rows, (ends[:-1] - ends[0]).to(features.device)).double())
+        sums.append(sums_of_rows(rows, ends[:-1] - ends[0]).double())
         low += len(ends) - 1
     block_sums = torch.cat(sums)
     if len(block_sums) > len(offsets) - 1:
-        block_sums = _run_sums(block_sums, blocks.first_of_task[:-1].to(features.device))
+        block_sums = sums_of_rows(block_sums, blocks.first_of_task[:-1])
     return block_sums.div_(offsets.diff().to(features.device)[:, None])
 
 
-def _run_sums(rows: Tensor, starts: Tensor) -> Tensor:
-    """Sum of each run of rows that begins at `starts`, [len(starts), D].
+def sums_of_rows(rows: Tensor, starts: Tensor) -> Tensor:
+    """Sum of each run of rows [N, D] that begins at `starts`, [len(starts), D].
 
     embedding_bag adds the rows of a run one after the other on the CPU and on CUDA, whatever lies beside the run,
     and takes 1.9 ms for 512 runs of 51k rows, D = 256, where segment_reduce takes 22 (torch 2.15, one core).
     """
-    return F.embedding_bag(torch.arange(len(rows), device=rows.device), rows, starts, mode="sum")
+    return F.embedding_bag(torch.arange(len(rows), device=rows.device), rows, starts.to(rows.device), mode="sum")
+
+
+def sums_of_runs(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums of consecutive runs of values [N] float64, each in its own order, [len(lengths)] on the CPU."""
+    sums: Tensor = torch.segment_reduce(values.cpu(), "sum", lengths=lengths, unsafe=True)
+    return sums
 
 
 def common_centre(features: Tensor) -> Tensor:

@@ -25,10 +25,10 @@ from headstart.kernels.engine.units import (
     cut,
     met_units,
     on,
-    run_sums,
     tile_config,
     whole,
 )
+from headstart.kernels.ragged import sums_of_runs
 
 GROUP_BYTES = 16 * 2**20
 """Of x that stay in the L2 cache, which has 40 MB or more on A100 and H100."""
@@ -67,8 +67,8 @@ class Fused:
                 places[low:high] = lengths.cumsum(0) - lengths
                 for table in self._tables(low, high, places.to(self.device)):
                     self._launch(table, values, None)
-                sums.append(run_sums(values.cpu().double(), lengths))
-        return run_sums(torch.cat(sums), self.y_units.first_of_task.diff())
+                sums.append(sums_of_runs(values.cpu().double(), lengths))
+        return sums_of_runs(torch.cat(sums), self.y_units.first_of_task.diff())
 
     def rows(self, values: Tensor, indices: Tensor | None = None) -> None:
         """A number for each unit of y and row of x, all of them, into values [U, N]."""

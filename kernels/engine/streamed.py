@@ -48,9 +48,9 @@ from headstart.kernels.engine.units import (
     finish_config,
     met_units,
     on,
-    run_sums,
     whole,
 )
+from headstart.kernels.ragged import sums_of_runs
 
 STEPS = 2 if INTERPRETED else 4
 """Tiles of `finish_kernel` that one program adds: 128 rows of x, so that what is written is a 128th of what is
@@ -200,7 +200,7 @@ def task_sums(totals: Tensor, sizes: Tensor) -> Tensor:
     sums = torch.empty(len(table), dtype=torch.float64, device=totals.device)
     with on(totals.device):
         task_kernel[(len(table),)](totals, table, sums, BLOCK=BLOCK, num_warps=4)
-    return run_sums(sums.cpu(), blocks.first_of_task.diff())
+    return sums_of_runs(sums, blocks.first_of_task.diff())
 
 
 class _Product(NamedTuple):

@@ -8,6 +8,7 @@ from torch import Tensor
 from headstart.kernels.engine.precision import PRECISIONS
 from headstart.kernels.engine.sweep import Sweep
 from headstart.kernels.engine.tile import Panels, Value
+from headstart.kernels.ragged import sums_of_runs
 
 OWN_ROWS = 256
 """Tasks of at most so many rows meet themselves in batches, larger ones in stripes."""
@@ -28,7 +29,7 @@ def cross_sums(
     panels = sweep.panels(target)
     for tile in sweep.tiles(target, features, panels):
         totals[tile.row : tile.row + tile.squares.shape[0]].add_(sweep.value.apply_(tile.squares).sum(1))
-    sums = run_sums(totals, offsets.diff()).to(features.device)
+    sums = sums_of_runs(totals, offsets.diff()).to(features.device)
     if not own:
         return sums, None
     if panels.held is None:
@@ -94,9 +95,3 @@ def cross_gradient(sweep: Sweep, target: Tensor, features: Tensor, row_weights: 
             moved -= slopes.T @ (features[rows].to(sweep.wide) - origin).to(sweep.dtype)
         moved.addcmul_(columns.to(torch.float64, copy=True).sub_(origin), total)
         moved_columns.copy_(moved)
-
-
-def run_sums(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sums of consecutive runs of values, float64 [len(lengths)] on the CPU, each run in its own order."""
-    sums: Tensor = torch.segment_reduce(values.flatten().cpu(), "sum", lengths=lengths, unsafe=True)
-    return sums

@@ -131,12 +131,6 @@ def byte_chunks(costs: Tensor, memory: int, share: int) -> Iterator[tuple[int, i
     return chunks(costs, memory // share)
 
 
-def run_sums(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sums of consecutive runs of float64 values on the CPU, each in its own order, [len(lengths)]."""
-    sums: Tensor = torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
-    return sums
-
-
 def logsumexp_runs(values: Tensor, lengths: Tensor) -> Tensor:
     """log sum exp over consecutive runs of rows of values [R, N], [len(lengths), N]; -inf where all are."""
     if len(lengths) == len(values):
