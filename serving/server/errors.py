@@ -1,5 +1,7 @@
 """Refusals that a client is told, and the one that the operator is told when a server cannot start."""
 
+import errno
+
 from headstart.serving.errors import PackageError
 
 
@@ -36,6 +38,16 @@ class StartError(PackageError):
 
     Read by the operator, so it names files of the machine.
     """
+
+    @classmethod
+    def of_port(cls, error: OSError, host: str, port: int, option: str) -> "StartError":
+        """What to do where `error` keeps a server from listening on a port that `option` chooses."""
+        where = f"{host}:{port}"
+        if error.errno == errno.EADDRINUSE:
+            return cls(f"{where} is in use; stop what listens there, or give another {option}")
+        if error.errno == errno.EACCES:
+            return cls(f"{where} may not be used by this user; give a {option} from 1024 on")
+        return cls(f"cannot listen on {where} ({error.strerror or error}); give --host an address of this machine")
 
 
 def bad_request(message: str) -> ServeError:

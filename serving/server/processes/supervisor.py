@@ -8,7 +8,6 @@ those of the whole server; the end. A worker that notices that its supervisor ha
 
 import asyncio
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -239,7 +238,6 @@ class _Reserved:
     """
 
     def __init__(self, host: str, port: int, option: str) -> None:
-        where = f"{host}:{port}"
         self._sockets: list[socket.socket] = []
         try:
             for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
@@ -253,13 +251,7 @@ class _Reserved:
                 shared.bind((address[0], port, *address[2:]))
         except OSError as error:
             self.__exit__()
-            if error.errno == errno.EADDRINUSE:
-                raise StartError(f"{where} is in use; stop what listens there, or give another {option}") from error
-            if error.errno == errno.EACCES:
-                raise StartError(f"{where} may not be used by this user; give a {option} from 1024 on") from error
-            raise StartError(
-                f"cannot listen on {where} ({error.strerror or error}); give --host an address of this machine"
-            ) from error
+            raise StartError.of_port(error, host, port, option) from error
         self.port = port
 
     def __enter__(self) -> "_Reserved":

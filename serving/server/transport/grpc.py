@@ -9,7 +9,6 @@ Imported only where a gRPC port is asked for: a server of HTTP alone needs neith
 """
 
 import asyncio
-import errno
 import logging
 import socket
 import time
@@ -335,7 +334,6 @@ def _probe(host: str, port: int, reuse_port: bool) -> None:
     Raises:
         StartError: it is in use or may not be used, or the address is not this machine's.
     """
-    where = f"{host}:{port}"
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             with socket.socket(family, kind, protocol) as probe:
@@ -344,10 +342,4 @@ def _probe(host: str, port: int, reuse_port: bool) -> None:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
                 probe.bind(address)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise StartError(f"{where} is in use; stop what listens there, or give another --grpc-port") from error
-        if error.errno == errno.EACCES:
-            raise StartError(f"{where} may not be used by this user; give a --grpc-port from 1024 on") from error
-        raise StartError(
-            f"gRPC cannot listen on {where} ({error.strerror or error}); give --host an address of this machine"
-        ) from error
+        raise StartError.of_port(error, host, port, "--grpc-port") from error

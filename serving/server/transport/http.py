@@ -9,7 +9,6 @@ It must run on uvloop or asyncio; it imports neither torch nor ray.
 """
 
 import asyncio
-import errno
 import logging
 from collections.abc import Callable
 from email.utils import formatdate
@@ -82,13 +81,7 @@ class HttpServer:
                 ssl_shutdown_timeout=1.0 if context else None,
             )
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise StartError(f"{where} is in use; stop what listens there, or give another --port") from error
-            if error.errno == errno.EACCES:
-                raise StartError(f"{where} may not be used by this user; give a --port from 1024 on") from error
-            raise StartError(
-                f"cannot listen on {where} ({error.strerror or error}); give --host an address of this machine"
-            ) from error
+            raise StartError.of_port(error, settings.host, settings.port, "--port") from error
         self.port = self._listener.sockets[0].getsockname()[1]
         if settings.host not in _LOOPBACK:
             if settings.token is None:
