@@ -21,7 +21,8 @@ from torch import nn
 
 from headstart.serving.errors import PackageError, first_line
 from headstart.serving.graph import MAX_INLINE_BYTES, OnnxStage, convert, cut, inlined, join, opsets, save
-from headstart.serving.package import MANIFEST, MODEL, Drift, Latency, Manifest, digest, new_package, verify
+from headstart.serving.manifest import MANIFEST, Drift, Latency, Manifest
+from headstart.serving.package import MODEL, digest, new_package, verify
 from headstart.serving.parity import Images, Logits, prove_parity, prove_providers, same_size
 from headstart.serving.runtime import Predictor, describe, measure_latency, open_session
 

@@ -15,7 +15,7 @@ import onnx.inliner
 import onnx.version_converter
 
 from headstart.serving.errors import PackageError, first_line
-from headstart.serving.package import FEATURES
+from headstart.serving.manifest import FEATURES
 from headstart.serving.runtime import INPUT, OUTPUTS
 
 MAX_INLINE_BYTES = 1 << 30  # protobuf ends at 2 GiB; weights of larger graphs lie in model.onnx.data

@@ -4,246 +4,19 @@ The manifest lists the SHA-256 of every file beside it, and `verify` computes th
 external data whose recorded checksum is wrong. A package is written whole by `new_package` or not at all.
 """
 
-import dataclasses
 import hashlib
-import json
 import math
 import os
 import shutil
-import types
-import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from headstart.serving.errors import PackageError
+from headstart.serving.manifest import MANIFEST, MEND, SCHEMA, Manifest, load_manifest
 
-SCHEMA = 2
 MODEL = "model.onnx"
-MANIFEST = "manifest.json"
 SIGNATURE = "package.sig"  # covers the manifest and what it lists, which therefore cannot list it
-FEATURES = "features"
-PARITY_BATCHES = (1, 2, 16)
-VARIANTS = ("fp32", "fp16", "int8")
-_MEND = "export the run again: headstart export RUN"
-_SINCE = {"variant": 2, "provider_parity": 2, "drift": 2}  # the schema that brought a field of the manifest
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tensor:
-    """An input or output of the graph."""
-
-    name: str
-    """Its name in the graph."""
-    dtype: str
-    """NumPy's name of its type."""
-    shape: tuple[int | str, ...]
-    """Sizes; a word stands for a size that is free."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParityRow:
-    """PyTorch against ONNX Runtime on the same validation images at one batch size."""
-
-    batch: int
-    """Images in one call."""
-    num_images: int
-    """Images compared, in calls of `batch`."""
-    difference: float
-    """Largest absolute difference of a logit."""
-    relative_difference: float
-    """`difference` over the largest absolute logit of PyTorch."""
-    top1_agreement: float
-    """Share of the images whose largest logit is the same class."""
-    num_disagreements: int
-    """Images whose top class differs although the two best logits are further apart than the tolerance."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parity:
-    """The proof that the graph computes what PyTorch, or for a variant the fp32 graph, computed."""
-
-    tolerance: float
-    """Bound on `relative_difference`."""
-    provider: str
-    """Execution provider of ONNX Runtime that was compared."""
-    rows: tuple[ParityRow, ...]
-    """One for each of the batch sizes 1, 2 and 16."""
-
-    def failure(self) -> str:
-        """What does not hold, or an empty string.
-
-        A row holds where its relative difference is within the tolerance and no top class differs beyond a
-        tie. The comparisons are written so that a NaN fails them.
-        """
-        if not 0 < self.tolerance < math.inf:
-            return f"its tolerance is {self.tolerance}"
-        missing = set(PARITY_BATCHES) - {row.batch for row in self.rows if row.num_images >= row.batch}
-        if missing:
-            return f"batch {min(missing)} was not compared"
-        for row in self.rows:
-            if not 0 <= row.relative_difference <= self.tolerance:
-                return (
-                    f"at batch {row.batch} the logits differ by {row.relative_difference:.3g} of the largest "
-                    f"logit, above the tolerance of {self.tolerance:g}"
-                )
-            if row.num_disagreements != 0:
-                return f"at batch {row.batch} {row.num_disagreements} of {row.num_images} images change class"
-        return ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Latency:
-    """A prediction beside the bare call that it makes, interleaved on the exporting machine."""
-
-    batch: int
-    """Images in one call."""
-    shape: tuple[int, ...]
-    """Shape of the input, [N, H, W, 3]."""
-    runs: int
-    """Timed calls of each."""
-    provider: str
-    """Execution provider."""
-    threads: int
-    """Threads of the session; 0 is one per core."""
-    predict_p50_ms: float
-    """Median of `Predictor.predict` in milliseconds."""
-    session_run_p50_ms: float
-    """Median of `session.run` in milliseconds."""
-    ratio: float
-    """The first over the second."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """In which arithmetic the graph computes, and what that costs in accuracy and saves in time."""
-
-    name: str = "fp32"
-    """`fp32`, `fp16` or `int8`."""
-    accuracy: float | None = None
-    """Share of labelled validation images that this graph has right; None for fp32, which nothing is compared with."""
-    fp32_accuracy: float | None = None
-    """The same of the fp32 graph on the same images."""
-    max_loss: float | None = None
-    """How far `accuracy` may lie below `fp32_accuracy`."""
-    num_images: int = 0
-    """Validation images that both were measured on."""
-    calibration_images: int = 0
-    """Training images whose activations gave int8 its ranges, and fp16 the proof that it can hold them."""
-    latency_ms: float | None = None
-    """Median of `session.run` on one image in milliseconds, where it was timed."""
-    fp32_latency_ms: float | None = None
-    """The same of the fp32 graph, timed in turns with this one."""
-
-    def failure(self) -> str:
-        """What does not hold, or an empty string; written so that a NaN fails."""
-        if self.name not in VARIANTS:
-            return f"its name is {self.name!r}; accepted: {', '.join(VARIANTS)}"
-        if self.name == "fp32":
-            return ""
-        if self.accuracy is None or self.fp32_accuracy is None or self.max_loss is None or self.num_images < 1:
-            return f"{self.name} was not compared with fp32 on validation images"
-        if not self.accuracy >= self.fp32_accuracy - self.max_loss - 1e-9:  # shares of a count, rounded
-            return (
-                f"{self.name} has {self.accuracy:.4f} of {self.num_images} validation images right and fp32 "
-                f"{self.fp32_accuracy:.4f}: more than {self.max_loss:g} is lost"
-            )
-        return ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drift:
-    """The training images' features, for comparison with those of live images."""
-
-    output: str = "features"
-    """Output of the graph that gives features, float32 [batch, D]: what the head takes."""
-    mean: tuple[float, ...]
-    """Their mean, [D]."""
-    spread: float
-    """Root mean square distance of a training image's features from that mean."""
-    num_images: int
-    """Training images."""
-
-    def failure(self) -> str:
-        """What cannot be, or an empty string."""
-        if self.output != FEATURES or not self.mean or self.num_images < 1 or not all(map(math.isfinite, self.mean)):
-            return f"its output is {self.output!r}, with {len(self.mean)} means of {self.num_images} images"
-        return "" if 0 < self.spread < math.inf else f"its spread is {self.spread}; accepted: a number above 0"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """Everything that a package says about itself."""
-
-    schema: int = SCHEMA
-    """Version of this layout."""
-    name: str
-    """The run's name."""
-    inputs: tuple[Tensor, ...]
-    """`images`, uint8 [batch, height, width, 3]."""
-    outputs: tuple[Tensor, ...]
-    """`logits` and `probabilities`, float32 [batch, C]; with a `drift` record also `features`, float32 [batch, D]."""
-    labels: tuple[str, ...]
-    """Class names in the order of the outputs' columns."""
-    preprocessing: dict[str, Any]
-    """What the graph does to the pixels; for reading only, since it is inside the graph."""
-    temperature: float
-    """probabilities = softmax(logits / temperature)."""
-    variant: Variant = field(default_factory=Variant)
-    """In which arithmetic the graph computes."""
-    parity: Parity
-    """Comparison of fp32 with PyTorch, of another variant with the fp32 graph, on the CPU provider."""
-    provider_parity: tuple[Parity, ...] = ()
-    """The same on every other provider that loaded where the package was made."""
-    drift: Drift | None = None
-    """The training images' features, where the graph gives features."""
-    latency: Latency | None = None
-    """Timing on the exporting machine, where it was taken."""
-    licence: str
-    """Licence of the weights as found, `not stated` where there is none."""
-    provenance: dict[str, Any]
-    """Fingerprints of the recipe, the data and the source, and `versions` of what made the graph."""
-    files: dict[str, str]
-    """SHA-256 of every other file of the package, by its path in the folder."""
-    created: str
-    """When, as ISO 8601 in UTC."""
-
-    @property
-    def proven_on(self) -> tuple[str, ...]:
-        """Execution providers with a parity record."""
-        return tuple(parity.provider for parity in (self.parity, *self.provider_parity))
-
-    def to_json(self) -> str:
-        """The text of `manifest.json`."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def load_manifest(directory: Path) -> Manifest:
-    """Read `manifest.json`; the files it lists are not looked at.
-
-    Raises:
-        PackageError: there is no package, its manifest is damaged, or it is of a newer schema.
-    """
-    path = Path(directory) / MANIFEST
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise PackageError(
-            f"{directory} is no package: it has no {MANIFEST}; give a folder that headstart export RUN wrote"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise PackageError(f"{path} cannot be read ({error}); {_MEND}") from error
-    try:
-        document = json.loads(text, parse_constant=_no_constant)
-        schema = document.get("schema") if isinstance(document, dict) else None
-        if isinstance(schema, int) and schema > SCHEMA:
-            raise PackageError(f"{path} has schema {schema}, this version reads {SCHEMA}; install a newer headstart")
-        manifest: Manifest = _read(Manifest, document, "manifest")
-    except (ValueError, OverflowError, RecursionError) as error:
-        raise PackageError(f"{path} is damaged: {error}; {_MEND}") from error
-    return manifest
 
 
 def verify(directory: Path) -> Manifest:
@@ -258,7 +31,7 @@ def verify(directory: Path) -> Manifest:
     directory = Path(directory)
     manifest = load_manifest(directory)
     if problem := next(_inconsistencies(manifest), ""):
-        raise PackageError(f"{directory / MANIFEST}: {problem}; {_MEND}")
+        raise PackageError(f"{directory / MANIFEST}: {problem}; {MEND}")
     present = set()
     for path in directory.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
@@ -266,7 +39,7 @@ def verify(directory: Path) -> Manifest:
         if path.is_file() and path not in (directory / MANIFEST, directory / SIGNATURE):
             present.add(path.relative_to(directory).as_posix())
     if missing := sorted(set(manifest.files) - present):
-        raise PackageError(f"{directory} lacks {', '.join(missing)}; copy the whole folder again, or {_MEND}")
+        raise PackageError(f"{directory} lacks {', '.join(missing)}; copy the whole folder again, or {MEND}")
     if extra := sorted(present - set(manifest.files)):
         raise PackageError(f"{directory} holds {', '.join(extra)}, which its manifest does not list; take it out")
     for name, expected in manifest.files.items():
@@ -274,7 +47,7 @@ def verify(directory: Path) -> Manifest:
         if found != expected:
             raise PackageError(
                 f"{directory / name} was changed: SHA-256 {found}, the manifest has {expected}; "
-                f"copy the package again, or {_MEND}"
+                f"copy the package again, or {MEND}"
             )
     return manifest
 
@@ -364,42 +137,3 @@ def _sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number")
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """Turn parsed JSON into `kind`, a dataclass or a field's type, or raise ValueError naming the place."""
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} is not an object")
-        schema = value.get("schema") if kind is Manifest else SCHEMA
-        known = [one.name for one in dataclasses.fields(kind) if schema not in range(1, _SINCE.get(one.name, 1))]
-        if unknown := sorted(set(value) - set(known)):
-            raise ValueError(f"{where}.{unknown[0]} is not known to schema {schema}")
-        if missing := [name for name in known if name not in value]:
-            raise ValueError(f"{where}.{missing[0]} is missing")
-        hints = typing.get_type_hints(kind)
-        return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in known})
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_read(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is types.UnionType:
-        chosen = [option for option in arguments if dataclasses.is_dataclass(option) and isinstance(value, dict)]
-        return _read(chosen[0], value, where) if chosen else _scalar(arguments, value, where)
-    if origin in (tuple, dict):
-        raise ValueError(f"{where} is {value!r}; accepted: {'a list' if origin is tuple else 'an object'}")
-    return value if kind is Any else _scalar((kind,), value, where)
-
-
-def _scalar(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        names = " or ".join("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
-        raise ValueError(f"{where} is {value!r}; accepted: {names}")  # noqa: TRY004 (it is a file's content)
-    return value

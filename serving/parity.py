@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from headstart.serving.device import Device, open_on
 from headstart.serving.errors import PackageError, first_line
-from headstart.serving.package import PARITY_BATCHES, Parity, ParityRow
+from headstart.serving.manifest import PARITY_BATCHES, Parity, ParityRow
 from headstart.serving.runtime import CPU, INPUT, OUTPUTS
 
 Images: TypeAlias = NDArray[np.uint8]

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from headstart.serving.errors import PackageError
 from headstart.serving.images import read_image
-from headstart.serving.package import MODEL, Latency, Manifest, Tensor, verify
+from headstart.serving.manifest import Latency, Manifest, Tensor
+from headstart.serving.package import MODEL, verify
 
 INPUT = "images"
 OUTPUTS = ["logits", "probabilities"]

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from headstart.serving.errors import PackageError, first_line
-from headstart.serving.package import MANIFEST, SIGNATURE, verify
+from headstart.serving.manifest import MANIFEST
+from headstart.serving.package import SIGNATURE, verify
 
 _MEND = "get it from where it was signed, or sign it: headstart package sign PACKAGE --key PRIVATE.pem"
 _CURVES = "PEM with an elliptic-curve key, P-256, P-384 or P-521"

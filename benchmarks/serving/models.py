@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.serving.package import MANIFEST, MODEL, Manifest, Parity, ParityRow, digest, new_package
+from headstart.serving.manifest import MANIFEST, Manifest, Parity, ParityRow
+from headstart.serving.package import MODEL, digest, new_package
 from headstart.serving.runtime import CPU, describe, open_session
 
 MODELS = ("mlp", "mobilenet_v2", "resnet50")

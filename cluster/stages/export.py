@@ -14,7 +14,7 @@ from headstart.cluster.stages.context import Context
 from headstart.cluster.stages.run_directory import Result, Stage, fingerprint
 from headstart.serving.errors import PackageError
 from headstart.serving.export import OnnxStage, export_package
-from headstart.serving.package import Drift
+from headstart.serving.manifest import Drift
 from headstart.serving.variants import PARITY_TOLERANCES, make_variant
 from headstart.trainer.features import CachedFeatures, extract_features
 from headstart.trainer.inputs.batches import to_pixels

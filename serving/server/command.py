@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headstart.serving.errors import PackageError
-from headstart.serving.package import SIGNATURE, load_manifest, verify
+from headstart.serving.manifest import load_manifest
+from headstart.serving.package import SIGNATURE, verify
 from headstart.serving.runtime import CPU
 from headstart.serving.server.errors import StartError
 from headstart.serving.signing import verify_signature

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headstart.serving.package import MODEL, Tensor
+from headstart.serving.manifest import Tensor
+from headstart.serving.package import MODEL
 from headstart.serving.runtime import CPU
 from headstart.serving.server.errors import ServeError, bad_request
 from headstart.serving.server.models.drift import distance

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from headstart.serving.errors import PackageError
-from headstart.serving.package import MANIFEST, MODEL, digest, verify
+from headstart.serving.manifest import MANIFEST
+from headstart.serving.package import MODEL, digest, verify
 from headstart.serving.parity import prove_parity
 from headstart.serving.runtime import Predictor, open_session
 

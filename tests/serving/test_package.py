@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.serving.errors import PackageError
-from headstart.serving.package import MANIFEST, MODEL, Manifest, Variant, digest, load_manifest, new_package, verify
+from headstart.serving.manifest import MANIFEST, Manifest, Variant, load_manifest
+from headstart.serving.package import MODEL, digest, new_package, verify
 from headstart.serving.runtime import Predictor
 
 

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from headstart.serving.errors import PackageError
-from headstart.serving.package import MANIFEST, MODEL
+from headstart.serving.manifest import MANIFEST
+from headstart.serving.package import MODEL
 from headstart.serving.runtime import Predictor, measure_latency, open_session
 
 from .conftest import LABELS

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from headstart.serving.errors import PackageError
-from headstart.serving.package import MANIFEST, MODEL, SIGNATURE, verify
+from headstart.serving.manifest import MANIFEST
+from headstart.serving.package import MODEL, SIGNATURE, verify
 from headstart.serving.server.errors import ServeError
 from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.service import Service

@@ -23,7 +23,8 @@ from torch import nn
 from headstart.serving.device import Device
 from headstart.serving.errors import PackageError
 from headstart.serving.export import export_package
-from headstart.serving.package import MANIFEST, MODEL, Drift, Manifest, Tensor, verify
+from headstart.serving.manifest import MANIFEST, Drift, Manifest, Tensor
+from headstart.serving.package import MODEL, verify
 from headstart.serving.parity import prove_providers
 from headstart.serving.runtime import Predictor, open_session
 from headstart.serving.server.models.model import load_package

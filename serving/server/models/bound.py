@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from headstart.serving.package import Tensor
+from headstart.serving.manifest import Tensor
 
 _MOST_PLANS = 64
 """Shapes that buffers are kept for; further ones run without, as images of every size would fill the device."""

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.serving.errors import PackageError
-from headstart.serving.package import Drift
+from headstart.serving.manifest import Drift
 
 WINDOW = 1024
 """Rows that the mean remembers: each new row has this share of it, so that a change shows after about as many."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headstart.serving.errors import PackageError
-from headstart.serving.package import MANIFEST
+from headstart.serving.manifest import MANIFEST
 from headstart.serving.server.models.policy import VERSION, Policy
 
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")

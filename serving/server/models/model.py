@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from headstart.serving.device import Device, open_on
 from headstart.serving.errors import PackageError, first_line
-from headstart.serving.package import MANIFEST, MODEL, SIGNATURE, Manifest, Tensor, load_manifest, verify
+from headstart.serving.manifest import MANIFEST, Manifest, Tensor, load_manifest
+from headstart.serving.package import MODEL, SIGNATURE, verify
 from headstart.serving.runtime import CPU, OUTPUTS
 from headstart.serving.server.errors import bad_request, internal, unavailable
 from headstart.serving.server.models.bound import Bound, buckets

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from headstart.serving.package import Tensor
+from headstart.serving.manifest import Tensor
 from headstart.serving.server.errors import ServeError, internal, timeout, too_many, unavailable
 from headstart.serving.server.scheduling.queueing import Budget, Queue, Waiting
 from headstart.serving.server.scheduling.signature import Key, Signature

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headstart.serving.package import Tensor
+from headstart.serving.manifest import Tensor
 from headstart.serving.server.errors import ServeError, bad_request
 
 if TYPE_CHECKING:

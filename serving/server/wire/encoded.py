@@ -15,7 +15,7 @@ from PIL import Image
 
 from headstart.serving.errors import PackageError
 from headstart.serving.images import read_image
-from headstart.serving.package import Tensor
+from headstart.serving.manifest import Tensor
 from headstart.serving.server.errors import bad_request, too_large, too_many, unavailable
 from headstart.serving.server.wire.protocol import InferRequest, InferResponse, Limits
 

@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from headstart.serving.package import MANIFEST, MODEL, Latency, Manifest, Parity, ParityRow, Tensor, verify
+from headstart.serving.manifest import MANIFEST, Latency, Manifest, Parity, ParityRow, Tensor
+from headstart.serving.package import MODEL, verify
 
 LABELS = ("red", "green", "blue")
 MARK = 1000.0  # a package's logits are its mark times this, plus the mean of each channel

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from headstart.serving.package import MODEL, Tensor
+from headstart.serving.manifest import Tensor
+from headstart.serving.package import MODEL
 from headstart.serving.runtime import open_session
 from tests.serving.server.graphs import model_bytes, value, write_package
 

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits, load_sample_images
 
 from headstart.serving.device import Device
 from headstart.serving.errors import PackageError
-from headstart.serving.package import Drift, Tensor
+from headstart.serving.manifest import Drift, Tensor
 from headstart.serving.server.models.drift import LEAST_ROWS, WINDOW, DriftGauge, distance
 from headstart.serving.server.models.model import LoadedModel, WatchedModel, load_package
 from headstart.serving.server.service import Service

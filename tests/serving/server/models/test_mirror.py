@@ -24,7 +24,8 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from headstart.serving.package import MANIFEST, MODEL
+from headstart.serving.manifest import MANIFEST
+from headstart.serving.package import MODEL
 from headstart.serving.server.errors import StartError
 from headstart.serving.server.models.folder import Folder, scan
 from headstart.serving.server.models.mirror import Mirror, is_url

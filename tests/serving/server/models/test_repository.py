@@ -20,7 +20,8 @@ import pytest
 
 from headstart.serving.device import Device
 from headstart.serving.errors import PackageError
-from headstart.serving.package import MANIFEST, MODEL
+from headstart.serving.manifest import MANIFEST
+from headstart.serving.package import MODEL
 from headstart.serving.runtime import Predictor
 from headstart.serving.server.errors import ServeError
 from headstart.serving.server.models import repository

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from headstart.serving.device import Device
-from headstart.serving.package import Tensor
+from headstart.serving.manifest import Tensor
 from headstart.serving.server.errors import ServeError
 from headstart.serving.server.models.model import LoadedModel, load_graph
 from headstart.serving.server.scheduling import batching
