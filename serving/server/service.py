@@ -4,6 +4,7 @@ import asyncio
 import functools
 import importlib.metadata
 from collections.abc import Awaitable
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from headstart.serving.package import MODEL
 from headstart.serving.runtime import CPU
 from headstart.serving.server.errors import ServeError, bad_request
 from headstart.serving.server.models.drift import distance
-from headstart.serving.server.models.entry import Entry
+from headstart.serving.server.models.entry import Entry, Served
 from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.watching.metrics import Metrics
 from headstart.serving.server.wire.encoded import ENCODED, ImageDecoder, pixels_input
@@ -66,10 +67,19 @@ class Service:
     def infer(self, request: "InferRequest") -> "InferResponse | Awaitable[InferResponse]":
         """The response, where the model ran at once, or one to wait for; files are decoded first."""
         if ENCODED in request.inputs:
-            model = self.repository.find(request.model, request.version).model
-            if name := pixels_input(model.inputs):
-                return self._images.infer(request, name, model.max_batch, self._start)
+            served = self.repository.find(request.model, request.version)
+            if name := pixels_input(served.model.inputs):
+                return self._decoded(request, name, served)
         return self.repository.route(request.model, request.version).scheduler.infer(request)
+
+    async def _decoded(self, request: "InferRequest", name: str, served: Served) -> "InferResponse":
+        started = perf_counter_ns()
+        try:
+            return await self._images.infer(request, name, served.model.max_batch, self._start)
+        except ServeError as error:
+            if not request.parts:  # these are counted where they run
+                served.scheduler.statistics.failed(error.status, perf_counter_ns() - started)
+            raise
 
     def _start(self, parts: "tuple[InferRequest, ...]") -> "list[InferResponse | asyncio.Future[InferResponse]]":
         """Hand the parts of one request to one version."""

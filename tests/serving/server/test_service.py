@@ -110,6 +110,16 @@ async def test_a_model_of_strings_and_of_no_batch_is_described_too(root: Path):
 
 
 @on_a_loop
+async def test_files_that_are_refused_before_they_run_count_as_failures_once(root: Path):
+    async with serving(root) as service:
+        with pytest.raises(ServeError) as refused:
+            await infer(service, inputs={"encoded_images": np.array([b"no image"], dtype=object)})
+        assert refused.value.status == 400
+        statistics = service.repository.find("demo", None).scheduler.statistics
+        assert (statistics.fail, statistics.errors) == (1, {400: 1})
+
+
+@on_a_loop
 async def test_statistics_are_tritons_message_and_count(root: Path):
     async with serving(root) as service:
         for _ in range(3):
