@@ -13,8 +13,8 @@ from headstart.kernels.ragged import sums_of_runs
 OWN_ROWS = 256
 """Tasks of at most so many rows meet themselves in batches, larger ones in stripes."""
 
-GRADIENT_BYTES = 16 * 2**20
-"""What sums of gradients may take at once: a target's rows are taken some at a time."""
+GRADIENT_BYTES = {"cpu": 2**24, "cuda": 2**28}
+"""What sums of gradients take at once: a target's rows are taken some at a time."""
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def gradient_sweep(
 ) -> Sweep:
     """The sweep that `cross_gradient` takes; the arguments are those of `Sweep`, and so is the ValueError."""
     dim, dtype = features.shape[1], PRECISIONS[precision]
-    columns = min(num_columns, 1024, max(16, GRADIENT_BYTES // (16 * dim)))
+    columns = min(num_columns, 1024, max(16, GRADIENT_BYTES[features.device.type] // (16 * dim)))
     per_row = dim * (2 * torch.promote_types(features.dtype, dtype).itemsize + dtype.itemsize)
     return Sweep(features, columns, value, precision, memory, centre, per_row, 16 * columns * dim)
 

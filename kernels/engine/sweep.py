@@ -59,16 +59,17 @@ class Sweep:
         self.cancelled = 2.0**-10 if self.dtype == torch.float32 else 2.0**-20
         # A square that no pair reaches and that can still be added to others: marks what is not to be looked at.
         self.far = torch.finfo(self.dtype).max / 32
-        # CPU: tiles of 4 MiB where little else is held, of 2 MiB where more is, beside 4 MiB of rows; smaller ones are
-        # slower, and twice as large ones at most 3% faster. CUDA: fewer launches.
-        on_cpu = self.device.type == "cpu"
-        tile, operand = (2**19 if value.kind == "rbf" else 2**20, 2**20) if on_cpu else (2**22, 2**23)
+        if self.device.type == "cpu":
+            # Tiles of 4 MiB where little else is held, of 2 MiB where more is, beside 4 MiB of rows; smaller ones are
+            # slower, and twice as large ones at most 3% faster.
+            tile, operand, callers = 2**19 if value.kind == "rbf" else 2**20, 2**20, 2**23
+            near, pairs = 2**12, 2**16
+        else:  # fewer launches
+            tile, operand, callers, near, pairs = 2**22, 2**23, 2**27, 2**15, 2**19
         self.panel = min(num_columns, 1024)
-        self.stripe = max(64, min(4096, tile // self.panel, operand // self.dim, 8 * tile // max(1, per_row)))
+        self.stripe = max(64, min(4096, tile // self.panel, operand // self.dim, callers // max(1, per_row)))
         # What is looked at for near pairs together, and the pairs that are computed again together.
-        self.looked_at, self.pairs = (
-            (2**12, max(16, 2**16 // self.dim)) if on_cpu else (2**15, max(16, 2**19 // self.dim))
-        )
+        self.looked_at, self.pairs = near, max(16, pairs // self.dim)
         self.memory = DEFAULT_MEMORY if memory is None else memory
         least = self.least
         if self.memory < least:
