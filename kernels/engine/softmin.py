@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,54 +72,51 @@ class Costs(ABC):
         """`count` over-relaxed iterations: f, g, and the sum of both marginal errors as the last one found it, [B]."""
 
 
-def choose_path(
-    rows: Points,
-    columns: Points | None,
-    members: list[int],
-    width: int | None,
-    cost: Cost,
-    memory: int,
-) -> tuple[str, str]:
+class Batch(NamedTuple):
+    """Sets whose costs are made together."""
+
+    rows: Points
+    columns: Points | None
+    """The one set that all meet; None: each meets itself."""
+    members: list[int]
+    """Which sets of rows."""
+    width: int | None
+    """Rows that each is padded to, where their costs are held; None where those of the one member are recomputed."""
+    cost: Cost
+    memory: int
+
+    def pair(self) -> tuple[Points, Points]:
+        """The one member and what it meets."""
+        rows = self.rows.only(self.members[0])
+        return rows, self.columns or rows
+
+
+def choose_path(batch: Batch) -> tuple[str, str]:
     """The path of `dispatch` on which the costs of these sets are made, and the reason."""
-    if width is not None:
+    if batch.width is not None:
         return "eager", "costs fit in the memory"
     # The rule of what is recomputed: with D below it, products in registers are cheaper than what they would be read.
-    path, reason = dispatch.choose(rows.features.device, "bf16", rows.features.shape[1])
+    features = batch.rows.features
+    path, reason = dispatch.choose(features.device, "bf16", features.shape[1])
     if path == "fused":
         from headstart.kernels.engine.fused_cost import FusedCosts  # Triton, which other paths do not need
 
-        pair = rows.only(members[0])
-        if not FusedCosts.fit(pair, columns or pair, cost, memory):
-            return (
-                "eager",
-                "costs do not fit in the memory; fused has none of p = 1, labels, fp64 or so many rows",
-            )
+        if not FusedCosts.fit(*batch.pair(), batch.cost, batch.memory):
+            return "eager", "costs do not fit in the memory; fused has none of p = 1, labels, fp64 or so many rows"
     elif path == "streamed":
         path, reason = "eager", f"streamed has no costs; {reason}"
     return path, f"costs do not fit in the memory; {reason}"
 
 
-def make_costs(
-    rows: Points,
-    columns: Points | None,
-    members: list[int],
-    width: int | None,
-    cost: Cost,
-    memory: int,
-    path: str = "eager",
-) -> Costs:
-    """Costs of the sets `members` to the one set of columns (None: each to itself), on the path of `choose_path`.
-
-    Held and padded to `width` rows; or, where that is None, of the one member, recomputed within the memory.
-    """
-    if width is not None:
-        return _Held(rows, columns, members, width, cost)
-    pair = rows.only(members[0])
+def make_costs(batch: Batch, path: str = "eager") -> Costs:
+    """The costs of a batch, on the path of `choose_path`: held, or recomputed within the memory."""
+    if batch.width is not None:
+        return _Held(batch.rows, batch.columns, batch.members, batch.width, batch.cost)
     if path == "fused":
         from headstart.kernels.engine.fused_cost import FusedCosts
 
-        return FusedCosts(pair, columns or pair, cost, memory)
-    return Recomputed(pair, columns or pair, cost, memory)
+        return FusedCosts(*batch.pair(), batch.cost, batch.memory)
+    return Recomputed(*batch.pair(), batch.cost, batch.memory)
 
 
 def add_gradient(

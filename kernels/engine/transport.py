@@ -28,7 +28,7 @@ from torch import Tensor
 from headstart.kernels import dispatch
 from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, Points, chunk_bytes, held_bytes
 from headstart.kernels.engine.precision import exact_products
-from headstart.kernels.engine.softmin import Costs, choose_path, make_costs
+from headstart.kernels.engine.softmin import Batch, Costs, choose_path, make_costs
 
 _ANNEALING = 0.25
 _RELAXATION = 1.5
@@ -77,16 +77,16 @@ def solve(rows: Points, columns: Points | None, cost: Cost, settings: Settings) 
         torch.zeros(len(rows.features), dtype=cost.dtype, device=device),
     )
     # What each path takes is watched, and reported, by itself.
-    paths: dict[tuple[str, str], list[tuple[list[int], int | None]]] = {}
-    for batch in _batches(rows, columns, cost, settings):
-        how = choose_path(rows, columns, *batch, cost, settings.memory)
-        paths.setdefault(how, []).append(batch)
+    paths: dict[tuple[str, str], list[Batch]] = {}
+    for members, width in _batches(rows, columns, cost, settings):
+        batch = Batch(rows, columns, members, width, cost, settings.memory)
+        paths.setdefault(choose_path(batch), []).append(batch)
     for (path, reason), batches in paths.items():
         with dispatch.Watch("transports", device, path, reason, cost.precision) as watch, exact_products(device):
-            for members, width in batches:
-                costs = make_costs(rows, columns, members, width, cost, settings.memory, path)
+            for batch in batches:
+                costs = make_costs(batch, path)
                 watch.planned = max(watch.planned, costs.planned)
-                _iterate(costs, rows.offsets, torch.tensor(members), columns is None, settings, solution)
+                _iterate(costs, rows.offsets, torch.tensor(batch.members), columns is None, settings, solution)
                 del costs  # before its successor is there
     return solution
 

@@ -14,7 +14,7 @@ from headstart.kernels.energy import energy_distances, energy_self_terms
 from headstart.kernels.engine import gpu, streamed, units
 from headstart.kernels.engine.ground_cost import Cost, Points
 from headstart.kernels.engine.pairs import pair_sums
-from headstart.kernels.engine.softmin import choose_path, make_costs
+from headstart.kernels.engine.softmin import Batch, choose_path, make_costs
 from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.mmd import mmd_distances
 from headstart.kernels.neighbours import nearest_neighbours
@@ -152,10 +152,11 @@ def test_softmins_of_a_pair_that_is_not_held(precision: str, path: str):
     x, tasks = problem(20)
     rows_, columns = Points(tasks.features, tasks.offsets), Points(x, torch.tensor([0, len(x)]))
     cost = Cost(2, None, precision, common_centre(tasks.features))
-    held = make_costs(rows_, columns, [1], 50, cost, 2**26)
-    how = choose_path(rows_, columns, [1], None, cost, 2**26)
+    held = make_costs(Batch(rows_, columns, [1], 50, cost, 2**26))
+    batch = Batch(rows_, columns, [1], None, cost, 2**26)
+    how = choose_path(batch)
     assert how[0] == ("fused" if path == "fused" else "eager")
-    recomputed = make_costs(rows_, columns, [1], None, cost, 2**26, how[0])
+    recomputed = make_costs(batch, how[0])
     f, g = rows(1, 50, 3), rows(1, 37, 4)
     for epsilon in (0.5, 20.0):
         # A cost of about 20 is off by some 20 * 2^-21, and so is its softmin.
