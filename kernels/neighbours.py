@@ -8,7 +8,7 @@ from torch import Tensor
 
 from headstart.kernels import dispatch
 from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, resolve_precision, square_error
-from headstart.kernels.engine.sweep import Sweep
+from headstart.kernels.engine.sweep import PANEL, Sweep
 from headstart.kernels.engine.tile import Value
 from headstart.kernels.ragged import RaggedTasks, check_alike, check_finite, common_centre
 
@@ -71,7 +71,7 @@ def _search(
     with dispatch.Watch("neighbours", target.device, path, reason, precision) as watch:
         centre = common_centre(features) if precision in ROUNDED or path != "eager" else None
         wanted = _wanted(len(features), k, precision)
-        per_row = _per_row(wanted, min(len(features), 1024), PRECISIONS[precision].itemsize)
+        per_row = _per_row(wanted, min(len(features), PANEL), PRECISIONS[precision].itemsize)
         engine = Sweep(
             target, len(features), Value("squared"), precision, memory, centre, per_row, num_kept=len(target)
         )
@@ -155,7 +155,11 @@ def _most(wanted: int) -> int:
 
 
 def _per_row(wanted: int, width: int, itemsize: int) -> int:
-    """Bytes that are held for each row of a tile of that width: the columns looked into, or lists and their order."""
+    """Bytes that are held for each row of a tile of that width.
+
+    Of a quarter of the columns at most the places (int64), the values and what of both is kept; or, later, the lists
+    of values and of rows, old and new, before, while and after they are put in order.
+    """
     return max(5 * width, 3 * (itemsize + 8) * (wanted + _most(wanted)))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from headstart.kernels.engine.precision import PRECISIONS
-from headstart.kernels.engine.sweep import Sweep
+from headstart.kernels.engine.sweep import PANEL, Sweep
 from headstart.kernels.engine.tile import Panels, Value
 from headstart.kernels.ragged import sums_of_runs
 
@@ -72,7 +72,7 @@ def gradient_sweep(
 ) -> Sweep:
     """The sweep that `cross_gradient` takes; the arguments are those of `Sweep`, and so is the ValueError."""
     dim, dtype = features.shape[1], PRECISIONS[precision]
-    columns = min(num_columns, 1024, max(16, GRADIENT_BYTES[features.device.type] // (16 * dim)))
+    columns = min(num_columns, PANEL, max(16, GRADIENT_BYTES[features.device.type] // (16 * dim)))
     per_row = dim * (2 * torch.promote_types(features.dtype, dtype).itemsize + dtype.itemsize)
     return Sweep(features, columns, value, precision, memory, centre, per_row, 16 * columns * dim)
 

@@ -22,6 +22,9 @@ from headstart.kernels.engine.tile import Panels, Rows, Scratch, Tile, Value
 DEFAULT_MEMORY = 256 * 2**20
 """Bytes that a call may hold beside its inputs and its result, where the caller does not say."""
 
+PANEL = 1024
+"""Rows of a target that are one side of a product, where it has so many."""
+
 OWN_STRIPE = 256
 """Rows of a stripe of a panel that meets itself: of more, more pairs are computed twice."""
 
@@ -66,7 +69,7 @@ class Sweep:
             near, pairs = 2**12, 2**16
         else:  # fewer launches
             tile, operand, callers, near, pairs = 2**22, 2**23, 2**27, 2**15, 2**19
-        self.panel = min(num_columns, 1024)
+        self.panel = min(num_columns, PANEL)
         self.stripe = max(64, min(4096, tile // self.panel, operand // self.dim, callers // max(1, per_row)))
         # What is looked at for near pairs together, and the pairs that are computed again together.
         self.looked_at, self.pairs = near, max(16, pairs // self.dim)
