@@ -1,6 +1,7 @@
 """The service in Triton's forms, read by Triton's own client and messages; and the command that serves it."""
 
 import asyncio
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import onnxruntime
 import pytest
 import tritonclient.http as triton
 from google.protobuf import json_format
+from PIL import Image
 from tritonclient.grpc import model_config_pb2, service_pb2
 from tritonclient.utils import InferenceServerException
 
@@ -117,6 +119,11 @@ async def test_files_that_are_refused_before_they_run_count_as_failures_once(roo
         assert refused.value.status == 400
         statistics = service.repository.find("demo", None).scheduler.statistics
         assert (statistics.fail, statistics.errors) == (1, {400: 1})
+        file = io.BytesIO()
+        Image.fromarray(IMAGE[0]).save(file, "PNG")
+        with pytest.raises(ServeError):  # by the scheduler, once the file was decoded
+            await infer(service, inputs={"encoded_images": np.array([file.getvalue()], dtype=object)}, deadline=0.0)
+        assert (statistics.fail, statistics.errors) == (2, {400: 1, 504: 1})
 
 
 @on_a_loop
