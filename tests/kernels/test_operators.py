@@ -108,7 +108,10 @@ def test_gradients_keep_to_the_memory(name: str):
         # The result, one array more like it, and what is as long as N and the rows of the tasks.
         assert most <= memory + 2 * x.nbytes + 80 * (len(x) + len(tasks.features))
         distances(2**28).sum().backward()
-        torch.testing.assert_close(x.grad, plain, rtol=0, atol=0 if name != "sinkhorn" else 1e-6)
+        # Costs that are held or computed again are off by some sqrt(D) u of two squares of 512, a plan by as much of
+        # epsilon, and a gradient by that share of itself for each of four plans.
+        share = 8 * 512**0.5 * 2.0**-24 * 1024 / 500 if name == "sinkhorn" else 0.0
+        torch.testing.assert_close(x.grad, plain, rtol=0, atol=share * float(plain.abs().max()))
 
 
 def test_gradients_reach_through_what_made_the_target(device: str):
