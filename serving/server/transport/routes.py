@@ -24,7 +24,7 @@ from headstart.serving.server.wire.decoding import RequestDecoder, parse_json, r
 from headstart.serving.server.wire.encoded import ENCODED
 from headstart.serving.server.wire.head import Head
 from headstart.serving.server.wire.openapi import document
-from headstart.serving.server.wire.protocol import InferRequest, InferResponse, RequestedOutput, encode_response
+from headstart.serving.server.wire.protocol import InferRequest, InferResponse, RequestedOutput, ResponseEncoder
 
 T = TypeVar("T")
 
@@ -79,6 +79,7 @@ class Routes:
         self.closing = False
         """Whether the server has stopped accepting, which makes it not ready."""
         self._decoder = RequestDecoder(settings.limits)
+        self._encoder = ResponseEncoder()
         self._pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
         self._decoding = 0
         self._page = page()
@@ -170,7 +171,7 @@ class Routes:
         label: Callable[[int], str | None] = _no_label
         if outputs is not None and any(output.classification for output in outputs):
             label = dict(enumerate(self.service.labels(response.model, response.version) or ())).get
-        parts, length = encode_response(response, outputs, binary, label)
+        parts, length = self._encoder.encode(response, outputs, binary, label)
         return Response(200, _JSON if length is None else _BINARY % length, parts)
 
     def _predict(self, exchange: Exchange) -> Response | Later:

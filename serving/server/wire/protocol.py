@@ -6,7 +6,7 @@ Pure functions, no I/O. `decoding` reads the bodies of requests, `tensors` knows
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -14,8 +14,9 @@ from headstart.serving.server.errors import ServeError, bad_request
 from headstart.serving.server.wire.tensors import DATATYPES, classify, datatype_of, to_binary, to_json
 
 __all__ = ["DATATYPES", "InferRequest", "InferResponse", "Limits", "RequestedOutput"]
-__all__ += ["datatype_of", "encode_response", "error_body"]
+__all__ += ["ResponseEncoder", "datatype_of", "encode_response", "error_body"]
 
+_REMEMBERED = 256
 _compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
@@ -39,8 +40,7 @@ class Limits:
     """Pixels of all encoded images of a request, checked before one is decoded."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RequestedOutput:
+class RequestedOutput(NamedTuple):
     """An output that a request names."""
 
     name: str
@@ -162,6 +162,43 @@ def encode_response(
         f'"outputs":[{",".join(outputs)}]}}'
     ).encode()
     return parts, len(head) if len(parts) > 1 else None
+
+
+class ResponseEncoder:
+    """`encode_response`; the JSON of answers that are all binary is remembered, which is the same for one shape."""
+
+    def __init__(self) -> None:
+        self._remembered: dict[Any, tuple[bytes, list[str]]] = {}
+
+    def encode(
+        self,
+        response: InferResponse,
+        requested: tuple[RequestedOutput, ...] | None,
+        binary: bool,
+        label: Callable[[int], str | None],
+    ) -> tuple[list[bytes | memoryview], int | None]:
+        """As `encode_response`."""
+        if response.id or response.parameters:
+            return encode_response(response, requested, binary, label)
+        outputs = response.outputs
+        tensors = tuple([(name, datatype_of(array.dtype), array.shape) for name, array in outputs.items()])
+        key = (response.model, response.version, requested, binary, tensors)
+        remembered = self._remembered.get(key)
+        if remembered is not None:
+            head, names = remembered
+            return [head, *[to_binary(outputs[name]) for name in names]], len(head)
+        parts, length = encode_response(response, requested, binary, label)
+        wanted = [RequestedOutput(name, binary) for name in outputs] if requested is None else requested
+        if wanted and all(_is_plain(one, outputs[one.name]) for one in wanted):
+            if len(self._remembered) >= _REMEMBERED:
+                self._remembered.clear()
+            self._remembered[key] = bytes(parts[0]), [one.name for one in wanted]
+        return parts, length
+
+
+def _is_plain(wanted: RequestedOutput, array: NDArray[Any]) -> bool:
+    """Whether shape and type tell all that the JSON says of an output."""
+    return wanted.binary and not wanted.classification and array.dtype.kind not in "OSU"
 
 
 def error_body(error: ServeError) -> bytes:

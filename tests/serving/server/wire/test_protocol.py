@@ -23,6 +23,7 @@ from headstart.serving.server.wire.protocol import (
     InferResponse,
     Limits,
     RequestedOutput,
+    ResponseEncoder,
     datatype_of,
     encode_response,
 )
@@ -279,6 +280,57 @@ def test_classification_gives_the_largest_with_their_labels():
 def test_an_output_that_the_model_lacks_is_refused():
     with pytest.raises(ServeError, match="no output 'z'; it has y"):
         answer([1.0], [RequestedOutput(name="z", binary=True)])
+
+
+ANSWERS = st.fixed_dictionaries(
+    {
+        "model": st.sampled_from(["m", "n"]),
+        "version": st.sampled_from(["1", "2"]),
+        "id": st.sampled_from(["", "", "", "i"]),
+        "outputs": st.dictionaries(
+            st.sampled_from(["y", "z"]),
+            st.sampled_from(
+                [
+                    np.array([[1.5, -2.0, 0.5]], np.float32),
+                    np.array([[1, 2, 3]], np.float32),
+                    np.array([[1.5, -2.0, 0.5]]),
+                    np.array([[1.5], [-2.0], [0.5]], np.float32),
+                    np.array([[1.5], [-2.0], [0.5]], np.float32).T,
+                    np.array([b"a", b"bcd"], object),
+                    np.array([1, 2], np.uint16),
+                    np.array([1, 2], np.dtype(np.uint16, metadata={"datatype": "BF16"})),
+                ]
+            ),
+            min_size=1,
+        ),
+        "parameters": st.sampled_from([{}, {}, {"own": 1}]),
+    }
+)
+WANTED = st.builds(
+    RequestedOutput,
+    name=st.sampled_from(["y", "z"]),
+    binary=st.booleans(),
+    classification=st.sampled_from([0, 0, 0, 2]),
+)
+
+
+@given(st.lists(st.tuples(ANSWERS, st.none() | st.lists(WANTED, max_size=3).map(tuple), st.booleans()), max_size=12))
+@settings(max_examples=200, deadline=None)
+def test_remembering_changes_no_answer(asked: list[tuple[dict[str, Any], Any, bool]]):
+    """`encode_response` is the naive twin."""
+    encoder = ResponseEncoder()
+    for values, wanted, binary in asked:
+        response = InferResponse(**values)
+        label = ["cat", "dog", "eel"].__getitem__
+        try:
+            expected: Any = encode_response(response, wanted, binary, label)
+        except ServeError as error:
+            with pytest.raises(ServeError, match=re.escape(error.message)):
+                encoder.encode(response, wanted, binary, label)
+            continue
+        for _ in range(2):
+            parts, length = encoder.encode(response, wanted, binary, label)
+            assert (b"".join(parts), length) == (b"".join(expected[0]), expected[1])
 
 
 @given(st.binary(max_size=200), st.one_of(st.none(), st.integers(0, 300)))
