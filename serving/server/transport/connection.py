@@ -300,6 +300,7 @@ class Connection(asyncio.BufferedProtocol):
         """Call a request's handler, and answer at once where it can."""
         self._state = _State.BUSY
         self._body = self._rest = _EMPTY
+        self._server.polling.asked()
         exchange = Exchange(head, body, self._choose_id(head.request_id), perf_counter_ns() if self._watch else 0)
         try:
             result: Response | Later = head.handler(exchange, *head.arguments)  # type: ignore[misc]
@@ -355,6 +356,8 @@ class Connection(asyncio.BufferedProtocol):
         self._release()
         if keep:
             self._state = _State.HEAD
+            if self._server.alone:
+                self._server.polling.answered()
             if self._writing:
                 self.deadline = self._server.clock() + self._settings.idle_timeout
         else:

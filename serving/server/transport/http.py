@@ -16,6 +16,7 @@ from email.utils import formatdate
 from headstart.serving.server.errors import StartError
 from headstart.serving.server.interface import InferenceService
 from headstart.serving.server.settings import HttpSettings, same_token, tls_context, token_digest
+from headstart.serving.server.transport.busy_poll import BusyPoll
 from headstart.serving.server.transport.connection import Connection
 from headstart.serving.server.transport.routes import Routes
 from headstart.serving.server.watching.watch import RequestIds, Watch
@@ -40,7 +41,7 @@ class HttpServer:
         self.settings = settings
         self.watch = watch
         self.request_ids = RequestIds()
-        self.routes = Routes(service, settings, lambda: len(self._connections) == 1)
+        self.routes = Routes(service, settings, lambda: self.alone)
         self.closing = False
         """Whether it has stopped accepting."""
         self.port = 0
@@ -51,6 +52,7 @@ class HttpServer:
         self.clock: Callable[[], float] = loop.time
         """Seconds; what deadlines are compared with."""
         self._loop = loop
+        self.polling = BusyPoll(loop)
         self._token = None if settings.token is None else token_digest(settings.token.encode())
         self._connections: set[Connection] = set()
         self._held = 0
@@ -126,6 +128,11 @@ class HttpServer:
         return left
 
     # What connections call.
+
+    @property
+    def alone(self) -> bool:
+        """Whether one client is connected and no other."""
+        return len(self._connections) == 1
 
     def add(self, connection: Connection) -> bool:
         """Note a new connection; False where there are too many."""
