@@ -25,7 +25,7 @@ BARE = "session.run"
 TOLERANCE = 1e-4
 """Largest difference of an answer from the bare call's, relative to the largest number in it: a batch rounds otherwise
 than a single row."""
-_BLOCKS = 4  # at concurrency 1, bare calls and requests take turns in blocks
+_BLOCKS = 4  # bare calls and requests take turns in blocks
 _BATCHES = (1, 4, 16)
 
 Figures = dict[str, float]
@@ -89,20 +89,20 @@ def run(plan: Plan, say: Callable[[str], None]) -> Iterator[tuple[list[dict[str,
         failures: dict[str, str] = {}
         with tempfile.TemporaryDirectory() as folder, Bare(package, plan.provider) as bare:
             for number in range(plan.rounds):
-                _bare_round(bare, plan.seconds, rounds)
+                best = _bare_round(bare, plan.seconds, rounds)
                 for server in plan.servers:
                     if server.name in failures:
                         continue
                     say(f"{model}, round {number + 1} of {plan.rounds}: {server.name}")
                     try:
-                        _round(plan, server, model, package, bare, Path(folder, "log"), rounds)
+                        _round(plan, server, model, package, bare, best, Path(folder, "log"), rounds)
                     except (OSError, RuntimeError, ValueError) as error:
                         failures[server.name] = f"{type(error).__name__}: {error}"
         yield _rows(model, rounds), {f"{name} ({model})": reason for name, reason in failures.items()}
 
 
-def _bare_round(bare: Bare, seconds: float, rounds: dict[tuple[str, str, int], list[Figures]]) -> None:
-    """Calls of one row, and the best rate of any batch."""
+def _bare_round(bare: Bare, seconds: float, rounds: dict[tuple[str, str, int], list[Figures]]) -> int:
+    """Calls of one row, and the best rate of any batch; returns that batch."""
     rates = {}
     for batch in _BATCHES:
         taken = bare.calls(batch, seconds)
@@ -111,6 +111,7 @@ def _bare_round(bare: Bare, seconds: float, rounds: dict[tuple[str, str, int], l
             rounds.setdefault((BARE, "", 1), []).append({**_quantiles(taken), "requests_per_s": rates[1]})
     best = max(rates, key=lambda batch: rates[batch])
     rounds.setdefault((f"{BARE}, best batch", "", 0), []).append({"requests_per_s": rates[best], "batch": best})
+    return best
 
 
 def _round(
@@ -119,6 +120,7 @@ def _round(
     model: str,
     package: Path,
     bare: Bare,
+    best: int,
     log: Path,
     rounds: dict[tuple[str, str, int], list[Figures]],
 ) -> None:
@@ -134,7 +136,8 @@ def _round(
             if kind == server.formats[0]:
                 running.wait_until_ready(b"" if way.is_grpc else requests[0])
             for concurrency in plan.concurrencies:
-                figures = _spell(running, way, requests, expected if server.answers else None, concurrency, plan, bare)
+                answers = expected if server.answers else None
+                figures = _spell(running, way, requests, answers, concurrency, plan, bare, best)
                 rounds.setdefault((server.name, kind, concurrency), []).append(figures)
         peak = {"peak_mb": running.peak_mb(), "cold_start_s": running.cold_start_s}
     for kind in server.formats:
@@ -150,18 +153,19 @@ def _spell(
     concurrency: int,
     plan: Plan,
     bare: Bare,
+    best: int,
 ) -> Figures:
-    """One server at one concurrency; with a single client, bare calls in turn with it."""
+    """One server at one concurrency, in turn with bare calls: of one row for one client, of `best` rows for more."""
     load, port = (grpc_load, running.port + 1) if way.is_grpc else (http_load, running.port)
-    blocks = _BLOCKS if concurrency == 1 else 1
+    batch = 1 if concurrency == 1 else best
     latencies: list[float] = []
     calls: list[float] = []
     rates, cpu_s, num_answers, worst = [], 0.0, 0, 0.0
-    for _ in range(blocks):
-        if concurrency == 1 and expected:
-            calls += bare.calls(1, plan.seconds / blocks)
+    for _ in range(_BLOCKS):
+        if expected:
+            calls += bare.calls(batch, plan.seconds / _BLOCKS)
         before = running.cpu_s()
-        clock = load(port, requests, concurrency, plan.seconds / blocks)
+        clock = load(port, requests, concurrency, plan.seconds / _BLOCKS)
         cpu_s += running.cpu_s() - before
         latencies += clock.latencies_ms
         rates.append(clock.rate)
@@ -179,7 +183,11 @@ def _spell(
         "difference": worst,
     }
     if calls and latencies:
-        figures["bare_p50_ms"] = statistics.median(calls)
+        figures["rate_ratio"] = figures["requests_per_s"] * statistics.mean(calls) / (1e3 * batch)
+        if concurrency == 1:
+            figures["bare_p50_ms"] = statistics.median(calls)
+            figures["overhead_ms"] = figures["p50_ms"] - figures["bare_p50_ms"]
+            figures["p50_ratio"] = figures["p50_ms"] / figures["bare_p50_ms"]
     return figures
 
 
@@ -201,18 +209,13 @@ COLUMNS = (
     "overhead_ms", "p50_ratio", "rate_ratio", "difference", "batch",
 )  # fmt: skip
 """Medians of the rounds. `bare_p50_ms`: bare calls in turn with these requests; `overhead_ms` and `p50_ratio`: the
-difference and the ratio of the two; `rate_ratio`: requests/s over those of bare calls at their best batch."""
+difference and the ratio of the two; `rate_ratio`: requests/s over rows/s of bare calls in turn with them, one by
+one for one client and at their best batch for more."""
 
 
 def _rows(model: str, rounds: dict[tuple[str, str, int], list[Figures]]) -> list[dict[str, Any]]:
-    best = statistics.median(one["requests_per_s"] for one in rounds[f"{BARE}, best batch", "", 0])
     rows = []
     for (server, way, concurrency), taken in rounds.items():
-        for one in taken:
-            if "bare_p50_ms" in one:
-                one["overhead_ms"] = one["p50_ms"] - one["bare_p50_ms"]
-                one["p50_ratio"] = one["p50_ms"] / one["bare_p50_ms"]
-            one["rate_ratio"] = one["requests_per_s"] / best
         row: dict[str, Any] = {"model": model, "server": server, "transport": way, "concurrency": concurrency}
         for column in COLUMNS:
             values = [one[column] for one in taken if column in one]
