@@ -11,33 +11,30 @@ Imported only where a gRPC port is asked for: a server of HTTP alone needs neith
 import asyncio
 import logging
 import socket
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from time import perf_counter_ns
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 import grpc.aio  # type: ignore[import-untyped]
-from google.protobuf import json_format  # type: ignore[import-untyped]
 
 from headstart.serving.server.errors import ServeError, StartError, internal, unauthenticated, unavailable
 from headstart.serving.server.interface import InferenceService
 from headstart.serving.server.settings import HttpSettings, same_token, tls_context, token_digest
 from headstart.serving.server.transport.grpc_health import SERVICE as HEALTH
 from headstart.serving.server.transport.grpc_health import Health
+from headstart.serving.server.transport.grpc_methods import NAMES, Answer, Methods
+from headstart.serving.server.transport.grpc_stream import Streams
 from headstart.serving.server.watching.watch import Outcome, RequestIds, Seen, Watch
-from headstart.serving.server.wire.grpc_codec import GrpcDecoder, encode, parse, read_parameters
-from headstart.serving.server.wire.grpc_messages import MESSAGES, SERVICE
-from headstart.serving.server.wire.protocol import InferRequest, InferResponse
+from headstart.serving.server.wire.grpc_codec import refused
+from headstart.serving.server.wire.grpc_messages import SERVICE
 
 log = logging.getLogger(__name__)
 
+STREAM = "ModelStreamInfer"
 _HEALTH = ("ServerLive", "ServerReady")
 _LONGEST_DETAILS = 1000
 """Characters of an error's message; clients refuse trailers of 8 KiB."""
-
-Answer = Callable[[bytes, Any, Seen], Awaitable[bytes]]
-
 
 _FOREVER = 1e6
 """Seconds of grace that never end before `drain` does. When the grace of one stop ends while another has just destroyed
@@ -68,7 +65,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._server: Any = None
         self._refuse = grpc.stream_unary_rpc_method_handler(_refuse_unread)
         answers: dict[str, Answer] = {
-            name: self._methods.infer if name == "ModelInfer" else self._methods.document(name) for name in _NAMES
+            name: self._methods.infer if name == "ModelInfer" else self._methods.document(name) for name in NAMES
         }
         self._handlers = {
             path: grpc.unary_unary_rpc_method_handler(self._guarded(path, answer))
@@ -77,6 +74,8 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
                 (f"/{HEALTH}/Check", self._check),
             ]
         }
+        self._streams = Streams()
+        self._handlers[f"/{SERVICE}/{STREAM}"] = grpc.stream_stream_rpc_method_handler(self._stream)
         self._handlers[f"/{HEALTH}/Watch"] = grpc.unary_stream_rpc_method_handler(self._watched)
         probes = [f"/{SERVICE}/{name}" for name in _HEALTH] + [f"/{HEALTH}/{name}" for name in ("Check", "Watch")]
         self._open = set(probes) if settings.open_health else set()
@@ -129,6 +128,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         if self._stopping is None and self._server is not None:
             self._methods.closing = True
             self._health.close()
+            self._streams.close()
             self._stopping = asyncio.ensure_future(self._server.stop(_FOREVER))
 
     async def drain(self, timeout: float | None = None) -> int:
@@ -152,39 +152,63 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         return left
 
     def _guarded(self, path: str, answer: Answer) -> Callable[[bytes, Any], Awaitable[bytes]]:
-        """A method that counts what it holds, tells refusals as statuses, and names its request in the trailers."""
+        """A method that tells refusals as statuses, and names its request in the trailers."""
 
         async def call(body: bytes, context: Any) -> bytes:
-            seen = Seen(self._named(context), perf_counter_ns() if self._watch else 0)
-            refusal: ServeError | None = None
-            status, data = "CANCELLED", b""
-            self._held += len(body)
-            self._active += 1
-            try:
-                if self._held > self.settings.max_held_bytes:
-                    raise unavailable("the server holds as many bytes of requests as it may; send this one again later")
-                data = await answer(body, context, seen)
-                context.set_trailing_metadata((("x-request-id", seen.request_id),))
-                status = "OK"
-                return data
-            except ServeError as error:
-                refusal = error
-            except MemoryError:
-                refusal = unavailable("the server is out of memory for this request")
-            # Whatever else an answer raises is our fault: grpc.aio would send the exception's words to the client,
-            # which may hold paths. Cancelling is no Exception and passes.
-            except Exception:
-                log.exception("call %s failed", seen.request_id, extra={"request_id": seen.request_id})
-                refusal = internal(f"the server failed; its log says why under {seen.request_id}")
-            finally:
-                self._held -= len(body)
-                self._active -= 1
-                if self._watch is not None:
-                    self._tell(self._watch, seen, path, refusal.grpc if refusal else status, len(data), context)
-            await _abort(context, refusal, seen.request_id)
-            return b""  # not reached: abort raises
+            seen, found = await self._answer(path, answer, body, context, self._named(context))
+            if isinstance(found, ServeError):
+                await _abort(context, found, seen.request_id)
+                return b""  # not reached: abort raises
+            context.set_trailing_metadata((("x-request-id", seen.request_id),))
+            return found
 
         return call
+
+    async def _stream(self, bodies: Any, context: Any) -> AsyncIterator[bytes]:
+        """ModelStreamInfer: a refusal is the answer to its message, and the stream goes on."""
+        path = f"/{SERVICE}/{STREAM}"
+
+        async def one(body: bytes) -> bytes:
+            name = self._request_ids.choose("")
+            seen, found = await self._answer(path, self._methods.stream_infer, body, context, name)
+            if isinstance(found, ServeError):
+                return refused(found.message[:_LONGEST_DETAILS], seen.request.id if seen.request else "")
+            return found
+
+        async for data in self._streams.answers(bodies, one):
+            yield data
+        if self._methods.closing:
+            await _abort(context, unavailable("the server is stopping; open the stream again"))
+
+    async def _answer(
+        self, path: str, answer: Answer, body: bytes, context: Any, name: str
+    ) -> tuple[Seen, bytes | ServeError]:
+        """The answer to a message or its refusal, with what it holds counted."""
+        seen = Seen(name, perf_counter_ns() if self._watch else 0)
+        refusal: ServeError | None = None
+        status, data = "CANCELLED", b""
+        self._held += len(body)
+        self._active += 1
+        try:
+            if self._held > self.settings.max_held_bytes:
+                raise unavailable("the server holds as many bytes of requests as it may; send this one again later")
+            data = await answer(body, context, seen)
+            status = "OK"
+        except ServeError as error:
+            refusal = error
+        except MemoryError:
+            refusal = unavailable("the server is out of memory for this request")
+        # Whatever else an answer raises is our fault: grpc.aio would send the exception's words to the client,
+        # which may hold paths. Cancelling is no Exception and passes.
+        except Exception:
+            log.exception("call %s failed", name, extra={"request_id": name})
+            refusal = internal(f"the server failed; its log says why under {name}")
+        finally:
+            self._held -= len(body)
+            self._active -= 1
+            if self._watch is not None:
+                self._tell(self._watch, seen, path, refusal.grpc if refusal else status, len(data), context)
+        return seen, refusal or data
 
     def _named(self, context: Any) -> str:
         """The name of a call's request."""
@@ -206,101 +230,6 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
                 yield status
         except ServeError as error:
             await _abort(context, error, self._named(context))
-
-
-class Methods:
-    """What the methods answer, over one service.
-
-    Args:
-        service: answers the requests.
-        settings: the limits.
-    """
-
-    def __init__(self, service: InferenceService, settings: HttpSettings) -> None:
-        self.service = service
-        self.closing = False
-        """Whether the server has stopped accepting, which makes it not ready."""
-        self._limits = settings.limits
-        self._decoder = GrpcDecoder(settings.limits)
-        self._working: set[asyncio.Future[None]] = set()
-
-    async def infer(self, body: bytes, context: Any, seen: Seen) -> bytes:
-        """ModelInfer. A client that goes, or whose deadline passes, cancels its request."""
-        request = self._decoder.decode(body)
-        remaining = context.time_remaining()
-        if remaining is not None:
-            deadline = time.monotonic() + remaining
-            request.deadline = deadline if request.deadline is None else min(request.deadline, deadline)
-        seen.asked(request)
-        try:
-            result = self.service.infer(request)
-            response = result if isinstance(result, InferResponse) else await result
-        except asyncio.CancelledError:
-            request.cancel()
-            raise
-        seen.told(response)
-        return encode(response, request.outputs, self._label(request, response))
-
-    def _label(self, request: InferRequest, response: InferResponse) -> Callable[[int], str | None]:
-        if not any(output.classification for output in request.outputs or ()):
-            return lambda index: None
-        return dict(enumerate(self.service.labels(response.model, response.version) or ())).get
-
-    def document(self, name: str) -> Answer:
-        """The method of this name, whose answer the service gives as a document."""
-        method: Callable[[Any], Any] = getattr(self, f"_{name}")
-        kind = MESSAGES[f"{name}Response"]
-
-        async def answer(body: bytes, context: Any, seen: Seen) -> bytes:
-            found = method(parse(f"{name}Request", body))
-            if asyncio.iscoroutine(found):
-                found = await found
-            data: bytes = json_format.ParseDict(found, kind(), ignore_unknown_fields=True).SerializeToString()
-            return data
-
-        return answer
-
-    def _ServerLive(self, request: Any) -> dict[str, Any]:  # noqa: N802 - these bear the protocol's names
-        return {"live": self.service.live()}
-
-    def _ServerReady(self, request: Any) -> dict[str, Any]:  # noqa: N802
-        return {"ready": self.service.ready() and not self.closing}
-
-    def _ModelReady(self, request: Any) -> dict[str, Any]:  # noqa: N802
-        return {"ready": self.service.model_ready(request.name, request.version or None) and not self.closing}
-
-    def _ServerMetadata(self, request: Any) -> dict[str, Any]:  # noqa: N802
-        return self.service.server_metadata()
-
-    def _ModelMetadata(self, request: Any) -> dict[str, Any]:  # noqa: N802
-        return self.service.model_metadata(request.name, request.version or None)
-
-    def _ModelConfig(self, request: Any) -> dict[str, Any]:  # noqa: N802
-        return {"config": self.service.model_config(request.name, request.version or None)}
-
-    def _ModelStatistics(self, request: Any) -> Any:  # noqa: N802
-        return self.service.statistics(request.name or None, request.version or None)
-
-    def _RepositoryIndex(self, request: Any) -> dict[str, Any]:  # noqa: N802
-        return {"models": self.service.repository_index(request.ready)}
-
-    async def _RepositoryModelLoad(self, request: Any) -> dict[str, Any]:  # noqa: N802
-        return await self._finish(self.service.load(request.model_name, read_parameters(request, self._limits)))
-
-    async def _RepositoryModelUnload(self, request: Any) -> dict[str, Any]:  # noqa: N802
-        return await self._finish(self.service.unload(request.model_name))
-
-    async def _finish(self, work: Coroutine[Any, Any, None]) -> dict[str, Any]:
-        """Do what must not be left half done where the client goes."""
-        working = asyncio.ensure_future(work)
-        self._working.add(working)
-        working.add_done_callback(self._working.discard)
-        await asyncio.shield(working)
-        return {}
-
-
-_NAMES = ("ModelInfer", *(name[1:] for name in vars(Methods) if name[1:2].isupper()))
-"""All methods that are served."""
 
 
 async def serve_grpc(service: InferenceService, settings: HttpSettings, watch: Watch | None = None) -> GrpcServer:

@@ -23,6 +23,7 @@ _CONTENTS |= dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents") | {"INT64
 _CONTENTS |= dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents") | {"UINT64": "uint64_contents"}
 _RAW_INPUT = 7 << 3 | 2
 _RAW_OUTPUT = bytes([6 << 3 | 2])
+_STREAMED = bytes([2 << 3 | 2])
 _REMEMBERED = 256
 _Plan = tuple[str, str | None, RequestPlan]
 
@@ -227,6 +228,18 @@ def encode(
         parts += (_RAW_OUTPUT, _write_varint(len(data)), data)
     parts[0] = message.SerializeToString()
     return b"".join(parts)
+
+
+def streamed(response: bytes) -> bytes:
+    """A ModelInferResponse as a ModelStreamInferResponse."""
+    return b"".join((_STREAMED, _write_varint(len(response)), response))
+
+
+def refused(message: str, request_id: str) -> bytes:
+    """A ModelStreamInferResponse that refuses the request of this id."""
+    kind = MESSAGES["ModelStreamInferResponse"]
+    data: bytes = kind(error_message=message, infer_response={"id": request_id}).SerializeToString()
+    return data
 
 
 def _write_varint(value: int) -> bytes:

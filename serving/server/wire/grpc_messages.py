@@ -57,6 +57,7 @@ _MESSAGES: dict[str, str] = {
     "outputs:*ModelInferResponse.InferOutputTensor=5 raw_output_contents:*bytes=6",
     "ModelInferResponse.InferOutputTensor": "name:string=1 datatype:string=2 shape:*int64=3 "
     "parameters:map.InferParameter=4 contents:InferTensorContents=5",
+    "ModelStreamInferResponse": "error_message:string=1 infer_response:ModelInferResponse=2",
     "ModelConfigRequest": _NAMED,
     "ModelConfigResponse": "config:ModelConfig=1",
     "ModelConfig": "name:string=1 platform:string=2 version_policy:ModelVersionPolicy=3 max_batch_size:int32=4 "

@@ -337,7 +337,7 @@ def test_damaged_messages_are_refused_and_the_server_serves_on(call: Callable[..
     assert statuses <= {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
     assert "INVALID_ARGUMENT" in statuses
     assert refusal(call, b"\xff\xff", method="ModelMetadata")[0] == "INVALID_ARGUMENT"
-    assert refusal(call, b"", method="ModelStreamInfer")[0] == "UNIMPLEMENTED"
+    assert refusal(call, b"", method="TraceSetting")[0] == "UNIMPLEMENTED"
     assert call(request).raw_output_contents[0] == b"\0" * 8
 
 
