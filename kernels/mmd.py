@@ -1,5 +1,6 @@
 """Maximum mean discrepancies between a target and many ragged tasks."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ def median_bandwidths(target: Tensor) -> Tensor:
 
 def mmd_self_terms(
     tasks: RaggedTasks,
-    bandwidths: Tensor,
+    bandwidths: Tensor | Sequence[float],
     *,
     precision: str | None = None,
     memory: int | None = None,
@@ -50,7 +51,7 @@ def mmd_self_terms(
     Cost: sum n_t^2 (D + B). `centre` as for `energy_self_terms`.
     """
     return make_self_terms(
-        "rbf", tasks, precision=precision, memory=memory, centre=centre, bandwidths=_checked(bandwidths, None)
+        "rbf", tasks, precision=precision, memory=memory, centre=centre, bandwidths=_checked(_tensor(bandwidths), None)
     )
 
 
@@ -58,7 +59,7 @@ def mmd_distances(
     target: Tensor,
     tasks: RaggedTasks,
     *,
-    bandwidths: Tensor | None = None,
+    bandwidths: Tensor | Sequence[float] | None = None,
     unbiased: bool = False,
     precision: str | None = None,
     memory: int | None = None,
@@ -83,18 +84,21 @@ def mmd_distances(
     check_alike(target, tasks)
     kept = None if self_terms is None else self_terms.bandwidths
     if bandwidths is not None:
-        bandwidths = _checked(bandwidths, kept)
+        chosen = _checked(_tensor(bandwidths), kept)
     elif kept is None:
-        bandwidths = _median_bandwidths(target.detach())
+        chosen = _median_bandwidths(target.detach())
     if kept is not None:
-        bandwidths = kept  # those given are the same numbers
-    assert bandwidths is not None
-    means = means_of_pairs("rbf", target, tasks, unbiased, precision, memory, self_terms, bandwidths)
+        chosen = kept  # those given are the same numbers
+    means = means_of_pairs("rbf", target, tasks, unbiased, precision, memory, self_terms, chosen)
     # In this order equal terms cancel exactly.
     distances = (means.target - means.cross) + (means.tasks - means.cross)
     if not unbiased:
         distances = distances.clamp(min=0)  # what rounding leaves of a value that cannot be negative
-    return MMD(distances.to(means.dtype), bandwidths)
+    return MMD(distances.to(means.dtype), chosen)
+
+
+def _tensor(bandwidths: Tensor | Sequence[float]) -> Tensor:
+    return bandwidths if isinstance(bandwidths, Tensor) else torch.tensor(bandwidths, dtype=torch.float64)
 
 
 @torch.library.custom_op("headstart::median_bandwidths", mutates_args=())

@@ -20,8 +20,8 @@ class RaggedTasks:
         tasks = RaggedTasks.from_list([first, second])  # tensors [n_t, D]
         tasks.task(1)                                   # the second task's rows, [n_t, D]
 
-    Checked once, here, so that nothing below has to: ValueError says what was given and what is accepted. The
-    tensors are not copied, and must not be changed afterwards.
+    Checked once, here, so that nothing below has to: ValueError, or TypeError for what is no tensor, says what was
+    given and what is accepted. The tensors are not copied, and must not be changed afterwards.
     """
 
     features: Tensor
@@ -36,6 +36,8 @@ class RaggedTasks:
     """Rows of the smallest task."""
 
     def __post_init__(self) -> None:
+        for name in ("features", "offsets", *(() if self.labels is None else ("labels",))):
+            _check_tensor(name, getattr(self, name))
         if self.features.ndim != 2 or self.features.shape[1] == 0 or not self.features.is_floating_point():
             raise ValueError(
                 f"features are {_describe(self.features)}; accepted: a floating tensor [sum n_t, D] with D >= 1"
@@ -59,6 +61,7 @@ class RaggedTasks:
         if not tasks:
             raise ValueError("no tasks were given; accepted: at least one tensor [n_t, D]")
         for t, task in enumerate(tasks):
+            _check_tensor(f"task {t}", task)
             if task.ndim != 2 or task.shape[1] != tasks[0].shape[-1]:
                 raise ValueError(f"task {t} is {_describe(task)}; accepted: [n_t, {tasks[0].shape[-1]}] as task 0")
             if (task.dtype, task.device) != (tasks[0].dtype, tasks[0].device):
@@ -190,11 +193,20 @@ def check_target(target: Tensor, tasks: RaggedTasks) -> None:
     check_finite(target)
 
 
+def _check_tensor(name: str, value: object) -> None:
+    """Refuse, with a TypeError, what is no tensor: arrays of NumPy and lists."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; accepted: a torch.Tensor, as torch.as_tensor makes it")
+
+
 def check_alike(target: Tensor, tasks: RaggedTasks) -> None:
     """Refuse, with a ValueError, a target that cannot be compared with the tasks: [N, D], N >= 1, of their kind.
 
-    Looks at no value, so that it can be compiled.
+    TypeError: what is no tensor, or no RaggedTasks. Looks at no value, so that it can be compiled.
     """
+    if not isinstance(tasks, RaggedTasks):
+        raise TypeError(f"tasks is a {type(tasks).__name__}; accepted: RaggedTasks")
+    _check_tensor("target", target)
     num_features = tasks.num_features
     if target.ndim != 2 or target.shape[1] != num_features:
         raise ValueError(f"target is {_describe(target)}; accepted: [N, {num_features}] as the tasks have it")
@@ -216,6 +228,7 @@ def check_finite(target: Tensor) -> None:
 
 def check_labels(labels: Tensor, target: Tensor) -> None:
     """Refuse, with a ValueError, labels that are not a target's: [N] int64 on its device. Looks at no value."""
+    _check_tensor("labels", labels)
     accepted = f"accepted: torch.int64 [{len(target)}] on {target.device}, 0 or more"
     if labels.shape != target.shape[:1] or labels.dtype != torch.int64 or labels.device != target.device:
         raise ValueError(f"labels of the target are {_describe(labels)}; {accepted}")

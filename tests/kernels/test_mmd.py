@@ -101,6 +101,17 @@ def test_bad_bandwidths_are_refused(bad: list):
         mmd_distances(x, RaggedTasks.from_list([x + 1]), bandwidths=torch.tensor(bad))
 
 
+def test_bandwidths_may_be_a_list_of_numbers():
+    x = rows(4, 3, 1)
+    tasks, sigmas = RaggedTasks.from_list([x + 1]), [0.1, 3]
+    found = mmd_distances(x, tasks, bandwidths=sigmas)
+    expected = mmd_distances(x, tasks, bandwidths=torch.tensor(sigmas, dtype=torch.float64))
+    assert torch.equal(found.distances, expected.distances)
+    assert found.bandwidths.tolist() == sigmas
+    kept = mmd_self_terms(tasks, sigmas)
+    assert torch.equal(mmd_distances(x, tasks, self_terms=kept).distances, expected.distances)
+
+
 def test_one_row_has_no_unbiased_estimate():
     x = rows(4, 3, 1)
     with pytest.raises(ValueError, match="task 1 has one row"):

@@ -2,12 +2,13 @@
 
 import ast
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from headstart.kernels.ragged import RaggedTasks
+from headstart.kernels.ragged import RaggedTasks, check_alike, check_labels
 
 X = torch.arange(12.0).reshape(6, 2)
 
@@ -48,6 +49,23 @@ def test_means_survive_a_large_common_offset(device: str):
 def test_what_cannot_be_is_refused(features, where, labels, said: str):
     with pytest.raises(ValueError, match=said):
         RaggedTasks(features, where, labels)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: RaggedTasks(X.numpy(), offsets(0, 6)), "features is a ndarray; accepted: a torch.Tensor"),
+        (lambda: RaggedTasks(X, [0, 6]), "offsets is a list"),
+        (lambda: RaggedTasks(X, offsets(0, 6), [0] * 6), "labels is a list"),
+        (lambda: RaggedTasks.from_list([X, X.tolist()]), "task 1 is a list"),
+        (lambda: check_alike(X.numpy(), RaggedTasks(X, offsets(0, 6))), "target is a ndarray"),
+        (lambda: check_alike(X, X), "tasks is a Tensor; accepted: RaggedTasks"),
+        (lambda: check_labels([0] * 6, X), "labels is a list"),
+    ],
+)
+def test_what_is_no_tensor_is_told_from_one(make: Callable[[], object], said: str):
+    with pytest.raises(TypeError, match=said):
+        make()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
