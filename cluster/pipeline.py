@@ -13,17 +13,11 @@ from typing import Any, Literal
 
 from headstart.cluster.connect import Connection
 from headstart.cluster.recipe_file import recipe_yaml
-from headstart.cluster.stages.choose import (
-    choose,
-    chosen_model,
-    rank,
-    train_control,
-    tune_source,
-    write_training_csv,
-)
+from headstart.cluster.stages.choose import choose, chosen_model, train_control, tune_source, write_training_csv
 from headstart.cluster.stages.context import Context, Reporter, cache_root
 from headstart.cluster.stages.export import export, export_variants
 from headstart.cluster.stages.finish import evaluate, register_source
+from headstart.cluster.stages.rank import rank
 from headstart.cluster.stages.run_directory import Result, RunDirectory, Stage, fingerprint, write_json
 from headstart.trainer.files import write_atomically
 from headstart.trainer.inputs.readers import load_images

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from headstart.trainer.errors import DataError, RecipeError
+from headstart.trainer.head_optimizers import OPTIMIZERS
 from headstart.trainer.recipe import Search
 
 Array = torch.Tensor | np.ndarray
@@ -119,8 +120,8 @@ class HeadBank:
             raise ValueError("settings is empty; accepted: at least one HeadSetting")
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}; accepted: at least 1")
-        if optimizer not in _OPTIMIZERS:
-            raise ValueError(f"optimizer is {optimizer!r}; accepted: {', '.join(_OPTIMIZERS)}")
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is {optimizer!r}; accepted: {', '.join(OPTIMIZERS)}")
         self.settings = tuple(settings)
         self.num_classes = num_classes
         self.optimizer = optimizer
@@ -150,7 +151,7 @@ class HeadBank:
             torch.tensor([getattr(s, name) for s in self.settings], device=self.device).view(-1, 1, 1)
             for name in ("learning_rate", "weight_decay")
         )
-        make = _OPTIMIZERS[self.optimizer]
+        make = OPTIMIZERS[self.optimizer]
         steppers = make(self._weight, rates, decays), make(self._bias, rates, torch.zeros_like(decays))
         num_batches = math.ceil(len(x) / batch_size)
         num_steps, done = epochs * num_batches, 0
@@ -318,41 +319,3 @@ def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = (1 / (deviation * common).sqrt()).float()
     constant = (deviation <= 1e-6 * mean.abs()) | ~torch.isfinite(scale)
     return mean.float(), scale.masked_fill(constant, 0.0)
-
-
-class _AdamW:
-    """torch.optim.AdamW for a stack of K parameters [K, ...], each with its own rate and decay [K, 1, 1]."""
-
-    def __init__(self, parameter: torch.Tensor, rates: torch.Tensor, decays: torch.Tensor) -> None:
-        self.parameter, self.rates, self.decays = parameter, rates, decays
-        self.first, self.second, self.buffer = (torch.zeros_like(parameter) for _ in range(3))
-        self.num_steps = 0
-
-    def step(self, gradient: torch.Tensor, schedule: float) -> None:
-        self.num_steps += 1
-        rates = self.rates * schedule
-        self.parameter.mul_(1 - rates * self.decays)
-        self.first.lerp_(gradient, 1 - 0.9)
-        self.second.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
-        # The bias corrections are moved onto eps and the rates: a pass over all weights less for each.
-        root = math.sqrt(1 - 0.999**self.num_steps)
-        torch.sqrt(self.second, out=self.buffer).add_(1e-8 * root)
-        torch.div(self.first, self.buffer, out=self.buffer)
-        self.parameter.addcmul_(self.buffer, rates, value=-root / (1 - 0.9**self.num_steps))
-
-
-class _SGD:
-    """torch.optim.SGD(momentum=0.9, nesterov=True) for a stack of K parameters, as `_AdamW`."""
-
-    def __init__(self, parameter: torch.Tensor, rates: torch.Tensor, decays: torch.Tensor) -> None:
-        self.parameter, self.rates, self.decays = parameter, rates, decays
-        self.momentum = torch.zeros_like(parameter)
-
-    def step(self, gradient: torch.Tensor, schedule: float) -> None:
-        gradient = gradient + self.decays * self.parameter
-        # torch.optim's first step takes the gradient as the momentum, which starting from 0 gives as well.
-        self.momentum.mul_(0.9).add_(gradient)
-        self.parameter.sub_(gradient.add_(self.momentum, alpha=0.9).mul_(self.rates * schedule))
-
-
-_OPTIMIZERS: dict[str, type[_AdamW] | type[_SGD]] = {"adamw": _AdamW, "sgd": _SGD}

@@ -1,23 +1,22 @@
-"""The stages that decide: ranking the sources, fine-tuning the best, training the control, choosing the mode."""
+"""The stages that decide: fine-tuning the best source, training the control, choosing the mode."""
 
 import csv
 import io
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from headstart.cluster.fit import Row, fit
 from headstart.cluster.recipe_file import recipe_document
 from headstart.cluster.stages.context import Context
-from headstart.cluster.stages.run_directory import Result, Stage, write_json
+from headstart.cluster.stages.model import Model, auditioned, load_source
+from headstart.cluster.stages.rank import tunable_source
+from headstart.cluster.stages.run_directory import Result, Stage
 from headstart.cluster.stages.run_directory import fingerprint as fingerprint_of
-from headstart.trainer.backbones.backbone import Backbone
 from headstart.trainer.backbones.tensors import tensors_fingerprint
 from headstart.trainer.errors import SourceError
 from headstart.trainer.evaluation import Choice, choose_mode
@@ -25,160 +24,7 @@ from headstart.trainer.features import CachedFeatures, extract_features
 from headstart.trainer.files import write_atomically
 from headstart.trainer.loop import Task
 from headstart.trainer.recipe import Mode
-from headstart.trainer.selection.ranking import assess, make_sketch, sketch_distances, sketched
-from headstart.trainer.selection.sources import Candidate, catalog, resolve
 from headstart.trainer.transfer import build_classifier
-
-PROBE = "mobilenet-v2-imagenet"
-"""The one backbone under which tasks are compared: small, packaged, and of a broad source task."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """A backbone and the head on it: what is evaluated, exported and registered."""
-
-    source: str
-    mode: Mode
-    backbone: Backbone
-    head: nn.Linear
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Return logits [N, C] for features [N, D] of this model's backbone."""
-        with torch.no_grad():
-            logits: Tensor = self.head(features)
-        return logits
-
-
-def load_probe(context: Context) -> Backbone:
-    """Return the probe backbone, or raise `SourceError` when its weights are not to be had."""
-    return Candidate(card=catalog()[PROBE]).load(context.cache)
-
-
-def rank(context: Context) -> Stage:
-    """Rank the sources; writes ranking.json and each source's best head."""
-    recipe = context.recipe
-    candidates = resolve(recipe.sources, context.cache, exclude_data=context.target.images.fingerprint)
-    document = recipe_document(recipe)
-    inputs = {
-        "data": context.data_key,
-        "sources": [candidate.fingerprint for candidate in candidates],
-        "search": document["search"],
-        "optimizer": recipe.train.optimizer,
-        "seed": recipe.seed,
-    }
-    heads = context.run.private / "heads"
-
-    def make() -> tuple[Result, list[CachedFeatures]]:
-        used: list[CachedFeatures] = []
-        entries = [_audition(context, candidate, heads, used) for candidate in candidates]
-        if not any(entry["available"] for entry in entries):
-            reasons = "\n".join(f"  {entry['source']}: {entry['reason']}" for entry in entries)
-            raise SourceError(f"no source can be used here:\n{reasons}")
-        _add_distances(context, candidates, entries, used)
-        # The best audition first; a tie goes to the better score, then to the order of the recipe.
-        entries.sort(key=lambda e: (not e["available"], -(e["audition_accuracy"] or 0), -(e["score"] or 0)))
-        result = {"schema": 1, "target": context.recipe.name, "probe": PROBE, "ranking": entries}
-        write_json(context.run.path / "ranking.json", result)
-        return result, used
-
-    def nothing_new(result: Result) -> bool:
-        lacking = {entry["source"] for entry in result["ranking"] if not entry["available"]}
-        return not any(_loads(context, candidate) for candidate in candidates if candidate.card.name in lacking)
-
-    return context.run.stage(
-        "rank", inputs, lambda: [context.run.path / "ranking.json", *heads.glob("*.safetensors")], make, nothing_new
-    )
-
-
-def _loads(context: Context, candidate: Candidate) -> bool:
-    """Say whether a source that was unavailable has become available."""
-    try:
-        candidate.load(context.cache)
-    except SourceError:
-        return False
-    return True
-
-
-def _audition(context: Context, candidate: Candidate, heads: Path, used: list[CachedFeatures]) -> dict[str, Any]:
-    card = candidate.card
-    entry: dict[str, Any] = {
-        "source": card.name,
-        "task": card.task,
-        "licence": card.licence,
-        "architecture": card.architecture,
-        "available": False,
-        "tunable": False,
-        "reason": None,
-        "distance": None,
-        "distances": None,
-        "score": None,
-        "knn": None,
-        "ridge": None,
-        "audition_accuracy": None,
-        "seconds": None,
-    }
-    try:
-        with context.reporter.bar(f"audition {card.name}") as progress:
-            backbone = candidate.load(context.cache)
-            found = assess(backbone, context.target, context.recipe, context.cache, tag=context.tag, progress=progress)
-    except SourceError as error:
-        if context.recipe.sources != "all":
-            raise
-        return entry | {"reason": str(error)}
-    used.append(found.features)
-    heads.mkdir(exist_ok=True)
-    save_head(heads / f"{card.name}.safetensors", found.head)
-    return entry | {
-        "available": True,
-        "tunable": backbone.tunable,
-        "score": found.score,
-        "knn": found.knn,
-        "ridge": found.ridge,
-        "audition_accuracy": found.audition_accuracy,
-        "seconds": round(found.seconds, 3),
-    }
-
-
-def _add_distances(
-    context: Context,
-    candidates: Sequence[Candidate],
-    entries: list[dict[str, Any]],
-    used: list[CachedFeatures],
-) -> None:
-    """Measure the distance to the sources that have a sketch, where there are any and the probe is to be had."""
-    sketches = {c.card.name: sketch for c in candidates if (sketch := c.sketch()) is not None}
-    if not sketches:
-        return
-    try:
-        probe = load_probe(context)
-    except SourceError as error:
-        context.reporter.say(f"no task distances: {error}")
-        return
-    mine, cached = make_sketch(probe, sketched(context.target, context.recipe.seed), context.cache, tag=context.tag)
-    used.append(cached)
-    comparable = {name: sketch for name, sketch in sketches.items() if sketch.probe == mine.probe}
-    distances = dict(zip(comparable, sketch_distances(mine, list(comparable.values())), strict=True))
-    for entry in entries:
-        if entry["source"] in distances:
-            entry["distances"] = distances[entry["source"]]
-            entry["distance"] = entry["distances"]["energy"]
-
-
-def tunable_source(ranking: Result) -> dict[str, Any] | None:
-    """Return the best available source whose backbone can be trained, or None."""
-    return next((entry for entry in ranking["ranking"] if entry["available"] and entry["tunable"]), None)
-
-
-def load_source(context: Context, name: str) -> Backbone:
-    """Load a source of the ranking by its name."""
-    candidates = resolve(context.recipe.sources, context.cache, exclude_data=context.target.images.fingerprint)
-    return next(c for c in candidates if c.card.name == name).load(context.cache)
-
-
-def auditioned(context: Context, name: str) -> Model:
-    """Return the frozen source with its best head: the model of mode `feature`."""
-    head = load_head(context.run.private / "heads" / f"{name}.safetensors")
-    return Model(source=name, mode="feature", backbone=load_source(context, name), head=head)
 
 
 def tune_source(context: Context, ranked: Stage) -> Stage | None:
@@ -324,16 +170,3 @@ def write_training_csv(path: Path, fits: dict[str, Stage | None]) -> None:
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(path, text.getvalue().encode())
-
-
-def save_head(path: Path, head: nn.Linear) -> None:
-    """Store a head as safetensors: weight [C, D], bias [C]."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in head.state_dict().items()}, path)
-
-
-def load_head(path: Path) -> nn.Linear:
-    """Read a head that `save_head` wrote."""
-    state = load_file(path)
-    head = nn.Linear(state["weight"].shape[1], state["weight"].shape[0])
-    head.load_state_dict(state)
-    return head.eval()

@@ -9,8 +9,8 @@ import numpy as np
 from rich.markup import escape
 from torch import nn
 
-from headstart.cluster.stages.choose import Model
 from headstart.cluster.stages.context import Context
+from headstart.cluster.stages.model import Model
 from headstart.cluster.stages.run_directory import Result, Stage, fingerprint
 from headstart.serving.errors import PackageError
 from headstart.serving.export import OnnxStage, export_package

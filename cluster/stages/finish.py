@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from headstart.cluster.report.plots import plot_confusion, plot_learning
-from headstart.cluster.stages.choose import Model, fitted_model, load_probe, validation_logits
+from headstart.cluster.stages.choose import fitted_model, validation_logits
 from headstart.cluster.stages.context import Context
+from headstart.cluster.stages.model import Model
+from headstart.cluster.stages.rank import load_probe
 from headstart.cluster.stages.run_directory import Result, Stage, write_json
 from headstart.trainer.errors import SourceError
 from headstart.trainer.evaluation import (

@@ -1,0 +1,54 @@
+"""A model of a run: a source's backbone and a head on it; and heads on the disk."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from headstart.cluster.stages.context import Context
+from headstart.trainer.backbones.backbone import Backbone
+from headstart.trainer.recipe import Mode
+from headstart.trainer.selection.sources import resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A backbone and the head on it: what is evaluated, exported and registered."""
+
+    source: str
+    mode: Mode
+    backbone: Backbone
+    head: nn.Linear
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return logits [N, C] for features [N, D] of this model's backbone."""
+        with torch.no_grad():
+            logits: Tensor = self.head(features)
+        return logits
+
+
+def load_source(context: Context, name: str) -> Backbone:
+    """Load a source of the ranking by its name."""
+    candidates = resolve(context.recipe.sources, context.cache, exclude_data=context.target.images.fingerprint)
+    return next(c for c in candidates if c.card.name == name).load(context.cache)
+
+
+def auditioned(context: Context, name: str) -> Model:
+    """Return the frozen source with its best head: the model of mode `feature`."""
+    head = load_head(context.run.private / "heads" / f"{name}.safetensors")
+    return Model(source=name, mode="feature", backbone=load_source(context, name), head=head)
+
+
+def save_head(path: Path, head: nn.Linear) -> None:
+    """Store a head as safetensors: weight [C, D], bias [C]."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in head.state_dict().items()}, path)
+
+
+def load_head(path: Path) -> nn.Linear:
+    """Read a head that `save_head` wrote."""
+    state = load_file(path)
+    head = nn.Linear(state["weight"].shape[1], state["weight"].shape[0])
+    head.load_state_dict(state)
+    return head.eval()
