@@ -152,9 +152,10 @@ def open_repository(
         PackageError: an option cannot be.
     """
     from headstart.serving.device import Device, check, read_options
+    from headstart.serving.server.models.loading import Scheduling
     from headstart.serving.server.models.memory import read_size
     from headstart.serving.server.models.mirror import Mirror, is_url
-    from headstart.serving.server.models.repository import Repository, Scheduling
+    from headstart.serving.server.models.repository import Repository
 
     everywhere, by_model = _policies(policy)
     if not 0 <= max_delay_ms <= 10_000:

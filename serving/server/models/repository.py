@@ -8,54 +8,25 @@ verified and warmed up beside the old one, takes over between two requests, and 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from time import monotonic
 
 from headstart.serving.device import Device
-from headstart.serving.errors import PackageError, first_line
+from headstart.serving.errors import PackageError
 from headstart.serving.server.errors import ServeError, bad_request, not_found, unavailable
 from headstart.serving.server.models.drift import check_share
-from headstart.serving.server.models.entry import Attempt, Entry, Served
+from headstart.serving.server.models.entry import Entry, Served
 from headstart.serving.server.models.folder import POLICY_FILE, Folder, scan
-from headstart.serving.server.models.memory import Memory, Taken, resident
+from headstart.serving.server.models.loading import Loader, Loading, Scheduling
 from headstart.serving.server.models.mirror import Mirror
-from headstart.serving.server.models.model import LoadedModel, load_package, public
+from headstart.serving.server.models.model import LoadedModel, load_package
 from headstart.serving.server.models.policy import VERSION, Policy
-from headstart.serving.server.scheduling.batching import Scheduler
-from headstart.serving.server.scheduling.queueing import Budget
 from headstart.serving.server.watching.metrics import Metrics
 from headstart.serving.signing import check_public_key
 
 POLL_S = 1.0
-_RETRY_S = 30.0  # a failure of the machine, not of the package: no memory, no space
 _REMEMBERED = 64  # versions whose labels are kept when they no longer serve
 _LOG = logging.getLogger(__name__)
-
-Loader = Callable[[Path, str, str], LoadedModel]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scheduling:
-    """Limits of each model."""
-
-    max_batch: int | None = None
-    """Rows of one execution; None, and at most, the largest batch whose parity the package proves."""
-    max_delay_s: float = 0.0
-    """Seconds that a batch may wait to be filled."""
-    max_queue: int = 256
-    """Requests of one model that may wait."""
-    max_queue_bytes: int = 1 << 30
-    """Bytes of the inputs of all models' requests that wait."""
-
-    def __post_init__(self) -> None:
-        if self.max_batch is not None and self.max_batch < 1:
-            raise PackageError(f"max_batch is {self.max_batch}; accepted: at least 1")
-        if not 0 <= self.max_delay_s <= 10:
-            raise PackageError(f"max_delay_s is {self.max_delay_s:g}; accepted: 0 to 10 seconds")
-        if self.max_queue < 1:
-            raise PackageError(f"max_queue is {self.max_queue}; accepted: at least 1")
 
 
 class Repository:
@@ -119,11 +90,9 @@ class Repository:
         self.metrics = metrics or Metrics()
         self._policy, self._policies = policy or Policy(), dict(policies or {})
         self._poll_s = poll_s
-        self._memory = Memory(max_memory)
-        self._budget = Budget(self.scheduling.max_queue_bytes)
         self.mirror = mirror
         """Keeps the root up with a URL; None where the folder is one's own."""
-        self._load_model = loader or (
+        load = loader or (
             lambda folder, name, version: load_package(
                 folder,
                 name=name,
@@ -134,6 +103,7 @@ class Repository:
                 drift=drift,
             )
         )
+        self._loading = Loading(self.root, load, self.scheduling, self.metrics, max_memory)
         self.labels: dict[tuple[str, str], tuple[str, ...] | None] = {}
         """Class names by name and version: of what serves, and of the last that did."""
         self.unloaded: set[str] = set()
@@ -278,57 +248,16 @@ class Repository:
             return
         base = canary = None
         for version in entry.policy.candidates(versions):
-            base = await self._ensure(entry, version)
+            base = await self._loading.ensure(entry, version)
             if base:
                 break
         chosen = entry.policy.canary(versions)
         if chosen:
-            canary = await self._ensure(entry, chosen)
+            canary = await self._loading.ensure(entry, chosen)
         if base is None and canary is None and versions and entry.base and self._is_there(entry, entry.base):
             base = entry.base  # nothing that was chosen is sound: the old one stays
         if not self.stopping:
             self._set(entry, base or canary, canary if base else None)
-
-    async def _ensure(self, entry: Entry, version: int) -> Served | None:
-        """A version loaded from the files that are there now, the one that was loaded before them, or None."""
-        files, old, failed = entry.folder.versions[version], entry.served.get(version), entry.failed.get(version)
-        if old and old.files == files:
-            entry.failed.pop(version, None)
-            return old
-        if failed and failed.files == files and (failed.again_at is None or monotonic() < failed.again_at):
-            return old
-        entry.loading.add(version)
-        try:
-            estimated, before = self._memory.estimate(files), resident()
-            model, known = await asyncio.to_thread(self._load, entry.name, version)
-        except PackageError as error:
-            reason = public(str(error), self.root / entry.name / str(version))
-            cause = error.__cause__
-            passes = isinstance(cause, (OSError, MemoryError)) and not isinstance(cause, FileNotFoundError)
-            again_at = monotonic() + _RETRY_S if passes else None
-            entry.failed[version] = Attempt(files=files, reason=reason, again_at=again_at)
-            self.metrics.loaded(ready=False)
-            _LOG.warning("%s version %d is refused: %s", entry.name, version, error)
-            return old
-        finally:
-            entry.loading.discard(version)
-        entry.failed.pop(version, None)
-        self.metrics.loaded(ready=True)
-        _LOG.info("%s version %d is loaded on %s", entry.name, version, model.provider)
-        self._remember(model)
-        taken = Taken(estimated=estimated, measured=max(0, resident() - before))
-        self._memory.take(taken)
-        return Served(model=model, scheduler=self._schedule(model, known, taken), files=files, memory=taken)
-
-    def _load(self, name: str, version: int) -> tuple[LoadedModel, list[tuple[int, int]]]:
-        """In a thread: everything that takes time. The error is a PackageError, whatever a damaged graph raises."""
-        try:
-            model = self._load_model(self.root / name / str(version), name, str(version))
-            return model, model.warm_up()
-        except PackageError:
-            raise
-        except Exception as error:
-            raise PackageError(f"it does not run: {first_line(error)}") from error
 
     def _remember(self, model: LoadedModel) -> None:
         self.labels.pop((model.name, model.version), None)
@@ -337,25 +266,14 @@ class Repository:
         for key in [key for key in self.labels if key not in serving][:-_REMEMBERED]:
             del self.labels[key]
 
-    def _schedule(self, model: LoadedModel, known: list[tuple[int, int]], taken: Taken) -> Scheduler:
-        statistics = self.metrics.track(model.name, model.version)
-        statistics.memory = taken.measured
-        statistics.drift = model.drift.state if model.drift else dict
-        return Scheduler(
-            model,
-            max_batch=model.max_batch,
-            max_delay_s=self.scheduling.max_delay_s,
-            max_queue=self.scheduling.max_queue,
-            budget=self._budget,
-            statistics=statistics,
-            known=known,
-        )
-
     def _set(self, entry: Entry, base: Served | None, canary: Served | None) -> list["asyncio.Task[None]"]:
         """Let these answer from the next request on; the others answer what they have and are closed."""
         before = entry.served
         entry.served = {int(one.model.version): one for one in (base, canary) if one}
         entry.base, entry.canary = base, canary
+        for version, one in entry.served.items():
+            if before.get(version) is not one:
+                self._remember(one.model)
         tasks = []
         for version, one in before.items():
             if entry.served.get(version) is not one:
@@ -370,9 +288,7 @@ class Repository:
         try:
             await one.scheduler.drained()
         finally:
-            one.scheduler.close()
-            one.model.close()
-            self._memory.release(one.memory)
+            self._loading.release(one)
             now = self._entries.get(entry.name)
             if now is None or int(one.model.version) not in now.served:
                 self.metrics.forget(one.model.name, one.model.version)

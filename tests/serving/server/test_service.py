@@ -29,8 +29,9 @@ from headstart.serving.errors import PackageError
 from headstart.serving.package import MODEL
 from headstart.serving.server.command import serve, show_package, verify_package
 from headstart.serving.server.errors import ServeError
+from headstart.serving.server.models.loading import Scheduling
 from headstart.serving.server.models.policy import Policy
-from headstart.serving.server.models.repository import Repository, Scheduling
+from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.service import Service
 from tests.serving.server.graphs import LABELS, identities, logits, write_package
 from tests.serving.server.models.test_repository import IMAGE, Graph, infer, served_by, serving

@@ -37,7 +37,7 @@ async def test_a_model_that_does_not_fit_is_refused_and_loads_when_another_is_go
     root: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # What a small model is measured with is noise: here the estimates count.
-    monkeypatch.setattr("headstart.serving.server.models.repository.resident", lambda: 0)
+    monkeypatch.setattr("headstart.serving.server.models.loading.resident", lambda: 0)
     limit = need(root / "a" / "1") + need(root / "b" / "1") // 2
     async with serving(root, max_memory=limit, poll_s=60) as service:
         assert await served_by(service, "a") == "1"
@@ -56,7 +56,7 @@ async def test_a_model_that_does_not_fit_is_refused_and_loads_when_another_is_go
 async def test_while_a_version_is_replaced_both_count_and_the_old_one_stays_where_that_is_too_much(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("headstart.serving.server.models.repository.resident", lambda: 0)
+    monkeypatch.setattr("headstart.serving.server.models.loading.resident", lambda: 0)
     one = need(root / "a" / "1")
     for limit, expected in ((2 * one + one // 2, "1"), (3 * one + one // 2, "2")):
         async with serving(root, max_memory=limit, poll_s=60) as service:

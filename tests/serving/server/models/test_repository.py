@@ -24,10 +24,11 @@ from headstart.serving.manifest import MANIFEST
 from headstart.serving.package import MODEL
 from headstart.serving.runtime import Predictor
 from headstart.serving.server.errors import ServeError
-from headstart.serving.server.models import repository
+from headstart.serving.server.models import loading
+from headstart.serving.server.models.loading import Scheduling
 from headstart.serving.server.models.model import LoadedModel, load_graph, load_package, public
 from headstart.serving.server.models.policy import Policy
-from headstart.serving.server.models.repository import Repository, Scheduling
+from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.service import Service
 from headstart.serving.server.wire.protocol import InferRequest, InferResponse
 from tests.serving.server.graphs import classifier, identities, logits, mlp, rewrite_manifest, write_package
@@ -246,7 +247,7 @@ async def test_a_full_disk_refuses_a_version_until_there_is_space_again(root: Pa
 
     write_package(root / "demo" / "1", 1)
     async with serving(root) as service:
-        monkeypatch.setattr(repository, "_RETRY_S", 0.2)
+        monkeypatch.setattr(loading, "_RETRY_S", 0.2)
         with monkeypatch.context() as full:
             full.setattr(shutil, "copyfile", no_space)
             write_package(root / "demo" / "2", 2)

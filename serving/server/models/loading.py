@@ -1,0 +1,123 @@
+"""From the files of a version to a model that is verified, warmed up and scheduled, or to the reason why not."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+from headstart.serving.errors import PackageError, first_line
+from headstart.serving.server.models.entry import Attempt, Entry, Served
+from headstart.serving.server.models.memory import Memory, Taken, resident
+from headstart.serving.server.models.model import LoadedModel, public
+from headstart.serving.server.scheduling.batching import Scheduler
+from headstart.serving.server.scheduling.queueing import Budget
+from headstart.serving.server.watching.metrics import Metrics
+
+_RETRY_S = 30.0  # a failure of the machine, not of the package: no memory, no space
+_LOG = logging.getLogger(__name__)
+
+Loader = Callable[[Path, str, str], LoadedModel]
+"""A version's folder, name and version to a model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduling:
+    """Limits of each model."""
+
+    max_batch: int | None = None
+    """Rows of one execution; None, and at most, the largest batch whose parity the package proves."""
+    max_delay_s: float = 0.0
+    """Seconds that a batch may wait to be filled."""
+    max_queue: int = 256
+    """Requests of one model that may wait."""
+    max_queue_bytes: int = 1 << 30
+    """Bytes of the inputs of all models' requests that wait."""
+
+    def __post_init__(self) -> None:
+        if self.max_batch is not None and self.max_batch < 1:
+            raise PackageError(f"max_batch is {self.max_batch}; accepted: at least 1")
+        if not 0 <= self.max_delay_s <= 10:
+            raise PackageError(f"max_delay_s is {self.max_delay_s:g}; accepted: 0 to 10 seconds")
+        if self.max_queue < 1:
+            raise PackageError(f"max_queue is {self.max_queue}; accepted: at least 1")
+
+
+class Loading:
+    """Loads versions of a repository, once for the same files, and counts what they take.
+
+    Args:
+        root: the repository's folder.
+        loader: how a version's folder becomes a model.
+        scheduling: limits of each model.
+        metrics: where to count.
+        max_memory: bytes that models may take together; None is no limit.
+    """
+
+    def __init__(
+        self, root: Path, loader: Loader, scheduling: Scheduling, metrics: Metrics, max_memory: int | None
+    ) -> None:
+        self._root, self._load_model, self._scheduling, self._metrics = root, loader, scheduling, metrics
+        self._memory = Memory(max_memory)
+        self._budget = Budget(scheduling.max_queue_bytes)
+
+    async def ensure(self, entry: Entry, version: int) -> Served | None:
+        """A version loaded from the files that are there now, the one that was loaded before them, or None."""
+        files, old, failed = entry.folder.versions[version], entry.served.get(version), entry.failed.get(version)
+        if old and old.files == files:
+            entry.failed.pop(version, None)
+            return old
+        if failed and failed.files == files and (failed.again_at is None or monotonic() < failed.again_at):
+            return old
+        entry.loading.add(version)
+        try:
+            estimated, before = self._memory.estimate(files), resident()
+            model, known = await asyncio.to_thread(self._load, entry.name, version)
+        except PackageError as error:
+            reason = public(str(error), self._root / entry.name / str(version))
+            cause = error.__cause__
+            passes = isinstance(cause, (OSError, MemoryError)) and not isinstance(cause, FileNotFoundError)
+            again_at = monotonic() + _RETRY_S if passes else None
+            entry.failed[version] = Attempt(files=files, reason=reason, again_at=again_at)
+            self._metrics.loaded(ready=False)
+            _LOG.warning("%s version %d is refused: %s", entry.name, version, error)
+            return old
+        finally:
+            entry.loading.discard(version)
+        entry.failed.pop(version, None)
+        self._metrics.loaded(ready=True)
+        _LOG.info("%s version %d is loaded on %s", entry.name, version, model.provider)
+        taken = Taken(estimated=estimated, measured=max(0, resident() - before))
+        self._memory.take(taken)
+        return Served(model=model, scheduler=self._schedule(model, known, taken), files=files, memory=taken)
+
+    def _load(self, name: str, version: int) -> tuple[LoadedModel, list[tuple[int, int]]]:
+        """In a thread: everything that takes time. The error is a PackageError, whatever a damaged graph raises."""
+        try:
+            model = self._load_model(self._root / name / str(version), name, str(version))
+            return model, model.warm_up()
+        except PackageError:
+            raise
+        except Exception as error:
+            raise PackageError(f"it does not run: {first_line(error)}") from error
+
+    def _schedule(self, model: LoadedModel, known: list[tuple[int, int]], taken: Taken) -> Scheduler:
+        statistics = self._metrics.track(model.name, model.version)
+        statistics.memory = taken.measured
+        statistics.drift = model.drift.state if model.drift else dict
+        return Scheduler(
+            model,
+            max_batch=model.max_batch,
+            max_delay_s=self._scheduling.max_delay_s,
+            max_queue=self._scheduling.max_queue,
+            budget=self._budget,
+            statistics=statistics,
+            known=known,
+        )
+
+    def release(self, one: Served) -> None:
+        """Close a version that no longer answers."""
+        one.scheduler.close()
+        one.model.close()
+        self._memory.release(one.memory)
