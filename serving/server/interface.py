@@ -12,6 +12,9 @@ class InferenceService(Protocol):
     A service may also have `metrics_text`, which gives Prometheus' exposition as bytes or what to wait for.
     """
 
+    clients: int
+    """Connections of HTTP that are open and calls of gRPC that are worked on: counted by the transports."""
+
     async def start(self) -> None:
         """Load the models and warm them up."""
 

@@ -52,6 +52,7 @@ class Service:
 
     def __init__(self, repository: Repository, limits: Limits | None = None) -> None:
         self.repository = repository
+        self.clients = 0
         self._images = ImageDecoder(limits or Limits())
         self.metrics: Metrics = repository.metrics
 

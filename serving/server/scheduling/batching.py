@@ -145,8 +145,9 @@ class Scheduler:
             self._loop.call_soon(self._dispatch)
 
     async def drained(self) -> None:
-        """Return when nothing waits or runs."""
+        """Return when nothing waits or runs, and all is counted."""
         await self._idle.wait()
+        self._turn_over()
 
     def close(self) -> None:
         """End the threads, each after the batch that it runs; what still waits is refused."""

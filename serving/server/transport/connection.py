@@ -356,7 +356,7 @@ class Connection(asyncio.BufferedProtocol):
         self._release()
         if keep:
             self._state = _State.HEAD
-            if self._server.alone:
+            if self._server.routes.service.clients == 1:
                 self._server.polling.answered()
             if self._writing:
                 self.deadline = self._server.clock() + self._settings.idle_timeout

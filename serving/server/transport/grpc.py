@@ -53,6 +53,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
     def __init__(self, service: InferenceService, settings: HttpSettings, watch: Watch | None = None) -> None:
         self.settings = settings
         self._watch = watch
+        self._service = service
         self._request_ids = RequestIds()
         self.port = 0
         """The port that it listens on."""
@@ -189,6 +190,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         status, data = "CANCELLED", b""
         self._held += len(body)
         self._active += 1
+        self._service.clients += 1
         try:
             if self._held > self.settings.max_held_bytes:
                 raise unavailable("the server holds as many bytes of requests as it may; send this one again later")
@@ -206,6 +208,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         finally:
             self._held -= len(body)
             self._active -= 1
+            self._service.clients -= 1
             if self._watch is not None:
                 self._tell(self._watch, seen, path, refusal.grpc if refusal else status, len(data), context)
         return seen, refusal or data

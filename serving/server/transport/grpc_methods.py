@@ -54,6 +54,7 @@ class Methods:
         if remaining is not None:
             deadline = time.monotonic() + remaining
             request.deadline = deadline if request.deadline is None else min(request.deadline, deadline)
+        request.alone = self.service.clients == 1
         seen.asked(request)
         try:
             result = self.service.infer(request)

@@ -41,7 +41,7 @@ class HttpServer:
         self.settings = settings
         self.watch = watch
         self.request_ids = RequestIds()
-        self.routes = Routes(service, settings, lambda: self.alone)
+        self.routes = Routes(service, settings)
         self.closing = False
         """Whether it has stopped accepting."""
         self.port = 0
@@ -129,20 +129,17 @@ class HttpServer:
 
     # What connections call.
 
-    @property
-    def alone(self) -> bool:
-        """Whether one client is connected and no other."""
-        return len(self._connections) == 1
-
     def add(self, connection: Connection) -> bool:
         """Note a new connection; False where there are too many."""
         self._connections.add(connection)
+        self.routes.service.clients += 1
         self._empty.clear()
         return len(self._connections) <= self.settings.max_connections
 
     def remove(self, connection: Connection) -> None:
         """Forget a connection that is closed."""
         self._connections.discard(connection)
+        self.routes.service.clients -= 1
         if not self._connections:
             self._empty.set()
 

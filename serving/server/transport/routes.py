@@ -69,13 +69,11 @@ class Routes:
     Args:
         service: answers the requests.
         settings: the limits.
-        alone: whether one client is connected and no other.
     """
 
-    def __init__(self, service: InferenceService, settings: HttpSettings, alone: Callable[[], bool]) -> None:
+    def __init__(self, service: InferenceService, settings: HttpSettings) -> None:
         self.service = service
         self.settings = settings
-        self._alone = alone
         self.closing = False
         """Whether the server has stopped accepting, which makes it not ready."""
         self._decoder = RequestDecoder(settings.limits)
@@ -158,7 +156,7 @@ class Routes:
             request.priority = head.priority
         if head.timeout is not None:
             request.deadline = time.monotonic() + head.timeout
-        request.alone = self._alone()
+        request.alone = self.service.clients == 1
         exchange.asked(request)
         result = self.service.infer(request)
         if type(result) is InferResponse:

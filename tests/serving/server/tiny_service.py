@@ -27,6 +27,7 @@ class TinyService:
 
     def __init__(self) -> None:
         self.requests: list[InferRequest] = []
+        self.clients = 0
         self.calls: list[tuple[Any, ...]] = []
         self.gate = asyncio.Event()
         self.is_ready = True

@@ -237,6 +237,19 @@ def test_parameters_priority_and_deadlines_reach_the_service(client: Any, runnin
     assert running.service.requests[-1].deadline is None
 
 
+def test_the_only_call_is_told_from_one_of_several():
+    with RunningGrpc(HttpSettings(grpc_port=0)) as running, running.client() as client:
+        x = [tensor("x", np.zeros(2, np.float32))]
+        client.infer("echo", x)
+        client.async_infer("slow", x, callback=lambda result, error: None)
+        wait_until(lambda: len(running.service.requests) == 2)
+        client.infer("echo", x)
+        running.call(running.service.gate.set)
+        wait_until(lambda: running.service.clients == 0)
+        client.infer("echo", x)
+        assert [request.alone for request in running.service.requests] == [True, True, False, True]
+
+
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
 def test_a_client_that_goes_cancels_its_request(running: RunningGrpc, how: str):
     with running.client() as client:
