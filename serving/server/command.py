@@ -163,7 +163,8 @@ def open_repository(
     scheduling = Scheduling(max_batch=max_batch, max_delay_s=max_delay_ms / 1000, max_queue=max_queue)
     device = Device(provider=provider, threads=threads, options=read_options(provider_options))
     check(device)
-    mirror = Mirror(str(repository)) if is_url(str(repository)) else None
+    url = str(repository)
+    mirror = Mirror(url, policy_of=lambda name: by_model.get(name, everywhere)) if is_url(url) else None
     return Repository(
         mirror.folder if mirror else Path(repository),
         provider=provider,
@@ -260,11 +261,11 @@ def show_package(path: Path) -> dict[str, Any]:
 
 
 def _policies(texts: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """The rule of all models (None where there is none), and those by model."""
+    """The rule of all models, and those by model."""
     from headstart.serving.server.models.folder import NAME
     from headstart.serving.server.models.policy import Policy
 
-    everywhere, by_model = None, {}
+    everywhere, by_model = Policy(), {}
     for text in texts:
         name, equals, rule = text.partition("=")
         if not equals:

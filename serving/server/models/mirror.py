@@ -1,27 +1,33 @@
 """A repository behind a URL: an fsspec file system's NAME/VERSION/, copied to a private folder and kept up with.
 
+Of each model the versions are copied that its policy would serve, and the one it would fall back on; a copy stays for
+as long as its version lies at the URL, since it may be what serves.
+
 The folder is what a `Repository` serves. Each version lies apart and is reached by a link that is replaced in one
 step, so that a look at the folder finds a version as it was or as it is. Whether it is sound is the repository's to
 say: half of an upload is copied as it is, refused there with a reason, and copied anew when the URL's listing changes.
 """
 
+import contextlib
 import hashlib
+import itertools
 import logging
 import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from headstart.serving.errors import PackageError, first_line
 from headstart.serving.server.errors import StartError
 from headstart.serving.server.models.folder import NAME, POLICY_FILE
-from headstart.serving.server.models.policy import VERSION
+from headstart.serving.server.models.policy import VERSION, Policy
 
 LOOK_S = 10.0
 """Seconds between two listings, which object stores charge for."""
+_CANDIDATES = 2  # versions that are copied of those that may take the requests: the best, and one to fall back on
 _STORE = ".versions"
 _CHUNK = 8 << 20
 _JOIN_S = 5.0  # a listing that hangs is not waited for
@@ -56,13 +62,16 @@ class Mirror:
 
     Args:
         url: what fsspec understands.
+        policy_of: the rule of a model, by its name, where it has no file NAME/policy; by default latest.
         look_s: seconds between two looks.
 
     Raises:
         StartError: fsspec, or the package that its protocol needs, is not installed; the URL is none.
     """
 
-    def __init__(self, url: str, *, look_s: float = LOOK_S) -> None:
+    def __init__(
+        self, url: str, *, policy_of: Callable[[str], Policy] = lambda name: Policy(), look_s: float = LOOK_S
+    ) -> None:
         self._files, self._root = _open(url)
         self.url = _without_secrets(url)
         """The URL, without a password in it."""
@@ -70,6 +79,7 @@ class Mirror:
         self.folder = Path(self._temporary.name).resolve()
         """The copy: readable by this user alone."""
         (self.folder / _STORE).mkdir()
+        self._policy_of = policy_of
         self._look_s = look_s
         self._copied: dict[tuple[str, str], str] = {}  # (name, version) or (name, "policy") -> what the listing said
         self._told: dict[str, str] = {}
@@ -110,12 +120,12 @@ class Mirror:
         self._told.pop("", None)
         while self._replaced:
             shutil.rmtree(self._replaced.pop(), ignore_errors=True)
-        for key, files in found.items():
+        for key in itertools.chain([one for one in found if one[1] == POLICY_FILE], self._chosen(found)):
             if self._stopping.is_set():
                 break
-            says = _digest(files)
+            says = _digest(found[key])
             if self._copied.get(key) != says:
-                self._follow(key, files, says)
+                self._follow(key, found[key], says)
         for key in [key for key in self._copied if key not in found]:
             self._remove(key)
         return ""
@@ -151,6 +161,25 @@ class Mirror:
                 if entry.get("size") is None:  # HTTP lists names alone
                     files[inner] = {**self._files.info(entry["path"]), "path": entry["path"]}
         return found
+
+    def _chosen(self, found: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        """The versions to copy; asked for once the policies are."""
+        by_name: dict[str, list[int]] = {}
+        for name, version in found:
+            if version != POLICY_FILE:
+                by_name.setdefault(name, []).append(int(version))
+        for name, versions in by_name.items():
+            policy = self._policy(name)
+            wanted = {*policy.candidates(versions)[:_CANDIDATES], policy.canary(versions)}
+            for version in sorted(versions, reverse=True):
+                key = (name, str(version))
+                if version in wanted or key in self._copied:
+                    yield key
+
+    def _policy(self, name: str) -> Policy:
+        with contextlib.suppress(OSError, UnicodeDecodeError, PackageError):  # none, or one that the repository refuses
+            return Policy.parse((self.folder / name / POLICY_FILE).read_text(encoding="utf-8")[:200])
+        return self._policy_of(name)
 
     def _follow(self, key: tuple[str, str], files: _Files, says: str) -> None:
         """Copy a version, or a policy, and put it in the place of the one before."""

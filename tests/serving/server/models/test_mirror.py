@@ -29,6 +29,7 @@ from headstart.serving.package import MODEL
 from headstart.serving.server.errors import StartError
 from headstart.serving.server.models.folder import Folder, scan
 from headstart.serving.server.models.mirror import Mirror, is_url
+from headstart.serving.server.models.policy import Policy
 from headstart.serving.server.service import Service
 from tests.serving.server.graphs import write_package
 from tests.serving.server.models.test_repository import rows, served_by, serving, status_of
@@ -95,10 +96,11 @@ def remote(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def mirrored(url: str) -> AsyncIterator[tuple[Service, Mirror]]:
+async def mirrored(url: str, policy: str = "latest") -> AsyncIterator[tuple[Service, Mirror]]:
     """A service of a URL, which is looked at when `follow` says so."""
-    mirror = Mirror(url, look_s=3600)
-    async with serving(mirror.folder, mirror=mirror, poll_s=3600) as service:
+    rule = Policy.parse(policy)
+    mirror = Mirror(url, policy_of=lambda name: rule, look_s=3600)
+    async with serving(mirror.folder, mirror=mirror, poll_s=3600, policy=rule) as service:
         yield service, mirror
     assert not mirror.folder.exists()
 
@@ -130,6 +132,69 @@ async def test_a_file_system_an_archive_and_a_web_server_are_served(remote: Path
             async with mirrored(url) as (service, _):
                 assert await served_by(service) == "1", url
                 assert rows(service) == {("demo", "1"): ("READY", "")}
+
+
+def copied(mirror: Mirror, name: str = "demo") -> list[str]:
+    return sorted(path.name for path in (mirror.folder / name).iterdir() if path.name.isdigit())
+
+
+@pytest.mark.parametrize(
+    ("policy", "chosen", "answers"),
+    [
+        ("latest", ["4", "5"], "5"),
+        ("pinned:2", ["2"], "2"),
+        ("canary:1:10%", ["1", "4", "5"], "5"),
+        ("canary:5:10%", ["3", "4", "5"], "4"),
+        ("pinned:9", [], ""),
+    ],
+)
+@pytest.mark.parametrize("by", ["option", "file"])
+@on_a_loop
+async def test_the_versions_that_the_policy_chooses_are_copied(
+    remote: Path, policy: str, chosen: list[str], answers: str, by: str
+):
+    for version in range(2, 6):
+        write_package(remote / "demo" / str(version), version)
+    if by == "file":
+        (remote / "demo" / "policy").write_text(policy)
+    async with mirrored(f"file://{remote}", policy if by == "option" else "latest") as (service, mirror):
+        if chosen:
+            assert copied(mirror) == chosen
+            assert await served_by(service) == answers
+        else:
+            assert await status_of(service) in (404, 503)
+
+
+@on_a_loop
+async def test_a_copy_stays_while_its_version_is_there_and_may_serve(remote: Path):
+    write_package(remote / "demo" / "2", 2)
+    async with mirrored(f"file://{remote}") as (service, mirror):
+        for version in ("3", "4"):  # both are refused
+            write_package(remote / "demo" / version, int(version))
+            (remote / "demo" / version / MODEL).write_bytes(b"damaged")
+            await follow(service, mirror)
+        assert await served_by(service) == "2"
+        assert copied(mirror) == ["1", "2", "3", "4"]
+        shutil.rmtree(remote / "demo" / "1")
+        await follow(service, mirror)
+        assert copied(mirror) == ["2", "3", "4"]
+        write_package(remote / "demo" / "5", 5)
+        await follow(service, mirror)
+        assert await served_by(service) == "5"
+
+
+@on_a_loop
+async def test_a_policy_that_changes_brings_the_version_that_it_names(remote: Path):
+    for version in range(2, 6):
+        write_package(remote / "demo" / str(version), version)
+    async with mirrored(f"file://{remote}") as (service, mirror):
+        assert await served_by(service) == "5"
+        (remote / "demo" / "policy").write_text("pinned:1")
+        await follow(service, mirror)
+        assert await served_by(service) == "1"
+        (remote / "demo" / "policy").write_text("no policy")
+        await follow(service, mirror)
+        assert await served_by(service) == "1"
 
 
 @pytest.mark.parametrize("scheme", ["file", "http"])
