@@ -12,6 +12,7 @@ PATIENCE_NS = 1_000_000
 """How long the loop stays awake after an answer at most."""
 _LIKELY = 0.75
 _WEIGHT = 1 / 8
+_give_way = getattr(os, "sched_yield", lambda: None)  # which Windows lacks
 
 
 class BusyPoll:
@@ -52,5 +53,5 @@ class BusyPoll:
         """One more turn of the loop, in which it looks at its sockets."""
         self._turning = self._waiting and perf_counter_ns() - self._answered <= PATIENCE_NS
         if self._turning:
-            os.sched_yield()
+            _give_way()
             self._loop.call_soon(self._turn)

@@ -10,9 +10,11 @@ _AT_ONCE = 64
 class Streams:
     """The streams of a server.
 
-    async for data in streams.answers(bodies, one):
-        yield data
-    streams.close()  # no message is read any more, those that were read are answered
+        async for data in streams.answers(bodies, one):
+            yield data
+        streams.close()  # no message is read any more, those that were read are answered
+
+    Messages of one stream may share a batch, as those of several do.
     """
 
     def __init__(self) -> None:
