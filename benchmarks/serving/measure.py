@@ -25,7 +25,7 @@ BARE = "session.run"
 TOLERANCE = 1e-4
 """Largest difference of an answer from the bare call's, relative to the largest number in it: a batch rounds otherwise
 than a single row."""
-_BLOCKS = 4  # bare calls and requests take turns in blocks
+_BLOCKS = 4  # at concurrency 1, bare calls and requests take turns in blocks
 _BATCHES = (1, 4, 16)
 
 Figures = dict[str, float]
@@ -155,22 +155,27 @@ def _spell(
     bare: Bare,
     best: int,
 ) -> Figures:
-    """One server at one concurrency, in turn with bare calls: of one row for one client, of `best` rows for more."""
+    """One server at one concurrency, in turn with bare calls of one row, or between two spells of those of `best` rows.
+
+    Many clients are asked in one piece: answers that come in batches make the rate of a short spell meaningless.
+    """
     load, port = (grpc_load, running.port + 1) if way.is_grpc else (http_load, running.port)
-    batch = 1 if concurrency == 1 else best
+    batch, blocks = (1, _BLOCKS) if concurrency == 1 else (best, 1)
     latencies: list[float] = []
     calls: list[float] = []
     rates, cpu_s, num_answers, worst = [], 0.0, 0, 0.0
-    for _ in range(_BLOCKS):
+    for _ in range(blocks):
         if expected:
-            calls += bare.calls(batch, plan.seconds / _BLOCKS)
+            calls += bare.calls(batch, plan.seconds / blocks / 2)
         before = running.cpu_s()
-        clock = load(port, requests, concurrency, plan.seconds / _BLOCKS)
+        clock = load(port, requests, concurrency, plan.seconds / blocks)
         cpu_s += running.cpu_s() - before
         latencies += clock.latencies_ms
         rates.append(clock.rate)
         num_answers += clock.num_answers
-        worst = max([worst, *(_difference(way, one, expected) for one in clock.answers)]) if expected else 0.0
+        if expected:
+            calls += bare.calls(batch, plan.seconds / blocks / 2)
+            worst = max([worst, *(_difference(way, one, expected) for one in clock.answers)])
     if not way.is_grpc and expected and concurrency == 1:
         answers = [(number, ask(port, request)) for number, request in enumerate(requests)]
         worst = max([worst, *(_difference(way, one, expected) for one in answers)])
