@@ -171,9 +171,9 @@ class Mirror:
         for name, versions in by_name.items():
             policy = self._policy(name)
             wanted = {*policy.candidates(versions)[:_CANDIDATES], policy.canary(versions)}
-            for version in sorted(versions, reverse=True):
-                key = (name, str(version))
-                if version in wanted or key in self._copied:
+            for number in sorted(versions, reverse=True):
+                key = (name, str(number))
+                if number in wanted or key in self._copied:
                     yield key
 
     def _policy(self, name: str) -> Policy:
