@@ -176,8 +176,12 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
                 return refused(found.message[:_LONGEST_DETAILS], seen.request.id if seen.request else "")
             return found
 
-        async for data in self._streams.answers(bodies, one):
-            yield data
+        try:
+            async for data in self._streams.answers(bodies, one):
+                yield data
+        except Exception:  # of grpc.aio, which would send its words; those of an answer are refusals by now
+            log.exception("a stream cannot be read")
+            await _abort(context, internal("the stream cannot be read; open it again"))
         if self._methods.closing:
             await _abort(context, unavailable("the server is stopping; open the stream again"))
 

@@ -28,7 +28,10 @@ class Streams:
     async def answers(
         self, bodies: AsyncIterable[bytes], one: Callable[[bytes], Awaitable[bytes]]
     ) -> AsyncIterator[bytes]:
-        """The answers of `one` to a stream's messages; all of its work is cancelled where the client goes."""
+        """The answers of `one` to a stream's messages; all of its work is cancelled where the client goes.
+
+        What reading a message raises is raised behind the answers to those before it.
+        """
         pending: asyncio.Queue[asyncio.Future[bytes] | None] = asyncio.Queue()
         places = asyncio.Semaphore(_AT_ONCE)
 
@@ -40,12 +43,14 @@ class Streams:
             finally:
                 pending.put_nowait(None)
 
-        reader = asyncio.ensure_future(read())
+        reader = asyncio.ensure_future(read())  # over by the time that its last entry is taken
         self._readers.add(reader)
         try:
             while (answer := await pending.get()) is not None:
                 yield await answer
                 places.release()
+            if not reader.cancelled():
+                reader.result()  # raises what the reading has raised
         finally:
             self._readers.discard(reader)
             reader.cancel()

@@ -178,6 +178,25 @@ def test_what_is_worked_on_at_once_is_bounded_and_nothing_is_left(ends: str):
     assert found == ([] if ends == "given up" else [b"%d" % number for number in range(1000)])
 
 
+def test_what_reading_raises_is_raised_behind_the_answers():
+    async def main() -> None:
+        async def one(body: bytes) -> bytes:
+            await asyncio.sleep(0.01)
+            return body
+
+        async def bodies() -> AsyncIterator[bytes]:
+            yield b"first"
+            raise OSError("the wire is cut")
+
+        async for data in Streams().answers(bodies(), one):
+            found.append(data)
+
+    found: list[bytes] = []
+    with pytest.raises(OSError, match="the wire is cut"):
+        asyncio.run(main())
+    assert found == [b"first"]
+
+
 def test_a_served_model_is_asked_by_stream(root: Any):  # noqa: F811
     server = Server(root, grpc_port=0)
     try:
