@@ -17,7 +17,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Runnable(Protocol):
-    """What a scheduler needs of a model: `repository.LoadedModel`, or a stand-in of a test."""
+    """What a scheduler needs of a model: `model.LoadedModel`, or a stand-in of a test."""
 
     name: str
     version: str

@@ -4,6 +4,7 @@ On one CPU core a larger batch need not pay: MobileNetV2 at 224 pixels took 7.8 
 batches of two, 7.9 of four, 8.3 of eight and 8.8 of sixteen (the least of ten to 160 executions each).
 """
 
+from headstart.serving.server.remembered import Remembered
 from headstart.serving.server.scheduling.signature import Key
 
 _KNOWN_AFTER = 5  # executions of a size before its estimate is believed; the first, which allocates, is not in it
@@ -15,7 +16,6 @@ _EQUAL = 1.03  # a larger batch that takes so much longer for a row is still tak
 _HOPELESS = 1.1  # sizes below one that takes so much longer for a row are not tried
 _PROBE_EVERY = 16  # times the most rows: then a neighbour of the chosen size is measured anew,
 _RARELY = 8  # and a hopeless one after so many times that
-_MOST_KEYS = 256
 
 
 class BatchSizes:
@@ -34,7 +34,7 @@ class BatchSizes:
 
     def __init__(self, max_rows: int) -> None:
         self._sizes = [*(1 << power for power in range((max_rows - 1).bit_length())), max_rows]
-        self._learnt: dict[Key, _Rates] = {}
+        self._learnt: Remembered[Key, _Rates] = Remembered()
 
     def limit(self, key: Key) -> int:
         """The most rows that the next batch of this shape shall have."""
@@ -46,8 +46,6 @@ class BatchSizes:
         if 2 * rows <= limit or len(self._sizes) == 1:
             return
         if key not in self._learnt:
-            if len(self._learnt) >= _MOST_KEYS:
-                self._learnt.clear()
             self._learnt[key] = _Rates(len(self._sizes), _PROBE_EVERY * self._sizes[-1])
         self._learnt[key].learn(self._sizes.index(limit), rows, nanoseconds)
 

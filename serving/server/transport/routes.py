@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, unquote
 
 from headstart.serving.server.errors import MethodNotAllowed, ServeError, bad_request, not_found, too_many
 from headstart.serving.server.interface import InferenceService
+from headstart.serving.server.remembered import Remembered
 from headstart.serving.server.settings import HttpSettings
 from headstart.serving.server.transport.exchange import Exchange, Later, Response, json_response
 from headstart.serving.server.transport.static import page
@@ -60,7 +61,6 @@ _JSON = b"Content-Type: application/json\r\n"
 _NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,128}")
 _DECODERS = 2
 _MOST_DECODING = 64
-_REMEMBERED = 256
 
 
 class Routes:
@@ -82,7 +82,7 @@ class Routes:
         self._decoding = 0
         self._page = page()
         self._openapi_document = json_response(document())
-        self._remembered: dict[str, tuple[dict[str, Callable[..., Any]], tuple[str, ...]]] = {}
+        self._remembered: Remembered[str, tuple[dict[str, Callable[..., Any]], tuple[str, ...]]] = Remembered()
 
     def close(self) -> None:
         """Let go of the threads that decode."""
@@ -115,8 +115,6 @@ class Routes:
             if names is None:
                 continue
             handlers = {verb: getattr(self, f"_{name}") for verb, other, name in ROUTES if other == template}
-            if len(self._remembered) >= _REMEMBERED:
-                self._remembered.clear()
             self._remembered[path] = handlers, names
             return handlers, names
         raise not_found("nothing is served at this path; GET /openapi.json lists what is")

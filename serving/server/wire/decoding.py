@@ -15,11 +15,11 @@ import orjson
 from numpy.typing import NDArray
 
 from headstart.serving.server.errors import ServeError, bad_request, too_large
+from headstart.serving.server.remembered import Remembered
 from headstart.serving.server.wire.protocol import DATATYPES, InferRequest, Limits, RequestedOutput
 from headstart.serving.server.wire.tensors import from_binary, from_json
 
 HIGHEST_PRIORITY = 100
-_REMEMBERED = 256
 _SHORT = 2048
 _SCALARS = (str, bool, int, float)
 _SHARED_MEMORY = "shared memory is not supported; send the tensor in the body"
@@ -85,7 +85,7 @@ class RequestDecoder:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._remembered: dict[bytes, RequestPlan] = {}
+        self._remembered: Remembered[bytes, RequestPlan] = Remembered()
 
     def decode(
         self, body: memoryview, header_length: int | None, *, model: str, version: str | None
@@ -131,8 +131,6 @@ class RequestDecoder:
         if plan is None:
             plan = read_plan(read(body[:length]), self.limits)
             if key and not plan.id and all(tensor.size is not None for tensor in plan.inputs):
-                if len(self._remembered) >= _REMEMBERED:
-                    self._remembered.clear()
                 self._remembered[key] = plan
         if plan.size != len(body) - length:
             raise bad_request(

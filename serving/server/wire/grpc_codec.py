@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from headstart.serving.server.errors import bad_request, too_large
+from headstart.serving.server.remembered import Remembered
 from headstart.serving.server.wire.decoding import RequestPlan, read_plan
 from headstart.serving.server.wire.grpc_messages import MESSAGES
 from headstart.serving.server.wire.protocol import InferRequest, InferResponse, Limits, RequestedOutput, output_of
@@ -24,7 +25,6 @@ _CONTENTS |= dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents") | {"U
 _RAW_INPUT = 7 << 3 | 2
 _RAW_OUTPUT = bytes([6 << 3 | 2])
 _STREAMED = bytes([2 << 3 | 2])
-_REMEMBERED = 256
 _Plan = tuple[str, str | None, RequestPlan]
 
 
@@ -39,7 +39,7 @@ class GrpcDecoder:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._remembered: dict[tuple[bytes, tuple[int, ...]], _Plan] = {}
+        self._remembered: Remembered[tuple[bytes, tuple[int, ...]], _Plan] = Remembered()
 
     def decode(self, data: bytes) -> InferRequest:
         """A message to a request, whose arrays are views of `data` where their alignment allows.
@@ -52,8 +52,6 @@ class GrpcDecoder:
         known = self._remembered.get(key)
         model, version, plan = known or self._plan(head, raws)
         if known is None and len(head) <= 2048 and not plan.id and all(one.data is None for one in plan.inputs):
-            if len(self._remembered) >= _REMEMBERED:
-                self._remembered.clear()
             self._remembered[key] = model, version, plan
         arrays: dict[str, NDArray[Any]] = {}
         for index, tensor in enumerate(plan.inputs):

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from headstart.serving.server.errors import ServeError, bad_request
+from headstart.serving.server.remembered import Remembered
 from headstart.serving.server.wire.tensors import DATATYPES, classify, datatype_of, to_binary, to_json
 
 __all__ = ["DATATYPES", "InferRequest", "InferResponse", "Limits", "RequestedOutput"]
 __all__ += ["ResponseEncoder", "datatype_of", "encode_response", "error_body"]
 
-_REMEMBERED = 256
 _compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
@@ -168,7 +168,7 @@ class ResponseEncoder:
     """`encode_response`; the JSON of answers that are all binary is remembered, which is the same for one shape."""
 
     def __init__(self) -> None:
-        self._remembered: dict[Any, tuple[bytes, list[str]]] = {}
+        self._remembered: Remembered[Any, tuple[bytes, list[str]]] = Remembered()
 
     def encode(
         self,
@@ -190,8 +190,6 @@ class ResponseEncoder:
         parts, length = encode_response(response, requested, binary, label)
         wanted = [RequestedOutput(name, binary) for name in outputs] if requested is None else requested
         if wanted and all(_is_plain(one, outputs[one.name]) for one in wanted):
-            if len(self._remembered) >= _REMEMBERED:
-                self._remembered.clear()
             self._remembered[key] = bytes(parts[0]), [one.name for one in wanted]
         return parts, length
 
