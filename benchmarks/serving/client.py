@@ -11,19 +11,20 @@ import time
 from collections.abc import Sequence
 
 WARM_UP_S = 0.3
-"""At least; a spell begins when every client has had an answer."""
+"""Of a server that was just started."""
 PATIENCE_S = 60.0
 """How long an answer may take before the server counts as stuck."""
 
 
 class Clock:
-    """Counts the answers of one spell: it begins when all clients have had one, and lasts so many seconds.
+    """Counts the answers of one spell: it begins when all clients have had one and the warm-up is over, and lasts so
+    many seconds, or until there is one answer.
 
     The rate is taken between the last answer before it and the last one in it, so that a server that answers in
     bursts gets what it does.
     """
 
-    def __init__(self, concurrency: int, seconds: float) -> None:
+    def __init__(self, concurrency: int, seconds: float, warm_up_s: float) -> None:
         self.latencies_ms: list[float] = []
         """Of the answers that came within the spell."""
         self.num_answers = 0
@@ -31,7 +32,7 @@ class Clock:
         self.answers: list[tuple[int, bytes]] = []
         """Each client's request, by number, and the last answer to it."""
         self._waiting, self._seconds = concurrency, seconds
-        self._earliest = time.perf_counter() + WARM_UP_S
+        self._earliest = time.perf_counter() + warm_up_s
         self._ends, self._before, self._last = math.inf, 0.0, 0.0
 
     def answered(self, started: float, *, is_first: bool) -> bool:
@@ -43,10 +44,10 @@ class Clock:
             self._before = self._last = now
             if not self._waiting and now >= self._earliest:
                 self._ends = now + self._seconds
-        elif now <= self._ends:
+        elif now <= self._ends or not self.latencies_ms:
             self.latencies_ms.append((now - started) * 1e3)
             self._last = now
-        return now < self._ends
+        return now < self._ends or not self.latencies_ms
 
     @property
     def rate(self) -> float:
@@ -68,7 +69,9 @@ def ask(port: int, request: bytes) -> bytes:
         return answer
 
 
-def http_load(port: int, requests: Sequence[bytes], concurrency: int, seconds: float) -> Clock:
+def http_load(
+    port: int, requests: Sequence[bytes], concurrency: int, seconds: float, warm_up_s: float = WARM_UP_S
+) -> Clock:
     """So many connections, each of which sends its next request when its answer is there.
 
     Raises:
@@ -83,7 +86,7 @@ def http_load(port: int, requests: Sequence[bytes], concurrency: int, seconds: f
             connection.number = number % len(requests)
             connections[connection.socket.fileno()] = connection
             poll.register(connection.socket, select.EPOLLIN)
-        clock, waiting = Clock(concurrency, seconds), len(connections)
+        clock, waiting = Clock(concurrency, seconds, warm_up_s), len(connections)
         for handle, connection in connections.items():
             _send(poll, handle, connection, requests[connection.number])
         while waiting:
@@ -109,20 +112,22 @@ def http_load(port: int, requests: Sequence[bytes], concurrency: int, seconds: f
     return clock
 
 
-def grpc_load(port: int, requests: Sequence[bytes], concurrency: int, seconds: float) -> Clock:
+def grpc_load(
+    port: int, requests: Sequence[bytes], concurrency: int, seconds: float, warm_up_s: float = WARM_UP_S
+) -> Clock:
     """The same over gRPC, all calls on one channel."""
     import uvloop
 
-    return uvloop.run(_grpc_load(port, requests, concurrency, seconds))
+    return uvloop.run(_grpc_load(port, requests, concurrency, seconds, warm_up_s))
 
 
-async def _grpc_load(port: int, requests: Sequence[bytes], concurrency: int, seconds: float) -> Clock:
+async def _grpc_load(port: int, requests: Sequence[bytes], concurrency: int, seconds: float, warm_up_s: float) -> Clock:
     import grpc
 
     limits = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=limits) as channel:
         call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-        clock = Clock(concurrency, seconds)
+        clock = Clock(concurrency, seconds, warm_up_s)
 
         async def client(number: int) -> None:
             is_first = True

@@ -8,13 +8,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.serving.client import ask, grpc_load, http_load
+from benchmarks.serving.client import WARM_UP_S, ask, grpc_load, http_load
 from benchmarks.serving.formats import FORMATS, Format
 from benchmarks.serving.models import make_model, sample_inputs
 from benchmarks.serving.servers import CLIENT_CORE, PROGRAMS, SERVER_CORE, Running, Server
@@ -25,7 +26,10 @@ BARE = "session.run"
 TOLERANCE = 1e-4
 """Largest difference of an answer from the bare call's, relative to the largest number in it: a batch rounds otherwise
 than a single row."""
-_BLOCKS = 4  # at concurrency 1, bare calls and requests take turns in blocks
+_BLOCKS, _LEAST_BLOCKS = 20, 4
+"""For one client, bare calls and requests take turns in so many blocks,"""
+_CALLS = 10
+"""fewer where these would hold fewer calls than this."""
 _BATCHES = (1, 4, 16)
 
 Figures = dict[str, float]
@@ -155,44 +159,66 @@ def _spell(
     bare: Bare,
     best: int,
 ) -> Figures:
-    """One server at one concurrency, in turn with bare calls of one row, or between two spells of those of `best` rows.
+    """One server at one concurrency, between spells of bare calls: of one row, or of `best` rows for many clients.
 
-    Many clients are asked in one piece: answers that come in batches make the rate of a short spell meaningless.
+    The clock of a shared machine moves within a second, so one client's spell is cut into blocks, and each is held
+    against the bare calls next to it. Many clients are asked in one piece: answers that come in batches make the rate
+    of a short spell meaningless.
     """
     load, port = (grpc_load, running.port + 1) if way.is_grpc else (http_load, running.port)
-    batch, blocks = (1, _BLOCKS) if concurrency == 1 else (best, 1)
-    latencies: list[float] = []
-    calls: list[float] = []
+    alone, seconds, blocks = concurrency == 1, plan.seconds, 1
+    batch, share = (1, 1) if alone else (best, 2)
+    around = [bare.calls(batch, seconds / (_BLOCKS if alone else share))] if expected else []
+    if around and alone:
+        calls = seconds * 1e3 / statistics.median(around[0])
+        blocks = int(min(_BLOCKS, max(_LEAST_BLOCKS, calls / _CALLS)))
+    latencies: list[list[float]] = []
     rates, cpu_s, num_answers, worst = [], 0.0, 0, 0.0
-    for _ in range(blocks):
-        if expected:
-            calls += bare.calls(batch, plan.seconds / blocks / 2)
+    for number in range(blocks):
         before = running.cpu_s()
-        clock = load(port, requests, concurrency, plan.seconds / blocks)
+        clock = load(port, requests, concurrency, seconds / blocks, WARM_UP_S if number == 0 else 0.0)
         cpu_s += running.cpu_s() - before
-        latencies += clock.latencies_ms
+        latencies.append(clock.latencies_ms)
         rates.append(clock.rate)
         num_answers += clock.num_answers
         if expected:
-            calls += bare.calls(batch, plan.seconds / blocks / 2)
+            around.append(bare.calls(batch, seconds / blocks / share))
             worst = max([worst, *(_difference(way, one, expected) for one in clock.answers)])
-    if not way.is_grpc and expected and concurrency == 1:
+    if not way.is_grpc and expected and alone:
         answers = [(number, ask(port, request)) for number, request in enumerate(requests)]
         worst = max([worst, *(_difference(way, one, expected) for one in answers)])
     if not worst <= TOLERANCE:
         raise ValueError(f"an answer differs from the bare call's by {worst:.2g} of its largest number")
-    figures = _quantiles(latencies) if latencies else {}
+    figures = _quantiles([one for block in latencies for one in block])
     figures |= {
         "requests_per_s": statistics.mean(rates),
         "cpu_ms_per_request": cpu_s * 1e3 / num_answers,
         "difference": worst,
     }
-    if calls and latencies:
-        figures["rate_ratio"] = figures["requests_per_s"] * statistics.mean(calls) / (1e3 * batch)
-        if concurrency == 1:
-            figures["bare_p50_ms"] = statistics.median(calls)
-            figures["overhead_ms"] = figures["p50_ms"] - figures["bare_p50_ms"]
-            figures["p50_ratio"] = figures["p50_ms"] / figures["bare_p50_ms"]
+    if around:
+        figures |= beside(latencies, rates, [[*a, *b] for a, b in pairwise(around)], batch, alone=alone)
+    return figures
+
+
+def beside(
+    latencies: Sequence[Sequence[float]],
+    rates: Sequence[float],
+    calls: Sequence[Sequence[float]],
+    batch: int,
+    *,
+    alone: bool,
+) -> Figures:
+    """Medians over blocks of what requests have over the bare calls of `batch` rows next to them."""
+    figures = {
+        "rate_ratio": statistics.median(
+            rate * statistics.mean(taken) / (1e3 * batch) for rate, taken in zip(rates, calls, strict=True)
+        )
+    }
+    if alone:
+        p50s = [(statistics.median(a), statistics.median(b)) for a, b in zip(latencies, calls, strict=True)]
+        figures["bare_p50_ms"] = statistics.median(bare for _, bare in p50s)
+        figures["overhead_ms"] = statistics.median(request - bare for request, bare in p50s)
+        figures["p50_ratio"] = statistics.median(request / bare for request, bare in p50s)
     return figures
 
 
@@ -214,8 +240,8 @@ COLUMNS = (
     "overhead_ms", "p50_ratio", "rate_ratio", "difference", "batch",
 )  # fmt: skip
 """Medians of the rounds. `bare_p50_ms`: bare calls in turn with these requests; `overhead_ms` and `p50_ratio`: the
-difference and the ratio of the two; `rate_ratio`: requests/s over rows/s of bare calls in turn with them, one by
-one for one client and at their best batch for more."""
+difference and the ratio of the two, block by block; `rate_ratio`: requests/s over rows/s of bare calls in turn with
+them, one by one for one client and at their best batch for more."""
 
 
 def _rows(model: str, rounds: dict[tuple[str, str, int], list[Figures]]) -> list[dict[str, Any]]:

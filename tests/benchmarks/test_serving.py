@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.serving.client import Clock
 from benchmarks.serving.formats import FORMATS
-from benchmarks.serving.measure import TOLERANCE
+from benchmarks.serving.measure import TOLERANCE, beside
 from benchmarks.serving.servers import PEERS, PROGRAMS, SERVERS
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def test_bursts_are_counted_at_their_rate(monkeypatch: pytest.MonkeyPatch):
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    clock = Clock(16, seconds=10)
+    clock = Clock(16, seconds=10, warm_up_s=0.3)
     for turn in range(1, 100):
         now = turn * 0.7
         more = [clock.answered(now - 0.7, is_first=turn == 1) for _ in range(16)]
@@ -33,7 +33,7 @@ def test_bursts_are_counted_at_their_rate(monkeypatch: pytest.MonkeyPatch):
 def test_a_slow_client_s_first_answer_begins_the_spell(monkeypatch: pytest.MonkeyPatch):
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    clock = Clock(2, seconds=1)
+    clock = Clock(2, seconds=1, warm_up_s=0.3)
     for _ in range(50):
         now += 0.1
         assert clock.answered(now - 0.1, is_first=now < 0.15)
@@ -42,6 +42,28 @@ def test_a_slow_client_s_first_answer_begins_the_spell(monkeypatch: pytest.Monke
     now += 0.5
     assert clock.answered(now - 0.1, is_first=False)
     assert clock.rate == pytest.approx(2)
+
+
+def test_a_spell_has_an_answer_however_short_it_is(monkeypatch: pytest.MonkeyPatch):
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    clock = Clock(1, seconds=0.1, warm_up_s=0)
+    assert clock.answered(0, is_first=True)
+    now = 0.4
+    assert not clock.answered(0, is_first=False)
+    assert clock.latencies_ms == pytest.approx([400])
+    assert clock.rate == pytest.approx(2.5)
+
+
+def test_a_clock_that_moves_between_blocks_moves_no_overhead():
+    slow = [1.0, 1.0, 1.0, 1.4, 1.4]  # a block each, and the bare calls on both sides of it
+    latencies = [[10.5 * one] * 9 for one in slow]
+    calls = [[10.0 * one] * 18 for one in slow]
+    figures = beside(latencies, [1e3 / block[0] for block in latencies], calls, 1, alone=True)
+    assert figures == pytest.approx(
+        {"rate_ratio": 1 / 1.05, "bare_p50_ms": 10.0, "overhead_ms": 0.5, "p50_ratio": 1.05}
+    )
+    assert beside([[320.0] * 32], [96.0], [[160.0] * 4], 16, alone=False) == {"rate_ratio": pytest.approx(0.96)}
 
 
 @pytest.mark.parametrize("kind", ["binary", "JSON"])
