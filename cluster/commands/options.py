@@ -1,0 +1,24 @@
+"""Arguments and options that several commands have, and how they print JSON."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file, or the name of a shipped recipe.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/demo.")]
+PackageArgument = Annotated[Path, typer.Argument(metavar="PACKAGE", help="A package, such as runs/demo/package.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set train.epochs=3."),
+]
+Out = Annotated[Path | None, typer.Option(help="The run directory itself; default runs/NAME.")]
+Address = Annotated[str | None, typer.Option(help="A Ray cluster's address; its token in RAY_AUTH_TOKEN.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Do every stage again.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
+
+
+def print_json(document: Any) -> None:
+    """Write one JSON document to stdout."""
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))

@@ -1,0 +1,186 @@
+"""Commands that make runs: the whole way of a recipe, parts of it, a search, and a job on a cluster."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headstart.cluster.commands.options import Address, Fresh, Json, Out, RecipeArgument, RunArgument, Set, print_json
+
+if TYPE_CHECKING:
+    from headstart.cluster.pipeline import Outcome, Until
+
+
+def demo(out: Out = None, fresh: Fresh = False, as_json: Json = False) -> None:
+    """Two source tasks made, eight sources ranked, one model fine-tuned, judged, packaged: on real digits."""
+    from headstart.cluster.connect import Connection
+    from headstart.cluster.pipeline import run as run_pipeline
+    from headstart.cluster.recipe_file import load_recipe
+    from headstart.cluster.stages.context import Reporter
+
+    target = out or Path("runs/demo")
+    reporter = Reporter()
+    with Connection() as connection:
+        for name in ("demo-digits", "demo-photographs"):
+            reporter.say(f"[bold]Making the source task {name}[/bold]")
+            beside = target.parent / f"{target.name}-{name.removeprefix('demo-')}"
+            run_pipeline(load_recipe(name), beside, connection=connection, reporter=reporter, fresh=fresh)
+        reporter.say("[bold]The target: 300 labelled digits[/bold]")
+        outcome = run_pipeline(load_recipe("demo"), target, connection=connection, reporter=reporter, fresh=fresh)
+    _show(outcome, as_json)
+
+
+def run(
+    recipe: RecipeArgument,
+    overrides: Set = None,
+    out: Out = None,
+    address: Address = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Take a recipe through every stage, from labelled images to a package that is a source for the next."""
+    _show(_run(recipe, overrides, out, address, fresh, "register"), as_json)
+
+
+def rank(
+    recipe: RecipeArgument,
+    overrides: Set = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Rank the sources for a recipe's data, and stop there."""
+    outcome = _run(recipe, overrides, out, None, fresh, "rank")
+    if as_json:
+        print_json(outcome.ranking)
+    else:
+        _show(outcome, as_json)
+
+
+def fit(
+    recipe: RecipeArgument,
+    overrides: Set = None,
+    out: Out = None,
+    address: Address = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Rank, fine-tune the best source under Ray Train, choose the mode, and stop there."""
+    _show(_run(recipe, overrides, out, address, fresh, "fit"), as_json)
+
+
+def evaluate(run_directory: RunArgument, address: Address = None, as_json: Json = False) -> None:
+    """Measure a run's model and its controls on the test images; stages it lacks are done first."""
+    outcome = _again(run_directory, address, "evaluate")
+    if as_json:
+        print_json(outcome.evaluation)
+    else:
+        _show(outcome, as_json)
+
+
+def export(
+    run_directory: RunArgument,
+    variant: Annotated[str | None, typer.Option(help="fp16 or int8: that package as well, beside the other.")] = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's package, proven against PyTorch; stages it lacks are done first."""
+    outcome = _again(run_directory, address, "export", variant)
+    refused = outcome.variants[variant]["refused"] if variant else None
+    if not as_json:
+        _show(outcome, as_json)
+    elif not refused:
+        print_json(outcome.variants[variant]["manifest"] if variant else outcome.manifest)
+    if refused:
+        from headstart.serving.errors import PackageError
+
+        raise PackageError(refused)
+
+
+def tune(
+    recipe: RecipeArgument,
+    overrides: Set = None,
+    out: Out = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Search over heads with Ray Tune: each trial is one source's bank over the recipe's `search`."""
+    from headstart.cluster.connect import Connection
+    from headstart.cluster.recipe_file import load_recipe
+    from headstart.cluster.tune import print_trials, tune_heads
+
+    loaded = load_recipe(recipe, overrides or ())
+    with Connection(address) as connection:
+        trials = tune_heads(loaded, out or Path("runs") / loaded.name, connection=connection)
+    if as_json:
+        print_json(trials)
+    else:
+        print_trials(trials)
+
+
+def submit(
+    recipe: RecipeArgument,
+    address: Annotated[str, typer.Option(help="The Ray head's dashboard, such as http://127.0.0.1:8265.")],
+    overrides: Set = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Send a recipe to a Ray cluster's job API, with our code as a wheel, and wait for its end."""
+    from headstart.cluster.jobs import submit as submit_job
+    from headstart.cluster.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    job = submit_job(loaded, address, out or Path("runs") / loaded.name)
+    if as_json:
+        print_json(job)
+    else:
+        typer.echo(f"job {job['job']}: {job['status']}; its run directory is {job['out']}")
+    if job["status"] != "SUCCEEDED":
+        raise typer.Exit(1)
+
+
+def _run(
+    recipe: str,
+    overrides: list[str] | None,
+    out: Path | None,
+    address: str | None,
+    fresh: bool,
+    until: "Until",
+) -> "Outcome":
+    from headstart.cluster.connect import Connection
+    from headstart.cluster.pipeline import run as run_pipeline
+    from headstart.cluster.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    with Connection(address) as connection:
+        if address is not None:
+            connection.ray()  # a cluster that does not answer is told before any work is done
+        return run_pipeline(loaded, out or Path("runs") / loaded.name, connection=connection, fresh=fresh, until=until)
+
+
+def _again(run_directory: Path, address: str | None, until: "Until", variant: str | None = None) -> "Outcome":
+    from headstart.cluster.recipe_file import load_recipe
+    from headstart.trainer.errors import RunError
+
+    recipe = run_directory / "recipe.yaml"
+    if not recipe.is_file():
+        raise RunError(f"{run_directory} is no run directory: it has no recipe.yaml. Make one: headstart run RECIPE")
+    overrides = None
+    if variant is not None:  # the run's recipe keeps it
+        known = load_recipe(str(recipe), ()).export.variants
+        overrides = [f"export.variants={json.dumps(list(dict.fromkeys([*known, variant])))}"]
+    return _run(str(recipe), overrides, run_directory, address, False, until)
+
+
+def _show(outcome: "Outcome", as_json: bool) -> None:
+    if as_json:
+        print_json(outcome.summary)
+        return
+    from rich.console import Console
+
+    from headstart.cluster.report.outcome import print_outcome
+
+    # Rich takes a pipe or a file for 80 columns, too few for the table of sources.
+    print_outcome(outcome, Console(width=None if sys.stdout.isatty() else 120))
