@@ -65,6 +65,11 @@ def not_found(message: str) -> ServeError:
     return ServeError(404, message, grpc="NOT_FOUND")
 
 
+def too_slow(message: str) -> ServeError:
+    """408: the request did not come whole in time."""
+    return ServeError(408, message, grpc="DEADLINE_EXCEEDED")
+
+
 def too_large(message: str) -> ServeError:
     """413: beyond a limit on bytes or pixels."""
     return ServeError(413, message, grpc="RESOURCE_EXHAUSTED")

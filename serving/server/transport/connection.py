@@ -1,30 +1,33 @@
 """One connection of the HTTP server: requests one after the other, in the order in which they come.
 
-It reads into its own buffers and not through asyncio's streams: a head is found and parsed in the connection's
-buffer, a body of known length is received where it will be used, and a request whose model runs at once is
-answered without a task. A head whose bytes equal the last one's is not parsed again.
+It reads into its own buffers and not through asyncio's streams: a head is found in the connection's buffer, a body of
+known length is received where it will be used, and a request whose model runs at once is answered without a task.
 """
 
 import asyncio
-import logging
 from enum import Enum, auto
-from functools import partial
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from headstart.serving.server.errors import ServeError, bad_request, internal, too_large, unauthenticated, unavailable
-from headstart.serving.server.transport.exchange import STATUS_LINES, Exchange, Later, Response, error_response
-from headstart.serving.server.transport.routes import HEALTH
+from headstart.serving.server.errors import ServeError, bad_request, too_slow, unauthenticated, unavailable
+from headstart.serving.server.transport.admission import Admission
+from headstart.serving.server.transport.exchange import (
+    Exchange,
+    Later,
+    Response,
+    error_response,
+    failure_response,
+    response_head,
+)
+from headstart.serving.server.transport.receive_buffer import ReceiveBuffer
 from headstart.serving.server.watching.watch import CLIENT_GONE, Outcome, Seen
 from headstart.serving.server.wire.bodies import ChunkedBody
-from headstart.serving.server.wire.head import Head, HeadParser, too_many_headers
+from headstart.serving.server.wire.head import Head, too_many_headers
 
 if TYPE_CHECKING:
     from headstart.serving.server.transport.http import HttpServer
-
-log = logging.getLogger(__name__)
 
 _EMPTY = memoryview(b"")
 _ALIGNMENT = 16
@@ -55,14 +58,10 @@ class Connection(asyncio.BufferedProtocol):
         self._choose_id, self._watch = server.request_ids.choose, server.watch
         self._settings = server.settings
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
-        self._parser = HeadParser(server.settings.max_headers)
-        self._buffer = bytearray(server.settings.max_header_bytes)
-        self._view = memoryview(self._buffer)
-        self._start = self._end = 0  # of what has come and was not read yet
+        self._admission = Admission(server)
+        self._buffer = ReceiveBuffer(server.settings.max_header_bytes)
         self._state = _State.HEAD
         self._head: Head = cast(Head, None)
-        self._head_bytes = b""  # of a head that was let in
-        self._trusted = False
         self._body = self._rest = _EMPTY  # a body, and what of it is still to come
         self._chunks: ChunkedBody = cast(ChunkedBody, None)
         self._held = 0
@@ -90,7 +89,7 @@ class Connection(asyncio.BufferedProtocol):
         """The client has gone, or we have closed."""
         self._closing = True
         self._release()
-        self._parser.close()
+        self._admission.close()
         self._server.remove(self)
         if self._exchange is not None:
             self._exchange.leave()
@@ -100,8 +99,8 @@ class Connection(asyncio.BufferedProtocol):
         if self._state is _State.BODY:
             return self._rest
         if self._state is _State.DISCARD:
-            return self._view
-        return self._view[self._end :]
+            return self._buffer.scrap()
+        return self._buffer.room()
 
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes have come."""
@@ -113,11 +112,11 @@ class Connection(asyncio.BufferedProtocol):
             return
         if self._state is _State.DISCARD:
             return
-        self._end += nbytes
+        self._buffer.filled(nbytes)
         if self._state is not _State.BUSY and self._writing:
             self._advance()
-        elif self._end == len(self._buffer):
-            self._pause()
+        elif self._buffer.is_full:
+            self._make_room()
 
     def eof_received(self) -> bool:
         """The client sends no more. What it has asked and was not answered yet is dropped, as if it had gone."""
@@ -152,12 +151,12 @@ class Connection(asyncio.BufferedProtocol):
         settings = self._settings
         if self._state is _State.DISCARD or not self._writing:
             self._transport.abort()
-        elif self._state is _State.HEAD and self._start == self._end:
+        elif self._state is _State.HEAD and not self._buffer:
             self._close()
         elif self._state is _State.HEAD:
-            self._refuse(_too_slow(f"the headers took longer than {settings.header_timeout:g} s"))
+            self._refuse(too_slow(f"the headers took longer than {settings.header_timeout:g} s"))
         elif self._state is not _State.BUSY:
-            self._refuse(_too_slow(f"the body took longer than {settings.body_timeout:g} s"), self._head)
+            self._refuse(too_slow(f"the body took longer than {settings.body_timeout:g} s"), self._head)
 
     def wind_down(self, deadline: float) -> None:
         """Serve what has come, and close by `deadline` where nothing does."""
@@ -172,7 +171,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _advance(self) -> None:
         """Read as many requests as have come and can be answered now."""
-        while self._start < self._end and self._writing and not self._closing:
+        while self._buffer and self._writing and not self._closing:
             if self._state is _State.HEAD:
                 if not self._find_head():
                     break
@@ -180,74 +179,39 @@ class Connection(asyncio.BufferedProtocol):
                 self._feed_chunks()
             else:
                 break
-        if self._start == self._end:
-            self._start = self._end = 0
-        elif self._end == len(self._buffer):
-            self._compact()
-        if not self._reading and self._end < len(self._buffer) and not self._closing:
+        if not self._buffer:
+            self._buffer.clear()
+        elif self._buffer.is_full:
+            self._make_room()
+        if not self._reading and not self._buffer.is_full and not self._closing:
             self._reading = True
             self._transport.resume_reading()
 
-    def _compact(self) -> None:
-        left = self._end - self._start
-        self._buffer[:left] = self._buffer[self._start : self._end]
-        self._start, self._end = 0, left
-        if left == len(self._buffer):
-            self._pause()
-
-    def _pause(self) -> None:
-        if self._start:
-            self._compact()
-        elif self._reading and not self._closing:
+    def _make_room(self) -> None:
+        """For more to come; where there is none, nothing is received until something is read."""
+        self._buffer.compact()
+        if self._buffer.is_full and self._reading and not self._closing:
             self._reading = False
             self._transport.pause_reading()
 
     def _find_head(self) -> bool:
         """Read a head if all of it has come."""
-        while self._buffer.startswith(b"\r\n", self._start, self._end):  # empty lines before a request are allowed
-            self._start += 2
-        end = self._buffer.find(b"\r\n\r\n", self._start, self._end)
-        if end < 0:
-            if self._end - self._start == len(self._buffer):
-                self._refuse(too_many_headers(f"more than {len(self._buffer)} bytes"))
-            elif self._end - self._start and self.deadline > (
-                latest := self._server.clock() + self._settings.header_timeout
-            ):
+        raw = self._buffer.take_head()
+        if raw is None:
+            if len(self._buffer) == self._buffer.size:
+                self._refuse(too_many_headers(f"more than {self._buffer.size} bytes"))
+            elif self._buffer and self.deadline > (latest := self._server.clock() + self._settings.header_timeout):
                 self.deadline = latest
             return False
-        raw = self._view[self._start : end + 4].tobytes()
-        self._start = end + 4
         try:
-            if raw != self._head_bytes:
-                self._read_head(raw)
-            self._begin(self._head)
+            self._begin(self._admission.admit(raw))
         except ServeError as error:
-            self._refuse(error, self._head if self._trusted else None)
+            self._refuse(error, self._admission.head)
         return True
-
-    def _read_head(self, raw: bytes) -> None:
-        """Parse a head, let it in and find its handler."""
-        self._trusted = False
-        self._head_bytes = b""
-        head = self._parser.parse(raw)
-        self._trusted = self._server.trusts(head.headers.get(b"authorization"))
-        if not self._trusted:
-            if not (self._settings.open_health and head.path in _HEALTH_PATHS):
-                raise unauthenticated()
-            self._trusted = True
-        self._head = head
-        try:
-            self._server.routes.resolve(head)
-        except ServeError as error:
-            if head.length or head.chunked:
-                raise
-            head.handler = partial(_refused, error)
-        if head.length > self._settings.max_body_bytes:
-            raise too_large(f"Content-Length is {head.length}; accepted: {self._settings.max_body_bytes} bytes")
-        self._head_bytes = raw
 
     def _begin(self, head: Head) -> None:
         """Make room for a body, and answer if there is none to wait for."""
+        self._head = head
         padding = -(head.json_length or 0) % _ALIGNMENT
         if head.chunked:
             self._chunks = ChunkedBody(self._settings.max_body_bytes, padding)
@@ -258,22 +222,20 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._hold(head.length)
             body = np.empty(head.length + padding, np.uint8).data[padding:]
-            come = min(head.length, self._end - self._start)
-            body[:come] = self._view[self._start : self._start + come]
-            self._start += come
+            come = self._buffer.take_into(body)
             if come == head.length:
                 self._answer(head, body)
                 return
             self._body, self._rest = body, body[come:]
             self._state = _State.BODY
         self.deadline = self._server.clock() + self._settings.body_timeout
-        if head.expects_continue and self._start == self._end:
+        if head.expects_continue and not self._buffer:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _feed_chunks(self) -> None:
         chunks, before = self._chunks, len(self._chunks)
         try:
-            self._start += chunks.feed(self._view[self._start : self._end])
+            self._buffer.skip(chunks.feed(self._buffer.unread()))
             self._hold(len(chunks) - before)
         except ServeError as error:
             self._refuse(error, self._head)
@@ -305,7 +267,7 @@ class Connection(asyncio.BufferedProtocol):
         try:
             result: Response | Later = head.handler(exchange, *head.arguments)  # type: ignore[misc]
         except Exception as error:
-            result = _failure(error, exchange.request_id)
+            result = failure_response(error, exchange.request_id)
         if isinstance(result, Response):
             self._respond(exchange, result)
             return
@@ -330,25 +292,19 @@ class Connection(asyncio.BufferedProtocol):
         except asyncio.CancelledError:
             response = error_response(unavailable("the request was dropped"))
         except Exception as error:
-            response = _failure(error, exchange.request_id)
+            response = failure_response(error, exchange.request_id)
         self._respond(exchange, response)
         self._advance()
 
     def _respond(self, exchange: Exchange, response: Response) -> None:
         """Send a response, and be ready for the next request."""
-        head, (status, headers, parts) = exchange.head, response
+        head, parts = exchange.head, response.parts
         keep = head.keep_alive and not self._server.closing
         length = sum(map(len, parts))
         if head.method == "HEAD":
             parts = []
-        line = b"%s%s%sX-Request-Id: %s\r\nContent-Length: %d\r\n%s\r\n" % (
-            STATUS_LINES[status],
-            self._server.date,
-            headers,
-            exchange.request_id.encode(),
-            length,
-            b"Connection: close\r\n" if not keep else b"Connection: keep-alive\r\n" if head.old else b"",
-        )
+        connection = b"Connection: close\r\n" if not keep else b"Connection: keep-alive\r\n" if head.old else b""
+        line = response_head(response, length, exchange.request_id, self._server.date, connection)
         if length < _JOINED:
             self._transport.write(b"".join((line, *parts)))
         else:
@@ -363,37 +319,28 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._linger()
         if self._watch is not None:
-            self._watch.ended(exchange, Outcome(head.method, head.path, status, length, head.texts))
+            self._watch.ended(exchange, Outcome(head.method, head.path, response.status, length, head.texts))
 
     def _refuse(self, error: ServeError, head: Head | None = None) -> None:
         """Answer what cannot be read any further, and close; `head` is the request's, where it was let in."""
-        if not self._trusted and self._settings.token is not None:
+        if self._admission.head is None and self._settings.token is not None:
             error = unauthenticated()
         self._release()
         request_id = self._choose_id(head.request_id if head else "")
-        _, more, parts = error_response(error)
-        self._transport.write(
-            b"".join(
-                (
-                    STATUS_LINES[error.status],
-                    self._server.date,
-                    more,
-                    b"X-Request-Id: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
-                    % (request_id.encode(), len(parts[0])),
-                    *parts,
-                )
-            )
-        )
+        response = error_response(error)
+        body = response.parts[0]
+        line = response_head(response, len(body), request_id, self._server.date, b"Connection: close\r\n")
+        self._transport.write(b"".join((line, body)))
         self._linger()
         if self._watch is not None:
             method, path, headers = (head.method, head.path, head.texts) if head else ("-", "-", dict)
-            outcome = Outcome(method, path, error.status, len(parts[0]), headers)
+            outcome = Outcome(method, path, error.status, len(body), headers)
             self._watch.ended(Seen(request_id, perf_counter_ns()), outcome)
 
     def _linger(self) -> None:
         """Close our side, and throw away what still comes until the client closes its own."""
         self._state = _State.DISCARD
-        self._start = self._end = 0
+        self._buffer.clear()
         self._closing = True
         self._body = self._rest = _EMPTY
         self.deadline = self._server.clock() + _LINGER
@@ -410,25 +357,3 @@ class Connection(asyncio.BufferedProtocol):
     def _close(self) -> None:
         self._closing = True
         self._transport.close()
-
-
-_HEALTH_PATHS = tuple(f"/v2/health/{one}" for one in HEALTH)
-
-
-def _failure(error: Exception, request_id: str) -> Response:
-    """What a handler raised; the cause of what it did not mean to raise is in the log alone."""
-    if isinstance(error, ServeError):
-        return error_response(error)
-    if isinstance(error, MemoryError):
-        return error_response(unavailable("the server is out of memory for this request"))
-    log.error("request %s failed", request_id, exc_info=error, extra={"request_id": request_id})
-    return error_response(internal(f"the server failed; its log says why under {request_id}"))
-
-
-def _refused(error: ServeError, exchange: Exchange) -> Response:
-    """The handler of a request that has none and no body either, after which the connection can go on."""
-    return error_response(error)
-
-
-def _too_slow(message: str) -> ServeError:
-    return ServeError(408, message, grpc="DEADLINE_EXCEEDED")

@@ -1,18 +1,21 @@
 """What a handler is given, one request, and what it returns: a response, or what must be awaited for one."""
 
 import json
+import logging
 import math
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
-from headstart.serving.server.errors import MethodNotAllowed, ServeError
+from headstart.serving.server.errors import MethodNotAllowed, ServeError, internal, unavailable
 from headstart.serving.server.watching.watch import Seen
 from headstart.serving.server.wire.head import Head
 from headstart.serving.server.wire.protocol import error_body
 
+log = logging.getLogger(__name__)
+
 JSON = b"Content-Type: application/json\r\n"
-STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
@@ -69,3 +72,25 @@ def error_response(error: ServeError) -> Response:
     if isinstance(error, MethodNotAllowed):
         headers += f"Allow: {error.allow}\r\n".encode()
     return Response(error.status, headers, [error_body(error)])
+
+
+def failure_response(error: Exception, request_id: str) -> Response:
+    """What a handler raised; the cause of what it did not mean to raise is in the log alone."""
+    if isinstance(error, ServeError):
+        return error_response(error)
+    if isinstance(error, MemoryError):
+        return error_response(unavailable("the server is out of memory for this request"))
+    log.error("request %s failed", request_id, exc_info=error, extra={"request_id": request_id})
+    return error_response(internal(f"the server failed; its log says why under {request_id}"))
+
+
+def response_head(response: Response, length: int, request_id: str, date: bytes, connection: bytes) -> bytes:
+    """The head of a response whose body has that length; `date` and `connection` are header lines, or empty."""
+    return b"%s%s%sX-Request-Id: %s\r\nContent-Length: %d\r\n%s\r\n" % (
+        _STATUS_LINES[response.status],
+        date,
+        response.headers,
+        request_id.encode(),
+        length,
+        connection,
+    )
