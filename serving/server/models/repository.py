@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from time import monotonic
 
 from headstart.serving.device import Device
 from headstart.serving.errors import PackageError
@@ -50,7 +51,7 @@ class Repository:
         scheduling: limits of each model; None is the defaults.
         public_key: PEM of the key that must have signed every package; None asks for no signatures.
         metrics: where to count.
-        poll_s: seconds between two looks at the folder.
+        poll_s: seconds between two looks at the folder, which all processes do at the same time.
         loader: how a version's folder becomes a model; tests give another.
         mirror: keeps the root up with a URL; started and closed here.
         drift: share of executions whose features are compared with the training images', 0 to 1, where a package has
@@ -225,7 +226,8 @@ class Repository:
 
     async def _poll(self) -> None:
         while True:
-            await asyncio.sleep(self._poll_s)
+            # At the multiples of a clock that all processes share, so that they see a new version at one moment.
+            await asyncio.sleep(self._poll_s - monotonic() % self._poll_s)
             try:
                 await self.look()
             except Exception:

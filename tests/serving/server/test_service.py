@@ -34,7 +34,7 @@ from headstart.serving.server.models.policy import Policy
 from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.service import Service
 from tests.serving.server.graphs import LABELS, identities, logits, write_package
-from tests.serving.server.models.test_repository import IMAGE, Graph, infer, served_by, serving
+from tests.serving.server.models.test_repository import IMAGE, NEVER, Graph, infer, served_by, serving
 from tests.serving.server.scheduling.test_batching import on_a_loop
 
 
@@ -213,7 +213,7 @@ async def test_the_card_says_what_a_reader_wants_to_know(root: Path):
 @on_a_loop
 async def test_labels_are_those_of_the_version_that_answered_even_when_it_is_gone(root: Path):
     labels = ("x", "y", "z")
-    async with serving(root, poll_s=60) as service:
+    async with serving(root, poll_s=NEVER) as service:
         response = await infer(service)
         write_package(root / "demo" / "3", 3, labels=labels)
         await service.repository.look()

@@ -17,7 +17,7 @@ from headstart.serving.server.models.model import LoadedModel, load_package
 from headstart.serving.server.scheduling.batching import Scheduler
 from headstart.serving.server.scheduling.queueing import Budget
 from tests.serving.server.graphs import classifier, write_package
-from tests.serving.server.models.test_repository import rows, served_by, serving, status_of
+from tests.serving.server.models.test_repository import NEVER, rows, served_by, serving, status_of
 from tests.serving.server.scheduling.test_batching import Doubling, ask, on_a_loop, refusal
 
 
@@ -39,7 +39,7 @@ async def test_a_model_that_does_not_fit_is_refused_and_loads_when_another_is_go
     # What a small model is measured with is noise: here the estimates count.
     monkeypatch.setattr("headstart.serving.server.models.loading.resident", lambda: 0)
     limit = need(root / "a" / "1") + need(root / "b" / "1") // 2
-    async with serving(root, max_memory=limit, poll_s=60) as service:
+    async with serving(root, max_memory=limit, poll_s=NEVER) as service:
         assert await served_by(service, "a") == "1"
         assert await status_of(service, "b") == 503
         state, reason = rows(service)["b", "1"]
@@ -59,7 +59,7 @@ async def test_while_a_version_is_replaced_both_count_and_the_old_one_stays_wher
     monkeypatch.setattr("headstart.serving.server.models.loading.resident", lambda: 0)
     one = need(root / "a" / "1")
     for limit, expected in ((2 * one + one // 2, "1"), (3 * one + one // 2, "2")):
-        async with serving(root, max_memory=limit, poll_s=60) as service:
+        async with serving(root, max_memory=limit, poll_s=NEVER) as service:
             write_package(root / "a" / "2", 2)
             await service.repository.look()
             assert await served_by(service, "a") == expected
@@ -101,7 +101,7 @@ async def test_a_measured_growth_beyond_the_estimate_counts_instead(root: Path):
     def load(folder: Path, name: str, version: str) -> LoadedModel:
         return load_package(folder, name=name, version=version, device=Device(threads=1))
 
-    async with serving(root, max_memory=40 << 20, poll_s=60, loader=loader) as service:
+    async with serving(root, max_memory=40 << 20, poll_s=NEVER, loader=loader) as service:
         assert await served_by(service, "a") == "1"
         measured = service.card("a")["memory"]["measured_bytes"]
         assert 40 << 20 < measured < 100 << 20

@@ -32,7 +32,7 @@ from headstart.serving.server.models.mirror import Mirror, is_url
 from headstart.serving.server.models.policy import Policy
 from headstart.serving.server.service import Service
 from tests.serving.server.graphs import write_package
-from tests.serving.server.models.test_repository import rows, served_by, serving, status_of
+from tests.serving.server.models.test_repository import NEVER, rows, served_by, serving, status_of
 from tests.serving.server.scheduling.test_batching import on_a_loop
 
 
@@ -100,7 +100,7 @@ async def mirrored(url: str, policy: str = "latest") -> AsyncIterator[tuple[Serv
     """A service of a URL, which is looked at when `follow` says so."""
     rule = Policy.parse(policy)
     mirror = Mirror(url, policy_of=lambda name: rule, look_s=3600)
-    async with serving(mirror.folder, mirror=mirror, poll_s=3600, policy=rule) as service:
+    async with serving(mirror.folder, mirror=mirror, poll_s=NEVER, policy=rule) as service:
         yield service, mirror
     assert not mirror.folder.exists()
 

@@ -34,6 +34,8 @@ from headstart.serving.server.wire.protocol import InferRequest, InferResponse
 from tests.serving.server.graphs import classifier, identities, logits, mlp, rewrite_manifest, write_package
 from tests.serving.server.scheduling.test_batching import on_a_loop
 
+NEVER = 1e9
+"""Seconds between two looks at the folder, in tests that look themselves."""
 IMAGE = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
 
 
@@ -102,6 +104,26 @@ async def test_a_copied_package_is_a_deployment(root: Path, pristine: Path):
         np.testing.assert_array_equal(response.outputs["logits"], expected[0])
         np.testing.assert_array_equal(response.outputs["probabilities"], expected[1])
         assert rows(service) == {("demo", "1"): ("READY", "")}
+
+
+@on_a_loop
+async def test_all_processes_look_at_the_folder_at_the_same_moments(root: Path, monkeypatch: pytest.MonkeyPatch):
+    write_package(root / "demo" / "1", 1)
+    moments: dict[int, float] = {}
+    look = Repository.look
+
+    async def noted(self: Repository) -> None:
+        moments.setdefault(id(self), time.monotonic())
+        await look(self)
+
+    async with serving(root, poll_s=1.0) as one:
+        await asyncio.sleep(0.5)
+        async with serving(root, poll_s=1.0) as other:
+            monkeypatch.setattr(Repository, "look", noted)
+            while not {id(one.repository), id(other.repository)} <= {*moments}:
+                await asyncio.sleep(0.01)
+    apart = abs(moments[id(one.repository)] - moments[id(other.repository)]) % 1.0
+    assert min(apart, 1.0 - apart) < 0.25  # half a second, if each went by its own start
 
 
 @pytest.mark.parametrize("order", [[MODEL, MANIFEST], [MANIFEST, MODEL]], ids="-first then ".join)
@@ -185,7 +207,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 async def test_a_bad_package_is_refused_with_a_reason_and_the_old_one_stays(root: Path, tmp_path: Path, name: str):
     damage, words = BROKEN[name]
     write_package(root / "demo" / "1", 1)
-    async with serving(root, poll_s=60) as service:
+    async with serving(root, poll_s=NEVER) as service:
         draft = write_package(tmp_path / "a" / "draft" / "2", 2)
         damage(draft)
         shutil.move(draft, root / "demo" / "2")
@@ -231,7 +253,7 @@ async def test_a_package_that_was_refused_is_not_read_again_until_it_changes(roo
         attempts.append(version)
         return load_package(folder, name=name, version=version, device=Device(threads=1))
 
-    async with serving(root, loader=loader, poll_s=60) as service:
+    async with serving(root, loader=loader, poll_s=NEVER) as service:
         for _ in range(5):
             await looks(service)
         assert attempts == ["1"]
@@ -363,7 +385,7 @@ async def test_the_file_of_a_model_goes_before_the_setting_and_is_followed(root:
     for version in (1, 2, 3):
         write_package(root / "demo" / str(version), version)
     (root / "demo" / "policy").write_text("pinned:1\n")
-    async with serving(root, policy=Policy.parse("pinned:2"), poll_s=60) as service:
+    async with serving(root, policy=Policy.parse("pinned:2"), poll_s=NEVER) as service:
         assert await served_by(service) == "1"
         (root / "demo" / "policy").write_text("pined:3")
         await looks(service)
@@ -399,7 +421,7 @@ async def test_a_removed_version_gives_way_to_the_next_and_a_removed_model_is_un
 @on_a_loop
 async def test_a_version_written_over_serves_what_was_verified_until_the_new_one_is(root: Path, tmp_path: Path):
     folder = write_package(root / "demo" / "1", 1)
-    async with serving(root, poll_s=60) as service:
+    async with serving(root, poll_s=NEVER) as service:
         old = service.repository.find("demo", None).model
         (folder / MODEL).write_bytes(classifier(5))
         await looks(service)
@@ -435,7 +457,7 @@ async def test_external_data_that_is_cut_off_under_a_model_harms_nothing(root: P
     onnx.save(model, folder / MODEL, save_as_external_data=True, location="weights.bin", size_threshold=1 << 20)
     names = (MODEL, "weights.bin")
     rewrite_manifest(folder, files={name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names})
-    async with serving(root, poll_s=60) as service:
+    async with serving(root, poll_s=NEVER) as service:
         assert await served_by(service) == "1"
         os.truncate(folder / "weights.bin", 0)
         assert await served_by(service) == "1"
@@ -486,7 +508,7 @@ async def test_200_requests_across_three_swaps_are_each_answered_by_the_version_
 @on_a_loop
 async def test_a_deleted_version_still_answers_what_it_was_asked(root: Path):
     write_package(root / "demo" / "1", 1, graph=classifier(1, turns=20_000))
-    async with serving(root, poll_s=60, scheduling=Scheduling(max_batch=2)) as service:
+    async with serving(root, poll_s=NEVER, scheduling=Scheduling(max_batch=2)) as service:
         tasks = [asyncio.create_task(infer(service)) for _ in range(5)]
         await asyncio.sleep(0)
         shutil.rmtree(root / "demo")
@@ -561,7 +583,7 @@ class Graph:
 async def test_loading_never_runs_on_the_event_loop_and_is_seen_in_the_index(root: Path):
     (root / "demo" / "1").mkdir(parents=True)
     loader = Graph(seconds=0.6)
-    service = Service(Repository(root, threads=1, poll_s=60, loader=loader))
+    service = Service(Repository(root, threads=1, poll_s=NEVER, loader=loader))
     assert not service.ready()
     assert await status_of(service) == 503
     starting = asyncio.create_task(service.start())
@@ -595,7 +617,7 @@ async def test_a_model_is_warm_before_it_is_ready(root: Path, monkeypatch: pytes
         return plain(self, feed, outputs)
 
     monkeypatch.setattr(LoadedModel, "run", run)
-    service = Service(Repository(root, threads=1, poll_s=60, loader=Graph()))
+    service = Service(Repository(root, threads=1, poll_s=NEVER, loader=Graph()))
     await service.start()
     assert {ready for _, ready in ran} == {False}
     assert {shape for shape, _ in ran} == {(1, 16), (8, 16)}
