@@ -44,7 +44,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/serving-benchmark"), help="the models are made here")
     parser.add_argument("--environments", type=Path, help="of the peers; in the folder by default")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument("--no-rows", action="store_true", help="append nothing to benchmarks/results, draw nothing")
+    parser.add_argument(
+        "--no-rows",
+        action="store_true",
+        help="append nothing to benchmarks/results, draw nothing",
+    )
     options = parser.parse_args(arguments)
     if options.quick:
         options.models, options.concurrency, options.rounds, options.seconds = "mlp", "1,32", 1, 0.5
@@ -75,7 +79,7 @@ def main(arguments: list[str]) -> int:
         rows, failures = rows + found, failures | failed
         if not options.no_rows:
             append_rows("serving", found)  # after each model: an hour's rows are not lost with the last minute
-    if not options.no_rows:
+    if not options.no_rows and set(plan.models) == set(MODELS):  # of a part there is no picture
         plot(rows)
     if options.json:
         print(json.dumps({"rows": rows, "failures": failures}, indent=2))

@@ -18,7 +18,8 @@ PATIENCE_S = 60.0
 
 class Clock:
     """Counts the answers of one spell: it begins when all clients have had one and the warm-up is over, and lasts so
-    many seconds, or until there is one answer.
+    many seconds, and until there are two answers a client: a slow server that answers in bursts has too few of them
+    in less for a rate.
 
     The rate is taken between the last answer before it and the last one in it, so that a server that answers in
     bursts gets what it does.
@@ -31,7 +32,7 @@ class Clock:
         """All of them, those of the warm-up as well."""
         self.answers: list[tuple[int, bytes]] = []
         """Each client's request, by number, and the last answer to it."""
-        self._waiting, self._seconds = concurrency, seconds
+        self._waiting, self._seconds, self._least = concurrency, seconds, 2 * concurrency
         self._earliest = time.perf_counter() + warm_up_s
         self._ends, self._before, self._last = math.inf, 0.0, 0.0
 
@@ -44,10 +45,13 @@ class Clock:
             self._before = self._last = now
             if not self._waiting and now >= self._earliest:
                 self._ends = now + self._seconds
-        elif now <= self._ends or not self.latencies_ms:
+        elif self._goes_on(now):
             self.latencies_ms.append((now - started) * 1e3)
             self._last = now
-        return now < self._ends or not self.latencies_ms
+        return self._goes_on(now)
+
+    def _goes_on(self, now: float) -> bool:
+        return now <= self._ends or len(self.latencies_ms) < self._least
 
     @property
     def rate(self) -> float:

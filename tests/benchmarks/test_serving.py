@@ -44,15 +44,17 @@ def test_a_slow_client_s_first_answer_begins_the_spell(monkeypatch: pytest.Monke
     assert clock.rate == pytest.approx(2)
 
 
-def test_a_spell_has_an_answer_however_short_it_is(monkeypatch: pytest.MonkeyPatch):
+def test_a_spell_has_two_answers_a_client_however_short_it_is(monkeypatch: pytest.MonkeyPatch):
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    clock = Clock(1, seconds=0.1, warm_up_s=0)
-    assert clock.answered(0, is_first=True)
-    now = 0.4
-    assert not clock.answered(0, is_first=False)
-    assert clock.latencies_ms == pytest.approx([400])
-    assert clock.rate == pytest.approx(2.5)
+    clock = Clock(2, seconds=0.1, warm_up_s=0)
+    assert [clock.answered(0, is_first=True) for _ in range(2)] == [True, True]
+    asked = []
+    for now in (0.4, 0.4, 0.8, 0.8):
+        asked.append(clock.answered(now - 0.4, is_first=False))
+    assert asked == [True, True, True, False]
+    assert clock.latencies_ms == pytest.approx([400] * 4)
+    assert clock.rate == pytest.approx(5)
 
 
 def test_a_clock_that_moves_between_blocks_moves_no_overhead():
