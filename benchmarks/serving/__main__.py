@@ -44,11 +44,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/serving-benchmark"), help="the models are made here")
     parser.add_argument("--environments", type=Path, help="of the peers; in the folder by default")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument(
-        "--no-rows",
-        action="store_true",
-        help="append nothing to benchmarks/results, draw nothing",
-    )
+    parser.add_argument("--no-rows", action="store_true", help="append nothing to benchmarks/results, draw nothing")
     options = parser.parse_args(arguments)
     if options.quick:
         options.models, options.concurrency, options.rounds, options.seconds = "mlp", "1,32", 1, 0.5

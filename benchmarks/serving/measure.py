@@ -27,9 +27,8 @@ TOLERANCE = 1e-4
 """Largest difference of an answer from the bare call's, relative to the largest number in it: a batch rounds otherwise
 than a single row."""
 _BLOCKS, _LEAST_BLOCKS = 20, 4
-"""For one client, bare calls and requests take turns in so many blocks,"""
+"""One client's requests and bare calls take turns in the former number of blocks, or in fewer, for `_CALLS` in each."""
 _CALLS = 10
-"""fewer where these would hold fewer calls than this."""
 _BATCHES = (1, 4, 16)
 
 Figures = dict[str, float]
