@@ -1,8 +1,9 @@
 """Arguments and options that several commands have, and how they print JSON."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -19,6 +20,14 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Do every stage again.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 
 
+T = TypeVar("T")
+
+
 def print_json(document: Any) -> None:
     """Write one JSON document to stdout."""
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_found(found: T, as_json: bool, print_text: Callable[[T], None]) -> None:
+    """Write what a command has found to stdout: as JSON, or in its own words."""
+    (print_json if as_json else print_text)(found)

@@ -3,14 +3,25 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headstart.cluster.commands.options import Address, Fresh, Json, Out, RecipeArgument, RunArgument, Set, print_json
+from headstart.cluster.commands.options import (
+    Address,
+    Fresh,
+    Json,
+    Out,
+    RecipeArgument,
+    RunArgument,
+    Set,
+    print_found,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from headstart.cluster.pipeline import Outcome, Until
+    from headstart.trainer.recipe import Recipe
 
 
 def demo(out: Out = None, fresh: Fresh = False, as_json: Json = False) -> None:
@@ -53,10 +64,7 @@ def rank(
 ) -> None:
     """Rank the sources for a recipe's data, and stop there."""
     outcome = _run(recipe, overrides, out, None, fresh, "rank")
-    if as_json:
-        print_json(outcome.ranking)
-    else:
-        _show(outcome, as_json)
+    _show(outcome, as_json, outcome.ranking)
 
 
 def fit(
@@ -74,10 +82,7 @@ def fit(
 def evaluate(run_directory: RunArgument, address: Address = None, as_json: Json = False) -> None:
     """Measure a run's model and its controls on the test images; stages it lacks are done first."""
     outcome = _again(run_directory, address, "evaluate")
-    if as_json:
-        print_json(outcome.evaluation)
-    else:
-        _show(outcome, as_json)
+    _show(outcome, as_json, outcome.evaluation)
 
 
 def export(
@@ -108,16 +113,12 @@ def tune(
 ) -> None:
     """Search over heads with Ray Tune: each trial is one source's bank over the recipe's `search`."""
     from headstart.cluster.connect import Connection
-    from headstart.cluster.recipe_file import load_recipe
     from headstart.cluster.tune import print_trials, tune_heads
 
-    loaded = load_recipe(recipe, overrides or ())
+    loaded, target = _recipe_and_directory(recipe, overrides, out)
     with Connection(address) as connection:
-        trials = tune_heads(loaded, out or Path("runs") / loaded.name, connection=connection)
-    if as_json:
-        print_json(trials)
-    else:
-        print_trials(trials)
+        trials = tune_heads(loaded, target, connection=connection)
+    print_found(trials, as_json, print_trials)
 
 
 def submit(
@@ -129,14 +130,11 @@ def submit(
 ) -> None:
     """Send a recipe to a Ray cluster's job API, with our code as a wheel, and wait for its end."""
     from headstart.cluster.jobs import submit as submit_job
-    from headstart.cluster.recipe_file import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
-    job = submit_job(loaded, address, out or Path("runs") / loaded.name)
-    if as_json:
-        print_json(job)
-    else:
-        typer.echo(f"job {job['job']}: {job['status']}; its run directory is {job['out']}")
+    loaded, target = _recipe_and_directory(recipe, overrides, out)
+    job = submit_job(loaded, address, target)
+    say = f"job {job['job']}: {job['status']}; its run directory is {job['out']}"
+    print_found(job, as_json, lambda _: typer.echo(say))
     if job["status"] != "SUCCEEDED":
         raise typer.Exit(1)
 
@@ -151,13 +149,19 @@ def _run(
 ) -> "Outcome":
     from headstart.cluster.connect import Connection
     from headstart.cluster.pipeline import run as run_pipeline
-    from headstart.cluster.recipe_file import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
+    loaded, target = _recipe_and_directory(recipe, overrides, out)
     with Connection(address) as connection:
         if address is not None:
             connection.ray()  # a cluster that does not answer is told before any work is done
-        return run_pipeline(loaded, out or Path("runs") / loaded.name, connection=connection, fresh=fresh, until=until)
+        return run_pipeline(loaded, target, connection=connection, fresh=fresh, until=until)
+
+
+def _recipe_and_directory(recipe: str, overrides: list[str] | None, out: Path | None) -> "tuple[Recipe, Path]":
+    from headstart.cluster.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    return loaded, out or Path("runs") / loaded.name
 
 
 def _again(run_directory: Path, address: str | None, until: "Until", variant: str | None = None) -> "Outcome":
@@ -174,9 +178,10 @@ def _again(run_directory: Path, address: str | None, until: "Until", variant: st
     return _run(str(recipe), overrides, run_directory, address, False, until)
 
 
-def _show(outcome: "Outcome", as_json: bool) -> None:
+def _show(outcome: "Outcome", as_json: bool, document: Any = None) -> None:
+    """Print what a run came to; as JSON that is `document`, or its summary."""
     if as_json:
-        print_json(outcome.summary)
+        print_json(outcome.summary if document is None else document)
         return
     from rich.console import Console
 

@@ -1,10 +1,10 @@
 """Commands on what there is: the sources, and this machine."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from headstart.cluster.commands.options import Json, print_json
+from headstart.cluster.commands.options import Json, print_found
 
 sources_app = typer.Typer(help="The source tasks that can be learned from.", no_args_is_help=True)
 
@@ -14,11 +14,7 @@ def list_sources(as_json: Json = False) -> None:
     """List the sources: those that come with Headstart and those that finished runs became."""
     from headstart.cluster.report.sources import describe_sources, print_sources
 
-    found = describe_sources()
-    if as_json:
-        print_json(found)
-    else:
-        print_sources(found)
+    print_found(describe_sources(), as_json, print_sources)
 
 
 @sources_app.command("show")
@@ -26,11 +22,7 @@ def show_source(name: Annotated[str, typer.Argument(metavar="NAME")], as_json: J
     """Show a source's card."""
     from headstart.cluster.report.sources import describe_source, print_source
 
-    found = describe_source(name)
-    if as_json:
-        print_json(found)
-    else:
-        print_source(found)
+    print_found(describe_source(name), as_json, print_source)
 
 
 @sources_app.command("fetch")
@@ -38,11 +30,10 @@ def fetch_source(name: Annotated[str, typer.Argument(metavar="NAME")], as_json: 
     """Fetch a source's weights into the cache, and check their digest."""
     from headstart.cluster.report.sources import fetch
 
-    found = fetch(name)
-    if as_json:
-        print_json(found)
-    else:
+    def say(found: dict[str, Any]) -> None:
         typer.echo(f"{name}: {found['path']} ({found['megabytes']:.1f} MB), digest as on its card")
+
+    print_found(fetch(name), as_json, say)
 
 
 def doctor(as_json: Json = False) -> None:
@@ -50,9 +41,6 @@ def doctor(as_json: Json = False) -> None:
     from headstart.cluster.report.doctor import examine, print_findings
 
     findings = examine()
-    if as_json:
-        print_json(findings)
-    else:
-        print_findings(findings)
+    print_found(findings, as_json, print_findings)
     if any(finding["status"] == "fail" for finding in findings):
         raise typer.Exit(2)
