@@ -166,8 +166,8 @@ def _spell(
     """
     load, port = (grpc_load, running.port + 1) if way.is_grpc else (http_load, running.port)
     alone, seconds, blocks = concurrency == 1, plan.seconds, 1
-    batch, share = (1, 1) if alone else (best, 2)
-    around = [bare.calls(batch, seconds / (_BLOCKS if alone else share))] if expected else []
+    batch = 1 if alone else best
+    around = [bare.calls(batch, seconds / (_BLOCKS if alone else 2))] if expected else []
     if around and alone:
         calls = seconds * 1e3 / statistics.median(around[0])
         blocks = int(min(_BLOCKS, max(_LEAST_BLOCKS, calls / _CALLS)))
@@ -182,7 +182,7 @@ def _spell(
         rates.append(clock.rate)
         num_answers += clock.num_answers
         if expected:
-            around.append(bare.calls(batch, seconds / blocks / share))
+            around.append(bare.calls(batch, seconds / (blocks if alone else 2)))
             worst = max([worst, *(_difference(way, one, expected) for one in clock.answers)])
     if not way.is_grpc and expected and alone:
         answers = [(number, ask(port, request)) for number, request in enumerate(requests)]

@@ -58,12 +58,13 @@ def test_a_spell_has_two_answers_a_client_however_short_it_is(monkeypatch: pytes
 
 
 def test_a_clock_that_moves_between_blocks_moves_no_overhead():
-    slow = [1.0, 1.0, 1.0, 1.4, 1.4]  # a block each, and the bare calls on both sides of it
-    latencies = [[10.5 * one] * 9 for one in slow]
-    calls = [[10.0 * one] * 18 for one in slow]
+    # A block each, and the bare calls on both sides of it; numbers that make the medians of all of them 10.5 and 14.
+    slow = [1.0, 1.0, 1.4, 1.4, 1.4]
+    latencies = [[10.5 * one] * count for one, count in zip(slow, (20, 20, 3, 3, 3), strict=True)]
+    calls = [[10.0 * one] * count for one, count in zip(slow, (3, 3, 20, 20, 20), strict=True)]
     figures = beside(latencies, [1e3 / block[0] for block in latencies], calls, 1, alone=True)
     assert figures == pytest.approx(
-        {"rate_ratio": 1 / 1.05, "bare_p50_ms": 10.0, "overhead_ms": 0.5, "p50_ratio": 1.05}
+        {"rate_ratio": 1 / 1.05, "bare_p50_ms": 14.0, "overhead_ms": 0.7, "p50_ratio": 1.05}
     )
     assert beside([[320.0] * 32], [96.0], [[160.0] * 4], 16, alone=False) == {"rate_ratio": pytest.approx(0.96)}
 
