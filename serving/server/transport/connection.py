@@ -36,6 +36,9 @@ _LINGER = 2.0
 """Seconds for which what a refused client still sends is thrown away, so that it reads the refusal before a reset."""
 _NEVER = float("inf")
 _JOINED = 1 << 16
+_SPARE = 1
+"""Bytes of room after a body's end. What fills its room makes libuv read again at once: a client that is quick to ask
+again would be served up to 32 times in a row, and nothing else in that time."""
 
 
 class _State(Enum):
@@ -62,7 +65,7 @@ class Connection(asyncio.BufferedProtocol):
         self._buffer = ReceiveBuffer(server.settings.max_header_bytes)
         self._state = _State.HEAD
         self._head: Head = cast(Head, None)
-        self._body = self._rest = _EMPTY  # a body, and what of it is still to come
+        self._body = self._rest = _EMPTY  # a body, and the room for what of it is still to come
         self._chunks: ChunkedBody = cast(ChunkedBody, None)
         self._held = 0
         self._exchange: Exchange | None = None
@@ -105,8 +108,9 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes have come."""
         if self._state is _State.BODY:
-            self._rest = self._rest[nbytes:]
-            if not self._rest:
+            rest, self._rest = self._rest, self._rest[nbytes:]
+            if len(self._rest) <= _SPARE:
+                self._buffer.put(rest[len(rest) - _SPARE : nbytes])  # the next request's beginning
                 self._answer(self._head, self._body)
                 self._advance()
             return
@@ -121,7 +125,7 @@ class Connection(asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         """The client sends no more. What it has asked and was not answered yet is dropped, as if it had gone."""
         if self._state is _State.BODY:
-            declared, missing = len(self._body), len(self._rest)
+            declared, missing = len(self._body), len(self._rest) - _SPARE
             self._refuse(
                 bad_request(f"Content-Length is {declared}, the body ended after {declared - missing} bytes"),
                 self._head,
@@ -221,12 +225,13 @@ class Connection(asyncio.BufferedProtocol):
             return
         else:
             self._hold(head.length)
-            body = np.empty(head.length + padding, np.uint8).data[padding:]
+            room = np.empty(padding + head.length + _SPARE, np.uint8).data[padding:]
+            body = room[: head.length]
             come = self._buffer.take_into(body)
             if come == head.length:
                 self._answer(head, body)
                 return
-            self._body, self._rest = body, body[come:]
+            self._body, self._rest = body, room[come:]
             self._state = _State.BODY
         self.deadline = self._server.clock() + self._settings.body_timeout
         if head.expects_continue and not self._buffer:

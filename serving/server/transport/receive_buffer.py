@@ -38,6 +38,11 @@ class ReceiveBuffer:
         """So many bytes have come."""
         self._end += count
 
+    def put(self, data: memoryview) -> None:
+        """Bytes have come that were received elsewhere; there must be room for them."""
+        self._view[self._end : self._end + len(data)] = data
+        self._end += len(data)
+
     def clear(self) -> None:
         """Forget what was not read."""
         self._start = self._end = 0

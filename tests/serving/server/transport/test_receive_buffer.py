@@ -10,6 +10,7 @@ ACTIONS = st.lists(
     st.one_of(
         st.tuples(st.just("fill"), st.text("ab\r\n", max_size=SIZE).map(str.encode)),
         st.tuples(st.just("fill"), st.sampled_from([b"\r\n", b"a\r\n\r\n", b"\r\n\r\nb"])),
+        st.tuples(st.just("put"), st.binary(max_size=2)),
         st.tuples(st.sampled_from(["skip", "into"]), st.integers(0, SIZE)),
         st.tuples(st.sampled_from(["head", "compact", "clear"]), st.none()),
     ),
@@ -25,8 +26,11 @@ def test_it_gives_what_came_in_the_order_in_which_it_came(actions: list[tuple[st
             room = buffer.room()
             assert buffer.is_full == (not len(room))
             count = min(len(value), len(room))
-            room[:count] = value[:count]
-            buffer.filled(count)
+            if action == "put":
+                buffer.put(memoryview(value[:count]))
+            else:
+                room[:count] = value[:count]
+                buffer.filled(count)
             kept += value[:count]
         elif action == "head":
             while kept.startswith(b"\r\n"):

@@ -1,0 +1,72 @@
+"""How a connection reads, fed with bytes as a socket does."""
+
+import asyncio
+import json
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headstart.serving.server.settings import HttpSettings
+from headstart.serving.server.transport.connection import Connection
+from headstart.serving.server.transport.http import HttpServer
+from headstart.serving.server.transport.inmemory import _Memory
+from tests.serving.server.tiny_service import TinyService, infer_body
+
+HEADER_BYTES = 1024
+
+
+def asked(number: int, values: int) -> bytes:
+    """A request for `values` numbers like `number`, of which the answer is the echo."""
+    body, length = infer_body(np.full(values, number, np.float32))
+    head = f"POST /v2/models/echo/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}Inference-Header-Content-Length: {length}\r\n\r\n".encode() + body
+
+
+def connect() -> tuple[Connection, _Memory]:
+    server = HttpServer(TinyService(), HttpSettings(port=0, max_header_bytes=HEADER_BYTES))
+    connection, transport = Connection(server), _Memory()
+    connection.connection_made(transport)
+    return connection, transport
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 700), min_size=1, max_size=4),
+    cuts=st.lists(st.integers(1, 3000), min_size=1, max_size=30),
+)
+def test_requests_are_answered_wherever_their_bytes_are_cut(sizes: list[int], cuts: list[int]):
+    async def run() -> list[list[float]]:
+        connection, transport = connect()
+        sent = b"".join(asked(number, values) for number, values in enumerate(sizes))
+        start = 0
+        for turn in range(len(sent)):
+            end = start + cuts[turn % len(cuts)]
+            transport.feed(connection, sent[start:end])
+            start = end
+        bodies = [answer.partition(b"\r\n\r\n")[2] for answer in transport.written]
+        connection.connection_lost(None)
+        return [json.loads(body)["outputs"][0]["data"] for body in bodies]
+
+    assert asyncio.run(run()) == [[number] * values for number, values in enumerate(sizes)]
+
+
+def test_no_request_fills_the_room_that_is_offered():
+    """What fills it makes libuv read again before anything else has its turn, and the next request may be there."""
+
+    async def run() -> None:
+        connection, transport = connect()
+        request = asked(1, 5000)
+        for _ in range(3):
+            left = memoryview(request)
+            while len(left):
+                room = connection.get_buffer(-1)
+                count = min(len(room), len(left), 4096)
+                room[:count] = left[:count]
+                left = left[count:]
+                connection.buffer_updated(count)
+                assert len(left) or count < len(room)
+        assert len(transport.written) == 3
+        connection.connection_lost(None)
+
+    asyncio.run(run())
