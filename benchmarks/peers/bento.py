@@ -8,7 +8,10 @@ import sys
 from typing import Any
 
 import bentoml
+import numpy as np
 from model import Model
+
+MAX_BATCH = 16
 
 
 @bentoml.service(
@@ -28,6 +31,14 @@ class Served:
     async def predict(self, inputs: list[list[float]] | None = None, image: str | None = None) -> dict[str, Any]:
         """Run one request."""
         return {"outputs": self.model.run(self.model.from_json({"inputs": inputs, "image": image})).tolist()}
+
+    @bentoml.api(route="/predict-rows", batchable=True, max_batch_size=MAX_BATCH)
+    def predict_rows(self, rows: list[Any]) -> list[Any]:
+        """Run the rows of several requests: what can be batched has one parameter, whose items are the rows."""
+        field = "image" if self.model.is_image else "inputs"
+        wrapped = rows if self.model.is_image else [[row] for row in rows]
+        batch = np.concatenate([self.model.from_json({field: row}) for row in wrapped])
+        return list(self.model.run(batch).tolist())
 
 
 if __name__ == "__main__":

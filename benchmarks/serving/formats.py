@@ -74,6 +74,11 @@ def _decode_json(answer: bytes) -> NDArray[np.float32]:
     return np.array(json.loads(_body(answer))["outputs"], np.float32).ravel()
 
 
+def _encode_rows(row: NDArray[Any], name: str, output: str) -> bytes:
+    rows = [base64.b64encode(row.tobytes()).decode()] if row.dtype == np.uint8 else row.tolist()
+    return _http("/predict-rows", json.dumps({"rows": rows}).encode(), "application/json")
+
+
 def _encode_bytes(row: NDArray[Any], name: str, output: str) -> bytes:
     return _http("/bytes", row.tobytes(), "application/octet-stream")
 
@@ -104,7 +109,10 @@ FORMATS = {
     "JSON": Format(encode=_encode_numbers, decode=_decode_numbers),
     "gRPC": Format(encode=_encode_grpc, decode=_decode_grpc, is_grpc=True),
     "own JSON": Format(encode=_encode_json, decode=_decode_json),
+    "own JSON of rows": Format(
+        encode=_encode_rows, decode=lambda answer: np.array(json.loads(_body(answer)), np.float32).ravel()
+    ),
     "bytes": Format(encode=_encode_bytes, decode=lambda answer: np.frombuffer(_body(answer), np.float32)),
 }
 """The protocol's binary extension, its JSON and its gRPC; and where a server has no protocol, JSON of the server's own
-(an image in base64) and a row's bytes as the body."""
+(an image in base64; one row, or a list of rows) and a row's bytes as the body."""

@@ -60,6 +60,7 @@ SERVERS = (
     Server(name="LitServe", group="lit", program="lit.py", formats=("own JSON",)),
     Server(name="LitServe, batched", group="lit", program="lit.py", options=("16",), formats=("own JSON",)),
     Server(name="BentoML", group="bento", program="bento.py", formats=("own JSON",)),
+    Server(name="BentoML, batched", group="bento", program="bento.py", formats=("own JSON of rows",)),
     Server(name="Ray Serve", group="ray", program="ray_serve.py", formats=("bytes",)),
     Server(name="MLServer", group="mlserver", program="ml_server.py", formats=("JSON", "gRPC")),
     Server(name="PyTriton", group="pytriton", program="py_triton.py", formats=("binary", "gRPC")),
