@@ -74,9 +74,7 @@ def main(arguments: list[str]) -> int:
     for found, failed in run(plan, lambda line: print(line, file=sys.stderr, flush=True)):
         rows, failures = rows + found, failures | failed
         if not options.no_rows:
-            append_rows("serving", found)  # after each model: an hour's rows are not lost with the last minute
-    if not options.no_rows and set(plan.models) == set(MODELS):  # of a part there is no picture
-        plot(rows)
+            plot(append_rows("serving", found))  # after each model: an hour's rows are not lost with the last minute
     if options.json:
         print(json.dumps({"rows": rows, "failures": failures}, indent=2))
     else:

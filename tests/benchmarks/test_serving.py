@@ -1,5 +1,6 @@
 """The benchmark of the server: its clock, its formats, and a quick run of our own server."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 from benchmarks.serving.client import Clock
 from benchmarks.serving.formats import FORMATS
 from benchmarks.serving.measure import TOLERANCE, beside
+from benchmarks.serving.models import MODELS
+from benchmarks.serving.plot import newest, plot
 from benchmarks.serving.servers import PEERS, PROGRAMS, SERVERS
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +70,26 @@ def test_a_clock_that_moves_between_blocks_moves_no_overhead():
         {"rate_ratio": 1 / 1.05, "bare_p50_ms": 14.0, "overhead_ms": 0.7, "p50_ratio": 1.05}
     )
     assert beside([[320.0] * 32], [96.0], [[160.0] * 4], 16, alone=False) == {"rate_ratio": pytest.approx(0.96)}
+
+
+def test_the_picture_is_of_one_commit_and_of_all_models(tmp_path: Path):
+    table = tmp_path / "serving-cpu.csv"
+    lines = ["commit,model,server,transport,concurrency,p50_ms,requests_per_s"]
+    lines += [f"old,{model},gone,binary,1,9,9" for model in MODELS]
+    for number, model in enumerate(MODELS):
+        assert not number or plot(table) is None
+        commit = "new+dirty" if number else "new"
+        lines += [f"{commit},{model},headstart,binary,{clients},{number},5" for clients in (1, 32)]
+        lines.append(f"{commit},{model},headstart,binary,1,7,5")  # measured again
+        table.write_text("\n".join(lines))
+    with table.open() as file:
+        rows = newest(csv.DictReader(file))
+    assert {row["server"] for row in rows} == {"headstart"}
+    assert [row["p50_ms"] for row in rows if row["concurrency"] == "1"] == ["7"] * len(MODELS)
+    picture = plot(table)
+    assert picture is not None
+    assert picture.parent == tmp_path
+    assert picture.stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("kind", ["binary", "JSON"])
