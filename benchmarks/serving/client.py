@@ -10,6 +10,7 @@ import select
 import socket
 import time
 from collections.abc import Sequence
+from typing import Any
 
 WARM_UP_S = 0.3
 """Of a server that was just started."""
@@ -120,35 +121,45 @@ def http_load(
     return clock
 
 
-def grpc_load(
-    port: int, requests: Sequence[bytes], concurrency: int, seconds: float, warm_up_s: float = WARM_UP_S
-) -> Clock:
-    """The same over gRPC, all calls on one channel."""
-    import uvloop
+class GrpcChannel:
+    """The same over gRPC, all calls on one channel, which is kept since a new one is slow at first; a context."""
 
-    return uvloop.run(_grpc_load(port, requests, concurrency, seconds, warm_up_s))
+    def __init__(self, port: int) -> None:
+        import grpc
+        import uvloop
 
+        async def opened() -> Any:
+            limits = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+            return grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=limits)
 
-async def _grpc_load(port: int, requests: Sequence[bytes], concurrency: int, seconds: float, warm_up_s: float) -> Clock:
-    import grpc
+        self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+        self._channel = self._runner.run(opened())
+        self._call = self._channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
 
-    limits = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=limits) as channel:
-        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-        clock = Clock(concurrency, seconds, warm_up_s)
+    def __enter__(self) -> "GrpcChannel":
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._runner.run(self._channel.close())
+        self._runner.close()
+
+    def load(self, requests: Sequence[bytes], concurrency: int, seconds: float, warm_up_s: float = WARM_UP_S) -> Clock:
+        """So many calls at a time."""
+        return self._runner.run(self._load(requests, Clock(concurrency, seconds, warm_up_s), concurrency))
+
+    async def _load(self, requests: Sequence[bytes], clock: Clock, concurrency: int) -> Clock:
         async def client(number: int) -> None:
             is_first = True
             while True:
                 started = time.perf_counter()
-                answer = await call(requests[number], timeout=PATIENCE_S)
+                answer = await self._call(requests[number], timeout=PATIENCE_S)
                 if not clock.answered(started, is_first=is_first):
                     break
                 is_first = False
             clock.answers.append((number, answer))
 
         await asyncio.gather(*(client(index % len(requests)) for index in range(concurrency)))
-    return clock
+        return clock
 
 
 def _send(poll: select.epoll, handle: int, connection: "_Connection", request: bytes) -> None:

@@ -1,5 +1,7 @@
 """One run: every server in turn, at every concurrency, beside bare calls of the same minute on the same core."""
 
+import contextlib
+import functools
 import json
 import os
 import statistics
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.serving.client import WARM_UP_S, ask, grpc_load, http_load
+from benchmarks.serving.client import WARM_UP_S, Clock, GrpcChannel, ask, http_load
 from benchmarks.serving.formats import FORMATS, Format
 from benchmarks.serving.models import make_model, sample_inputs
 from benchmarks.serving.servers import CLIENT_CORE, PROGRAMS, SERVER_CORE, Running, Server
@@ -26,9 +28,9 @@ BARE = "session.run"
 TOLERANCE = 1e-4
 """Largest difference of an answer from the bare call's, relative to the largest number in it: a batch rounds otherwise
 than a single row."""
-_BLOCKS, _LEAST_BLOCKS = 20, 4
+_BLOCKS, _LEAST_BLOCKS = 200, 4
 """One client's requests and bare calls take turns in the former number of blocks, or in fewer, for `_CALLS` in each."""
-_CALLS = 10
+_CALLS = 2
 _BATCHES = (1, 4, 16)
 
 Figures = dict[str, float]
@@ -138,17 +140,29 @@ def _round(
             requests = [way.encode(row, name, output) for row in inputs]
             if kind == server.formats[0]:
                 running.wait_until_ready(b"" if way.is_grpc else requests[0])
-            for concurrency in plan.concurrencies:
-                answers = expected if server.answers else None
-                figures = _spell(running, way, requests, answers, concurrency, plan, bare, best)
-                rounds.setdefault((server.name, kind, concurrency), []).append(figures)
+            with _clients(running, way) as load:
+                for concurrency in plan.concurrencies:
+                    answers = expected if server.answers else None
+                    figures = _spell(load, running, way, requests, answers, concurrency, plan, bare, best)
+                    rounds.setdefault((server.name, kind, concurrency), []).append(figures)
         peak = {"peak_mb": running.peak_mb(), "cold_start_s": running.cold_start_s}
     for kind in server.formats:
         for concurrency in plan.concurrencies:
             rounds[server.name, kind, concurrency][-1].update(peak)
 
 
+@contextlib.contextmanager
+def _clients(running: Running, way: Format) -> Iterator[Callable[..., Clock]]:
+    """Those that ask a server in one way."""
+    if not way.is_grpc:
+        yield functools.partial(http_load, running.port)
+        return
+    with GrpcChannel(running.port + 1) as channel:
+        yield channel.load
+
+
 def _spell(
+    load: Callable[..., Clock],
     running: Running,
     way: Format,
     requests: Sequence[bytes],
@@ -160,11 +174,10 @@ def _spell(
 ) -> Figures:
     """One server at one concurrency, between spells of bare calls: of one row, or of `best` rows for many clients.
 
-    The clock of a shared machine moves within a second, so one client's spell is cut into blocks, and each is held
-    against the bare calls next to it. Many clients are asked in one piece: answers that come in batches make the rate
-    of a short spell meaningless.
+    The clock of a shared machine moves within a tenth of a second, so one client's spell is cut into blocks of a few
+    calls, and each is held against the bare calls next to it. Many clients are asked in one piece: answers that come in
+    batches make the rate of a short spell meaningless.
     """
-    load, port = (grpc_load, running.port + 1) if way.is_grpc else (http_load, running.port)
     alone, seconds, blocks = concurrency == 1, plan.seconds, 1
     batch = 1 if alone else best
     around = [bare.calls(batch, seconds / (_BLOCKS if alone else 2))] if expected else []
@@ -175,8 +188,7 @@ def _spell(
     rates, cpu_s, num_answers, worst = [], 0.0, 0, 0.0
     for number in range(blocks):
         before = running.cpu_s()
-        warm_up_s = WARM_UP_S if number == 0 or way.is_grpc else 0.0  # a gRPC channel is made anew, and slow at first
-        clock = load(port, requests, concurrency, seconds / blocks, warm_up_s)
+        clock = load(requests, concurrency, seconds / blocks, 0.0 if number else WARM_UP_S)
         cpu_s += running.cpu_s() - before
         latencies.append(clock.latencies_ms)
         rates.append(clock.rate)
@@ -185,7 +197,7 @@ def _spell(
             around.append(bare.calls(batch, seconds / (blocks if alone else 2)))
             worst = max([worst, *(_difference(way, one, expected) for one in clock.answers)])
     if not way.is_grpc and expected and alone:
-        answers = [(number, ask(port, request)) for number, request in enumerate(requests)]
+        answers = [(number, ask(running.port, request)) for number, request in enumerate(requests)]
         worst = max([worst, *(_difference(way, one, expected) for one in answers)])
     if not worst <= TOLERANCE:
         raise ValueError(f"an answer differs from the bare call's by {worst:.2g} of its largest number")

@@ -1,4 +1,4 @@
-"""The picture of a commit's rows: p50 with one client and requests/s with 32, by server and model."""
+"""The picture of a commit's rows: what each server adds to a bare call, and its requests/s with 32 clients."""
 
 import csv
 from collections.abc import Iterable, Mapping
@@ -7,32 +7,33 @@ from pathlib import Path
 from benchmarks.rows import device_slug
 from benchmarks.serving.models import MODELS
 
-_PANELS = ((1, "p50_ms", "p50 with one client, ms"), (32, "requests_per_s", "requests/s with 32 clients"))
+_PANELS = (
+    (1, "overhead_ms", "p50 over a bare call, one client, ms"),
+    (32, "requests_per_s", "requests/s with 32 clients"),
+)
+
+_KEYS = ("model", "server", "transport", "concurrency")
 
 Row = Mapping[str, str]
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """Of the rows of a file, the last of each server and model that the last row's commit has."""
-    rows = list(rows)
-    commits = [row["commit"].removesuffix("+dirty") for row in rows]  # a run's own rows make the next ones dirty
-    found = {
-        tuple(row[column] for column in ("model", "server", "transport", "concurrency")): row
-        for row, commit in zip(rows, commits, strict=True)
-        if commit == commits[-1]
-    }
+    """The last row of each server and model, of the commit at which most servers were measured, the last such."""
+    commits: dict[str, dict[tuple[str, ...], Row]] = {}
+    for row in rows:
+        commit = row["commit"].removesuffix("+dirty")  # a run's own rows make the next ones dirty
+        commits.setdefault(commit, {})[tuple(row[column] for column in _KEYS)] = row
+    found = max(reversed(commits.values()), key=lambda found: len({row["server"] for row in found.values()}))
     return list(found.values())
 
 
-def plot(table: Path) -> Path | None:
-    """Draw a file's newest rows into `serving-<device>.png` beside it; None, and no picture, without all models."""
+def plot(table: Path) -> Path:
+    """Draw a file's `newest` rows into `serving-<device>.png` beside it, and return the picture."""
     from matplotlib.figure import Figure
 
     with table.open(newline="") as file:
         rows = newest(csv.DictReader(file))
     models = [model for model in MODELS if any(row["model"] == model for row in rows)]
-    if len(models) < len(MODELS):
-        return None
     figure = Figure(figsize=(11, 4.2 * len(models)), layout="constrained")
     for index, model in enumerate(models):
         for side, (concurrency, column, title) in enumerate(_PANELS):

@@ -13,7 +13,6 @@ import pytest
 from benchmarks.serving.client import Clock
 from benchmarks.serving.formats import FORMATS
 from benchmarks.serving.measure import TOLERANCE, beside
-from benchmarks.serving.models import MODELS
 from benchmarks.serving.plot import newest, plot
 from benchmarks.serving.servers import PEERS, PROGRAMS, SERVERS
 
@@ -72,22 +71,26 @@ def test_a_clock_that_moves_between_blocks_moves_no_overhead():
     assert beside([[320.0] * 32], [96.0], [[160.0] * 4], 16, alone=False) == {"rate_ratio": pytest.approx(0.96)}
 
 
-def test_the_picture_is_of_one_commit_and_of_all_models(tmp_path: Path):
+def test_the_picture_is_of_the_last_commit_that_has_most_servers(tmp_path: Path):
     table = tmp_path / "serving-cpu.csv"
-    lines = ["commit,model,server,transport,concurrency,p50_ms,requests_per_s"]
-    lines += [f"old,{model},gone,binary,1,9,9" for model in MODELS]
-    for number, model in enumerate(MODELS):
-        assert not number or plot(table) is None
-        commit = "new+dirty" if number else "new"
-        lines += [f"{commit},{model},headstart,binary,{clients},{number},5" for clients in (1, 32)]
-        lines.append(f"{commit},{model},headstart,binary,1,7,5")  # measured again
-        table.write_text("\n".join(lines))
-    with table.open() as file:
-        rows = newest(csv.DictReader(file))
-    assert {row["server"] for row in rows} == {"headstart"}
-    assert [row["p50_ms"] for row in rows if row["concurrency"] == "1"] == ["7"] * len(MODELS)
+
+    def rows(*commits: str, servers: str, overhead: int = 3) -> list[str]:
+        return [
+            f"{commit},mlp,{server},binary,{clients},{overhead},5"
+            for commit in commits for server in servers for clients in (1, 32)
+        ]  # fmt: skip
+
+    def drawn(*lines: str) -> list[tuple[str, str, str]]:
+        table.write_text("\n".join(["commit,model,server,transport,concurrency,overhead_ms,requests_per_s", *lines]))
+        with table.open() as file:
+            return [(row["commit"], row["server"], row["overhead_ms"]) for row in newest(csv.DictReader(file))][::2]
+
+    old, new = rows("old", servers="abc"), [*rows("new", servers="a"), *rows("new+dirty", servers="bc")]
+    assert {commit for commit, *_ in drawn(*old, *new[:4])} == {"old"}
+    assert {commit for commit, *_ in drawn(*old, *new)} == {"new", "new+dirty"}
+    again = [*rows("new+dirty", servers="a", overhead=7), *rows("newer", servers="a")]
+    assert drawn(*old, *new, *again) == [("new+dirty", "a", "7"), ("new+dirty", "b", "3"), ("new+dirty", "c", "3")]
     picture = plot(table)
-    assert picture is not None
     assert picture.parent == tmp_path
     assert picture.stat().st_size > 10_000
 
