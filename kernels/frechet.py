@@ -1,6 +1,7 @@
 """Fréchet distances between the Gaussians with the moments of a target and of many ragged tasks."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +38,11 @@ def frechet_distances(
     singular values, and 2 n_t D^2 for the triangle when n_t > D; tasks of like size go together, padded with rows of 0.
     `precision` is one of `engine.precision.PRECISIONS` (default: fp64 for float64 features, else fp32). It decides the
     dtype of the result, float64 for fp64 and else float32; inside all is float64, since products are a small part here.
-    `memory` bounds, in bytes, what is held beside the inputs and what is as long as T (default 256 MiB). Not
-    differentiable.
+    `memory` bounds, in bytes, what is held beside the inputs and what is as long as T (default 256 MiB).
+
+    Differentiable by the target, not twice: the trace's part is the polar factor of Y X^T, from singular vectors. Where
+    some singular value beyond those of the means is 0 (covariances that share no direction) there is no gradient, and
+    that of the others is given. Four float64 arrays like the target are held for it beside `memory`.
 
     Error, and the bound of d(X, X): 8 sqrt(k D) u (tr S + tr S') with k = min(r, s) and u = 1.1e-16, beside some u of
     the result and the rounding to `precision`. Products and triangles move Y X^T by some sqrt(D) u |X|_F |Y|_F, a sum
@@ -73,17 +77,70 @@ def _(target: Tensor, features: Tensor, offsets: Tensor, precision: str, memory:
     return target.new_empty(len(offsets) - 1, dtype=PRECISIONS[precision])
 
 
+@torch.library.custom_op("headstart::frechet_gradient", mutates_args=())
+def frechet_gradient(target: Tensor, features: Tensor, offsets: Tensor, weights: Tensor, memory: int | None) -> Tensor:
+    """sum_t w_t d distance_t / d target for weights [T], [N, D] as the target.
+
+    With rows X = (x - m) / sqrt(N) and Y X^T = U s V^T, the sum of s moves by <V U^T Y, dX>; where X = Q R is replaced
+    by R, by <Q V U^T Y, dX>.
+    """
+    tasks = RaggedTasks(features, offsets)
+    max_rows, _ = _max_rows(target, tasks, DEFAULT_MEMORY if memory is None else memory)
+    centre, (num_rows, num_features) = common_centre(target).double(), target.shape
+    rows = target.double() - centre  # a copy
+    mean = rows.mean(0)
+    rows.sub_(mean).div_(num_rows**0.5)
+    basis, factor = torch.linalg.qr(rows) if num_rows > num_features else (None, rows)
+    moved, shift = torch.zeros_like(factor), torch.zeros_like(mean)
+    for members in _batches(tasks.sizes, min(max_rows // 3, _batch_rows(tasks))):  # with both sides' singular vectors
+        means, factors = _batch_moments(tasks, members, centre, max_rows)
+        chosen = weights[members.to(weights.device)].double()
+        shift += chosen @ (mean - means)
+        products = factors @ factor.T
+        left, values, right = (
+            part.to(factors.device) for part in torch.linalg.svd(products.cpu(), full_matrices=False)
+        )
+        lost = 8 * (values.shape[1] * num_features) ** 0.5 * torch.finfo(values.dtype).eps
+        kept = values > lost * values[:, :1]
+        polar = right.mT * (kept * chosen[:, None])[:, None, :]
+        moved -= polar.transpose(0, 1).flatten(1) @ (left.mT @ factors).flatten(0, 1)
+    moved = moved if basis is None else basis @ moved
+    moved.add_(rows, alpha=float(weights.sum()))
+    return moved.mul_(2 / num_rows**0.5).add_(shift, alpha=2 / num_rows).to(target.dtype)
+
+
+@frechet_gradient.register_fake
+def _(target: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(target)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    target, features, offsets, _, ctx.memory = inputs
+    ctx.save_for_backward(target, features, offsets)
+
+
+def _backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
+    return frechet_gradient(*ctx.saved_tensors, weights, ctx.memory), *[None] * 4
+
+
+_distances.register_autograd(_backward, setup_context=_context)
+
+
 def _batch_distances(
     tasks: RaggedTasks, members: Tensor, centre: Tensor, mean: Tensor, factor: Tensor, max_rows: int
 ) -> Tensor:
     """The distances of B tasks of like size to a target with that mean [D], less the centre, and factor [r, D]; [B]."""
-    if len(members) == 1 and int(tasks.sizes[members[0]]) > tasks.num_features:
-        its_mean, its_factor = _moments(tasks.task(int(members[0])), centre, max_rows)
-        means, factors = its_mean[None], its_factor[None]
-    else:
-        means, factors = _padded_moments(tasks, members, centre)
+    means, factors = _batch_moments(tasks, members, centre, max_rows)
     variances = _trace(factor) + _trace(factors)
     return (means - mean).square().sum(1) + (variances - 2 * _fidelity(factors, factor))
+
+
+def _batch_moments(tasks: RaggedTasks, members: Tensor, centre: Tensor, max_rows: int) -> tuple[Tensor, Tensor]:
+    """Means [B, D] and factors [B, s, D] of B tasks of like size."""
+    if len(members) == 1 and int(tasks.sizes[members[0]]) > tasks.num_features:
+        mean, factor = _moments(tasks.task(int(members[0])), centre, max_rows)
+        return mean[None], factor[None]
+    return _padded_moments(tasks, members, centre)
 
 
 def _fidelity(factors: Tensor, factor: Tensor) -> Tensor:

@@ -1,17 +1,18 @@
 """Label-aware transport distances (OTDD) between a labelled target and many labelled, ragged tasks."""
 
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from headstart.kernels.engine.ground_cost import Cost, Points
-from headstart.kernels.engine.precision import PRECISIONS
+from headstart.kernels.engine.classes import chunks, class_rows, each
+from headstart.kernels.engine.precision import PRECISIONS, exact_products
+from headstart.kernels.engine.softmin import add_gradient
 from headstart.kernels.engine.terms import needed_centre
-from headstart.kernels.engine.transport import Settings, check_memory, solve
+from headstart.kernels.engine.transport import Settings, solve
 from headstart.kernels.engine.transport_operators import warn_of
-from headstart.kernels.frechet import frechet_distances
+from headstart.kernels.label_distances import How, cross_cost, own_cost, sides, squares_gradient
 from headstart.kernels.ragged import RaggedTasks, check_alike, check_finite, check_labels, check_not_negative
 from headstart.kernels.sinkhorn import (
     SinkhornResult,
@@ -19,13 +20,11 @@ from headstart.kernels.sinkhorn import (
     check_self_terms,
     checked_options,
     resolve_epsilon,
-    sinkhorn_distances,
 )
 
 LabelDistance = Literal["bures", "sinkhorn"]
 
 
-@torch.no_grad()
 def label_aware_distances(
     target: Tensor,
     tasks: RaggedTasks,
@@ -52,9 +51,13 @@ def label_aware_distances(
         kept = label_aware_self_terms(tasks, epsilon=0.7)          # for many targets
 
     D. Alvarez-Melis and N. Fusi, "Geometric Dataset Distances via Optimal Transport", NeurIPS 2020;
-    `naive.label_aware_distances` is the definition. Debiased: a labelled set is at distance 0 from itself. Not
-    differentiable. Cost: that of `sinkhorn_distances`, and a label distance for every pair of a class of the target and
-    one of a task, and of two classes of one set.
+    `naive.label_aware_distances` is the definition. Debiased: a labelled set is at distance 0 from itself. Cost: that
+    of `sinkhorn_distances`, and a label distance for every pair of a class of the target and one of a task, and of two
+    classes of one set.
+
+    Differentiable by the target, not twice: by the plans, as `sinkhorn_distances`, and by the label distances of what
+    they move, as `frechet_distances` where they are Bures'. It takes the label distances again, and holds, beside
+    `memory`, one array like the target and four float64 ones like its largest class.
 
     `epsilon` None is that of `sinkhorn_distances`, from the target's rows alone. `tolerance`, `max_iterations`,
     `precision`, `memory`, `self_terms` and the error are as there, c being the largest cost with its label term;
@@ -74,7 +77,7 @@ def label_aware_distances(
     values, errors = (None, None) if kept is None else kept
     centre = needed_centre(tasks, options.precision, "eager") if self_terms is None else self_terms.centre
     how = (label_distance, at, *options, None if centre is None else centre.to(target.device))
-    distances, iterations, errors = _distances(
+    distances, iterations, errors, *_ = _distances(
         target, labels, tasks.features, task_labels, tasks.offsets, values, errors, *how
     )
     return SinkhornResult(distances, at, iterations, errors, errors <= tolerance)
@@ -96,34 +99,101 @@ def _distances(
     precision: str,
     memory: int,
     centre: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(distances, iterations, errors) of T tasks, whose own values and errors are given or computed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(distances, iterations, errors) of T tasks, whose own values and errors are given or computed, and the potentials
+    of the tasks' rows [M] and of the target's [N]."""
     check_finite(target)
     check_not_negative(labels)
-    settings, cost = Settings(float(epsilon), tolerance, max_iterations, memory), Cost(2, None, precision, centre)
-    own = _class_rows(RaggedTasks(target, torch.tensor([0, len(target)]), labels), cost, settings)
-    sources = _class_rows(RaggedTasks(features, offsets, task_labels), cost, settings)
-    how = (label_distance, precision, settings)
+    how = How(label_distance, precision, centre, Settings(float(epsilon), tolerance, max_iterations, memory))
+    own, sources = sides(target, labels, features, task_labels, offsets, how)
     if values is None or errors is None:
-        theirs = solve(sources.points, None, _own_cost(sources, cost, *how), settings)
+        theirs = solve(sources.points, None, own_cost(sources, how), how.settings)
         values, errors = theirs.values, theirs.errors
-    itself = solve(own.points, None, _own_cost(own, cost, *how), settings)
-    table = torch.cat([torch.stack([_squares(x, some, *how) for x in _each(own)], 1)
-                       for _, some in _chunks(sources, settings)])  # fmt: skip
-    cross = solve(sources.points, own.points, cost._replace(labels=table.div_(2).to(cost.dtype)), settings)
+    itself = solve(own.points, None, own_cost(own, how), how.settings)
+    cross = solve(sources.points, own.points, cross_cost(own, sources, how), how.settings)
     errors = torch.maximum(torch.maximum(cross.errors, itself.errors), errors)
-    warn_of(errors, settings)
-    return (cross.values - (itself.values + values) / 2).to(cost.dtype), cross.num_iterations, errors
+    warn_of(errors, how.settings)
+    distances = (cross.values - (itself.values + values) / 2).to(how.cost.dtype)
+    return distances, cross.num_iterations, errors, cross.potentials, itself.potentials
 
 
 @_distances.register_fake
 def _(
     target: Tensor, labels: Tensor, features: Tensor, task_labels: Tensor, offsets: Tensor, *settings: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    def new(dtype: torch.dtype) -> Tensor:
-        return target.new_empty(len(offsets) - 1, dtype=dtype)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def new(size: int, dtype: torch.dtype) -> Tensor:
+        return target.new_empty(size, dtype=dtype)
 
-    return new(PRECISIONS[settings[-3]]), new(torch.int64), new(torch.float64)
+    num_tasks, dtype = len(offsets) - 1, PRECISIONS[settings[-3]]
+    numbers = (new(num_tasks, dtype), new(num_tasks, torch.int64), new(num_tasks, torch.float64))
+    return *numbers, new(len(features), dtype), new(len(target), dtype)
+
+
+@torch.library.custom_op("headstart::label_aware_gradient", mutates_args=())
+def label_aware_gradient(
+    target: Tensor,
+    labels: Tensor,
+    features: Tensor,
+    task_labels: Tensor,
+    offsets: Tensor,
+    potentials: Tensor,
+    own_potentials: Tensor,
+    weights: Tensor,
+    label_distance: str,
+    epsilon: Tensor,
+    tolerance: float,
+    max_iterations: int,
+    precision: str,
+    memory: int,
+    centre: Tensor | None,
+) -> Tensor:
+    """sum_t w_t d distance_t / d target at the potentials of the optimum, [N, D] as the target.
+
+    The plans move rows towards what they are matched with, and classes so that the label distances of what is matched
+    shrink: of each pair of classes with the mass that is moved between them.
+    """
+    how = How(label_distance, precision, centre, Settings(float(epsilon), tolerance, max_iterations, memory))
+    own, sources = sides(target, labels, features, task_labels, offsets, how)
+    cuts, first, at = offsets.tolist(), sources.first.tolist(), how.settings.epsilon
+    out = torch.zeros(target.shape, dtype=how.cost.dtype, device=target.device)
+    num_classes = len(own.offsets) - 1
+    masses = [out.new_zeros(num_classes, high - low) for low, high in pairwise([*first, first[-1] + num_classes])]
+    with exact_products(target.device):
+        cost = cross_cost(own, sources, how)
+        for t, weight in enumerate(weights.tolist()):
+            if weight:
+                rows, part = sources.points.only(t), potentials[cuts[t] : cuts[t + 1]]
+                add_gradient(out, weight, rows, own.points, part, at, cost, memory, masses[t])
+        # Both sides of OT(x, x), of which half is taken off, move: each has the gradient of one.
+        cost, whole = own_cost(own, how), own.points
+        add_gradient(out, -float(weights.sum()), whole, whole, own_potentials, at, cost, memory, masses[-1])
+    # Half of a label distance is in the cost.
+    cross, itself = (part.double() / 2 for part in (torch.cat(masses[:-1], 1), masses[-1]))
+    for c, x in enumerate(each(own)):
+        moved = torch.zeros_like(x)
+        for table, side in ((cross, sources), (itself, own)):
+            for low, some in chunks(side, how.settings):
+                moved += squares_gradient(x, some, table[c, low : low + some.num_tasks], how)
+        out[own.order[int(own.offsets[c]) : int(own.offsets[c + 1])]] += moved.to(out.dtype)
+    return out.to(target.dtype)
+
+
+@label_aware_gradient.register_fake
+def _(target: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(target)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    target, labels, features, task_labels, offsets, _, _, ctx.form, epsilon, *ctx.how, centre = inputs
+    ctx.save_for_backward(target, labels, features, task_labels, offsets, *output[3:], epsilon, centre)
+
+
+def _backward(ctx: Any, weights: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *saved, epsilon, centre = ctx.saved_tensors
+    return label_aware_gradient(*saved, weights, ctx.form, epsilon, *ctx.how, centre), *[None] * 13
+
+
+_distances.register_autograd(_backward, setup_context=_context)
 
 
 @torch.no_grad()
@@ -141,15 +211,11 @@ def label_aware_self_terms(
     _checked_labels(tasks, label_distance)
     options = checked_options(tasks.features.dtype, 2, tolerance, max_iterations, precision, memory)
     at = float(resolve_epsilon(tasks.features, 2, epsilon, options.memory, None))
-    settings, centre = (
-        Settings(at, tolerance, max_iterations, options.memory),
-        needed_centre(tasks, options.precision, "eager"),
-    )
-    cost = Cost(2, None, options.precision, centre)
-    classes = _class_rows(tasks, cost, settings)
-    own_cost = _own_cost(classes, cost, label_distance, options.precision, settings)
-    solution = solve(classes.points, None, own_cost, settings)
-    warn_of(solution.errors, settings)
+    centre = needed_centre(tasks, options.precision, "eager")
+    how = How(label_distance, options.precision, centre, Settings(at, tolerance, max_iterations, options.memory))
+    classes = class_rows(tasks, how.cost, how.settings)
+    solution = solve(classes.points, None, own_cost(classes, how), how.settings)
+    warn_of(solution.errors, how.settings)
     return SinkhornSelfTerms(
         values=solution.values,
         errors=solution.errors,
@@ -169,80 +235,3 @@ def _checked_labels(tasks: RaggedTasks, label_distance: str) -> Tensor:
     if tasks.labels is None:
         raise ValueError("tasks have no labels; accepted: RaggedTasks(features, offsets, labels)")
     return tasks.labels
-
-
-class _ClassRows(NamedTuple):
-    """The classes of T tasks: class c has the rows order[offsets[c]] up to order[offsets[c + 1]]."""
-
-    points: Points
-    order: Tensor
-    offsets: Tensor
-    """[C + 1] int64 on the CPU, over all tasks."""
-    first: Tensor
-    """[T + 1] int64 on the CPU: the classes of task t are first[t] up to first[t + 1]."""
-
-    def rows(self, low: int, high: int) -> RaggedTasks:
-        """Classes low to high, as tasks: a copy of their rows."""
-        offsets = self.offsets[low : high + 1]
-        index = self.order[int(offsets[0]) : int(offsets[-1])]
-        return RaggedTasks(self.points.features[index], offsets - offsets[0])
-
-
-def _class_rows(tasks: RaggedTasks, cost: Cost, settings: Settings) -> _ClassRows:
-    assert tasks.labels is not None
-    device = tasks.features.device
-    task = torch.repeat_interleave(torch.arange(tasks.num_tasks), tasks.sizes).to(device)
-    # A class for each label of each task, by task and then by label.
-    _, ranks = tasks.labels.unique(return_inverse=True)
-    keys, classes, counts = (task * (int(ranks.max()) + 1) + ranks).unique(return_inverse=True, return_counts=True)
-    first = torch.searchsorted(keys // (int(ranks.max()) + 1), torch.arange(tasks.num_tasks + 1, device=device)).cpu()
-    points = Points(tasks.features.detach(), tasks.offsets, classes, classes - first.to(device)[task])
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0).cpu()])
-    least = 4 * int(counts.max()) * tasks.num_features * tasks.features.element_size()
-    if settings.memory < least:
-        raise ValueError(f"memory is {settings.memory} bytes; accepted: at least {least}, four times the largest class")
-    # Half is for label distances, half for the rows of classes: see `_squares` and `_chunks`.
-    check_memory(tasks.features, cost, settings, share=2)
-    return _ClassRows(points, classes.argsort(stable=True), offsets, first)
-
-
-def _each(classes: _ClassRows) -> Iterator[Tensor]:
-    """The rows of one class after the other."""
-    for c in range(len(classes.offsets) - 1):
-        yield classes.rows(c, c + 1).features
-
-
-def _chunks(classes: _ClassRows, settings: Settings) -> Iterator[tuple[int, RaggedTasks]]:
-    """Runs of classes whose rows fill an eighth of the memory, or one class; with the number of the first."""
-    most = max(1, settings.memory // 8 // (classes.points.features.shape[1] * classes.points.features.element_size()))
-    low, num_classes = 0, len(classes.offsets) - 1
-    while low < num_classes:
-        high = int(torch.searchsorted(classes.offsets, classes.offsets[low] + most, right=True)) - 1
-        high = max(low + 1, high)
-        yield low, classes.rows(low, high)
-        low = high
-
-
-def _squares(rows: Tensor, classes: RaggedTasks, label_distance: str, precision: str, settings: Settings) -> Tensor:
-    """W^2 of one class's rows to each of C classes, [C] float64."""
-    if label_distance == "bures":
-        return frechet_distances(rows, classes, precision="fp64", memory=settings.memory // 2)
-    result = sinkhorn_distances(
-        rows, classes, epsilon=settings.epsilon, tolerance=settings.tolerance, memory=settings.memory // 2,
-        max_iterations=settings.max_iterations, precision=precision,
-    )  # fmt: skip
-    return 2 * result.distances.double()
-
-
-def _own_cost(classes: _ClassRows, cost: Cost, label_distance: str, precision: str, settings: Settings) -> Cost:
-    """The cost within each task: half of W^2 of its classes, [C, most classes of a task], 0 on the diagonals."""
-    first, device = classes.first.tolist(), classes.points.features.device
-    table = torch.zeros(first[-1], int(classes.first.diff().max()), dtype=torch.float64, device=device)
-    for t in range(len(first) - 1):
-        low, high = first[t], first[t + 1]
-        for c in range(low, high - 1):
-            rows = classes.rows(c, c + 1).features
-            found = _squares(rows, classes.rows(c + 1, high), label_distance, precision, settings)
-            table[c, c + 1 - low : high - low] = found
-            table[c + 1 : high, c - low] = found
-    return cost._replace(labels=table.div_(2).to(cost.dtype))

@@ -128,13 +128,17 @@ def add_gradient(
     epsilon: float,
     cost: Cost,
     memory: int,
+    masses: Tensor | None = None,
 ) -> None:
     """Add weight times the gradient of OT(rows, columns), by the columns [N, D], to out [N, D] of the working dtype.
+
+    With labels the gradient is that of the distances of rows alone, and `masses` [columns of the table, rows of the
+    table that the rows have] gets weight times what the plan moves between classes: the gradient by the table.
 
     At the optimum only the cost moves (envelope theorem): sum_i plan_ij d C(y_i, x_j) / d x_j, with the plan of the
     rows' potentials. Of a set with itself that is half of the gradient, since it stands on both sides.
     """
-    Recomputed(rows, columns, cost, memory).add_gradient(out, weight, potentials[None], epsilon)
+    Recomputed(rows, columns, cost, memory).add_gradient(out, weight, potentials[None], epsilon, masses)
 
 
 class _Held(Costs):
@@ -283,7 +287,7 @@ class Recomputed(Costs):
             g = g + relaxation * change
         return f, g, errors
 
-    def add_gradient(self, out: Tensor, weight: float, f: Tensor, epsilon: float) -> None:
+    def add_gradient(self, out: Tensor, weight: float, f: Tensor, epsilon: float, masses: Tensor | None = None) -> None:
         """See the function of that name."""
         g = self.columns(f, epsilon)
         scale = weight / f.shape[1] / g.shape[1]
@@ -292,8 +296,17 @@ class Recomputed(Costs):
             for where, y in self._blocks(0):
                 tile = self._tile(x, y, 1)
                 plan = (f[:, where] - tile).add_(g[0, place, None]).mul_(1 / epsilon).exp_().mul_(scale)
+                if masses is not None:
+                    to, of = (_one_hot(v, n, plan) for v, n in zip((x.columns, y.classes), masses.shape, strict=True))
+                    masses += to.T @ (plan @ of)
                 if self._cost.p == 1:
                     # d |x - y| = (x - y) / |x - y|, and 0 where they are equal
                     plan.div_(tile).masked_fill_(tile == 0, 0)
                 out[place] += plan.sum(1, keepdim=True) * columns
                 out[place].addmm_(plan, y.whole[0], alpha=-1)
+
+
+def _one_hot(indices: Tensor | None, size: int, like: Tensor) -> Tensor:
+    """[n, size] from indices [1, n], in another tensor's dtype."""
+    assert indices is not None
+    return like.new_zeros(indices.shape[1], size).scatter_(1, indices.T, 1)

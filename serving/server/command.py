@@ -218,6 +218,7 @@ def _supervise(options: dict[str, Any], workers: int, say: Callable[[str], None]
             {**options, "repository": mirror.folder},
             workers,
             lambda line: say(line.replace(str(mirror.folder), mirror.url)),
+            mirror.refuse,
         )
     finally:
         mirror.close()

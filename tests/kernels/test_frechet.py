@@ -240,3 +240,52 @@ def test_bad_input_is_refused(device: str):
         frechet_distances(features(3, 4, 0, device), RaggedTasks(tasks.features * 1e200, tasks.offsets))
     with pytest.raises(ValueError, match=r"precision is 'double'; accepted: bf16, tf32, bf16x3, fp32, fp64"):
         frechet_distances(features(3, 4, 0, device), tasks, precision="double")
+
+
+def by_nuclear_norms(target: torch.Tensor, tasks: RaggedTasks) -> torch.Tensor:
+    """`by_singular_values` in torch, for its gradient; sets less the target's first row."""
+    first, distances = target.detach()[0], []
+    for t in range(tasks.num_tasks):
+        x, y = target - first, tasks.task(t) - first
+        (m, x), (n, y) = ((v.mean(0), v - v.mean(0)) for v in (x, y))
+        shared = torch.linalg.svdvals(x @ y.T).sum() / (len(x) * len(y)) ** 0.5
+        distances.append((m - n).square().sum() + x.square().sum() / len(x) + y.square().sum() / len(y) - 2 * shared)
+    return torch.stack(distances)
+
+
+@pytest.mark.parametrize("kind", ["as they are", "shifted"])
+@pytest.mark.parametrize(("n", "d"), [(1, 3), (20, 64), (63, 17), (300, 40)], ids=str)
+def test_gradients_are_those_of_singular_values(n: int, d: int, kind: str, device: str):
+    target, tasks = features(n, d, 1, device), ragged((1, 12, 40, 200, 41), d, device)
+    if kind == "shifted":
+        target, tasks = target + 1e3, RaggedTasks(tasks.features + 1e3, tasks.offsets)
+    weights = torch.tensor([0.5, -1.0, 2.0, 0.25, 1.5], dtype=torch.float64, device=device)
+    exact = target.clone().requires_grad_()
+    (by_nuclear_norms(exact, tasks) * weights).sum().backward()
+    assert exact.grad is not None
+    scale = float(exact.grad.abs().max())
+    for memory in (None, least_memory(target, tasks)):
+        x = target.clone().requires_grad_()
+        (frechet_distances(x, tasks, memory=memory) * weights).sum().backward()
+        assert x.grad is not None
+        assert torch.equal(x.detach(), target)
+        # Singular vectors turn by u |M| / gap, and the smallest singular values here lie some 1e-4 of |M| apart.
+        torch.testing.assert_close(x.grad, exact.grad, rtol=0, atol=1e-9 * scale)
+
+
+def test_a_set_is_at_rest_beside_itself(device: str):
+    for n, d in ((7, 30), (50, 6)):
+        x = features(n, d, 1, device).requires_grad_()
+        (gradient,) = torch.autograd.grad(frechet_distances(x, RaggedTasks.from_list([x.detach().clone()])).sum(), x)
+        assert float(gradient.abs().max()) < 1e-12
+
+
+def test_the_gradient_of_another_precision_has_its_dtype(device: str):
+    x = features(30, 8, 1, device, torch.float32).requires_grad_()
+    tasks = ragged((9, 40), 8, device, torch.float32)
+    frechet_distances(x, tasks).sum().backward()
+    exact = x.detach().double().requires_grad_()
+    frechet_distances(exact, RaggedTasks(tasks.features.double(), tasks.offsets)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    torch.testing.assert_close(x.grad, exact.grad.float())

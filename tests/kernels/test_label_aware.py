@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from headstart.kernels import label_aware, naive
+from headstart.kernels import label_distances, naive
 from headstart.kernels.label_aware import label_aware_distances, label_aware_self_terms
 from headstart.kernels.ragged import RaggedTasks
 from headstart.kernels.sinkhorn import sinkhorn_distances
-from tests.kernels.cases import KINDS, SOME_SLOW, Case, U, by_singular_values, change, double, picked
+from tests.kernels.cases import KINDS, SOME_SLOW, Case, U, by_singular_values, change, double, held, picked
 
 FORMS = ("bures", "sinkhorn")
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-12}
@@ -110,7 +110,7 @@ def test_without_a_label_term_it_is_the_sinkhorn_divergence(memory: int | None, 
     def nothing(rows: Tensor, classes: RaggedTasks, *_: object) -> Tensor:
         return torch.zeros(classes.num_tasks, dtype=torch.float64, device=rows.device)
 
-    monkeypatch.setattr(label_aware, "_squares", nothing)
+    monkeypatch.setattr(label_distances, "squares", nothing)
     x, y = labelled(400, 6, 4, 3, device)
     tasks = ragged([labelled(n, 6, 3, n, device) for n in (1, 390, 30)])
     plain = sinkhorn_distances(x, tasks, epsilon=2.0, tolerance=1e-8)
@@ -208,3 +208,81 @@ def test_below_0_it_is_the_definition_that_is():
     assert found < -0.19
     expected = naive.label_aware_distances(x, y, tasks, epsilon=10.0, num_iterations=100)
     assert found == pytest.approx(float(expected[0]), abs=bound(2.0, 10.0, 2, "fp64", 1e-9))
+
+
+def nuclear(x: Tensor, tasks: RaggedTasks) -> Tensor:
+    """`by_singular_values` in float64 and in torch, for its gradient."""
+    distances = []
+    for t in range(tasks.num_tasks):
+        y = tasks.task(t)
+        a, b = (v - v.mean(0) for v in (x, y))
+        shared = torch.linalg.svdvals(a @ b.T).sum() / (len(a) * len(b)) ** 0.5
+        means = (x.mean(0) - y.mean(0)).square().sum()
+        distances.append(means + a.square().sum() / len(a) + b.square().sum() / len(b) - 2 * shared)
+    return torch.stack(distances)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sizes", [(9, (1, 12, 30)), (60, (40, 25))], ids=str)
+@pytest.mark.parametrize("memory", [None, 4_600_000], ids=["held", "recomputed"])
+def test_gradients_are_those_of_the_definition(
+    form: str, sizes: tuple[int, tuple[int, ...]], memory: int | None, monkeypatch: pytest.MonkeyPatch, device: str
+):
+    monkeypatch.setattr(naive, "frechet_distances", nuclear)
+    x, y = labelled(sizes[0], 4, 3, 3, device)
+    tasks = ragged([labelled(n, 4, 2 + n % 2, n, device) for n in sizes[1]])
+    weights = torch.tensor([0.7, -1.3, 0.4], dtype=torch.float64, device=device)[: tasks.num_tasks]
+    ours, exact = (x.clone().requires_grad_() for _ in range(2))
+    found = label_aware_distances(
+        ours, tasks, labels=y, label_distance=form, epsilon=4.0, tolerance=1e-9, memory=memory
+    )
+    (found.distances * weights).sum().backward()
+    expected = naive.label_aware_distances(exact, y, tasks, epsilon=4.0, label_distance=form, num_iterations=200)
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(found.distances, expected, rtol=0, atol=1e-7)
+    # A plan is off by its error, relative to itself, and a gradient by that of what it moves.
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad, exact.grad, rtol=0, atol=1e-6)
+    plain = x.clone().requires_grad_()
+    (sinkhorn_distances(plain, tasks, epsilon=4.0, tolerance=1e-9).distances * weights).sum().backward()
+    assert float((ours.grad - plain.grad).abs().max()) > 1e-2  # the labels have their part in it
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_against_the_gradient_brings_labels_together(form: str, device: str):
+    x, y = labelled(60, 5, 3, 1, device)
+    tasks = ragged([labelled(80, 5, 3, 2, device)])
+    distances = []
+    for _ in range(6):
+        x = x.detach().requires_grad_()
+        found = label_aware_distances(x, tasks, labels=y, label_distance=form, epsilon=1.0).distances[0]
+        found.backward()
+        distances.append(float(found))
+        x = x - 20 * x.grad
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 0.5 * distances[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_keep_to_the_memory(form: str):
+    x, y = labelled(300, 256, 3, 1)
+    x, tasks = x.float().requires_grad_(), ragged([labelled(n, 256, 3, n) for n in (200, 30)])
+    tasks = RaggedTasks(tasks.features.float(), tasks.offsets, tasks.labels)
+
+    def distances(memory: int) -> Tensor:
+        return label_aware_distances(
+            x, tasks, labels=y, label_distance=form, epsilon=200.0, tolerance=0.3, memory=memory
+        ).distances
+
+    least, fits = 1, False
+    while not fits:  # it is asked for by the classes, by a transport, and by its label distances
+        try:
+            fits = bool(len(distances(least)))
+        except ValueError as refused:
+            least = int(str(refused).split("at least ")[1].split(",")[0])
+    largest_class = int(y.unique(return_counts=True)[1].max())
+    for memory in (least, 2**25):
+        x.grad = None
+        _, most = held(lambda memory=memory: distances(memory).sum().backward())
+        # The result and one array more like it, a class in float64 four times, and what is as long as the rows are.
+        assert most <= memory + 2 * x.nbytes + 4 * 8 * 256 * largest_class + 160 * (len(x) + len(tasks.features))

@@ -151,7 +151,8 @@ def test_the_others_pass_opcheck(device: str):
     rounded = (*how[:4], "tf32", 2**24, x.mean(0))
     for operator, arguments in (
         (torch.ops.headstart.mean_distances, (x, *rest, "fp32", None)),
-        (torch.ops.headstart.frechet_distances, (x, *rest, "fp32", None)),
+        (torch.ops.headstart.frechet_distances, (x.clone().requires_grad_(), *rest, "fp32", None)),
+        (torch.ops.headstart.frechet_gradient, (x.double(), *rest, torch.ones(3, device=device), None)),
         (
             torch.ops.headstart.prototype_distances,
             (x, own, tasks.features, labels, tasks.offsets, "nearest", "fp32", None),
@@ -167,7 +168,7 @@ def test_the_others_pass_opcheck(device: str):
         (torch.ops.headstart.sinkhorn_transports, (x.clone().requires_grad_(), *rest, *rounded)),
         (
             torch.ops.headstart.label_aware_distances,
-            (x, own, tasks.features, labels, tasks.offsets, None, None, "bures", *how[1:]),
+            (x.clone().requires_grad_(), own, tasks.features, labels, tasks.offsets, None, None, "bures", *how[1:]),
         ),
     ):
         torch.library.opcheck(operator.default, arguments)
@@ -187,7 +188,7 @@ OTHERS = {
     "sinkhorn, default epsilon": lambda x, t: torch.stack([*(r := sinkhorn_distances(x, t)).distances, r.epsilon]),
     "label-aware": lambda x, t: labelled(label_aware_distances)(x, t).distances,
 }
-DIFFERENTIABLE = (*FUNCTIONS, "median mmd", "sinkhorn", "sinkhorn, default epsilon")
+DIFFERENTIABLE = (*FUNCTIONS, "median mmd", "sinkhorn", "sinkhorn, default epsilon", "frechet", "label-aware")
 
 
 # An epsilon that follows from rows so unlike the tasks' makes for a long way.
@@ -241,7 +242,7 @@ def test_compiled_without_a_break_with_kept_self_terms(name: str, device: str):
             label_aware_self_terms(tasks, epsilon=3.0),
         ),
     }[name]
-    agree_compiled(lambda x: function(x, tasks, self_terms=kept), x, name != "label-aware")
+    agree_compiled(lambda x: function(x, tasks, self_terms=kept), x, True)
 
 
 def test_kept_self_terms_take_part_in_gradients(device: str):

@@ -48,6 +48,8 @@ class Entry:
     """Requests that left the version to us while there was a canary."""
     loading: set[int] = field(default_factory=set)
     failed: dict[int, Attempt] = field(default_factory=dict)
+    refused: list[int] = field(default_factory=list)
+    """Of those that failed, what waits for other files, as it was last told."""
     unloaded: bool = False
     """By request, until it is loaded by request."""
 

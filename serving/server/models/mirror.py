@@ -1,7 +1,7 @@
 """A repository behind a URL: an fsspec file system's NAME/VERSION/, copied to a private folder and kept up with.
 
-Of each model the versions are copied that its policy would serve, and the one it would fall back on; a copy stays for
-as long as its version lies at the URL, since it may be what serves.
+Of each model the versions are copied that its policy would serve, and the one it would fall back on, not counting
+those that were seen not to load; a copy stays for as long as its version lies at the URL, since it may be what serves.
 
 The folder is what a `Repository` serves. Each version lies apart and is reached by a link that is replaced in one
 step, so that a look at the folder finds a version as it was or as it is. Whether it is sound is the repository's to
@@ -53,6 +53,7 @@ class Mirror:
         mirror = Mirror("s3://bucket/models")
         mirror.start()  # the first look: blocks until what is there has been copied
         repository = Repository(mirror.folder)
+        mirror.refuse("demo", [7, 6])  # so 5 and 4 are copied too
         mirror.close()  # deletes the copy
 
     A URL that cannot be reached later changes nothing, nor does one whose listing is empty all at once, as that of a
@@ -82,10 +83,12 @@ class Mirror:
         self._policy_of = policy_of
         self._look_s = look_s
         self._copied: dict[tuple[str, str], str] = {}  # (name, version) or (name, "policy") -> what the listing said
+        self._refused: dict[str, set[int]] = {}
         self._told: dict[str, str] = {}
         self._number = 0
         self._replaced: list[Path] = []  # deleted at the next look: somebody may be reading them
-        self._stopping = threading.Event()
+        self._stopping, self._awake = threading.Event(), threading.Event()
+        self._looking = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -102,12 +105,36 @@ class Mirror:
         self._thread = threading.Thread(target=self._watch, name="mirror", daemon=True)
         self._thread.start()
 
+    def refuse(self, name: str, versions: Iterable[int]) -> None:
+        """Say which versions of a model cannot be loaded as they are: older ones are copied at once."""
+        self._refused[name] = set(versions)
+        self._awake.set()
+
     def look(self) -> str:
         """List the URL and copy what has changed.
 
         Returns:
             why the URL could not be listed, or an empty string.
         """
+        with self._looking:
+            return self._look()
+
+    def close(self) -> None:
+        """Stop, also within a file, and delete the copy."""
+        self._stopping.set()
+        self._awake.set()
+        if self._thread:
+            self._thread.join(_JOIN_S)
+        self._temporary.cleanup()
+
+    def _watch(self) -> None:
+        while not self._stopping.is_set():
+            self._awake.wait(self._look_s)
+            self._awake.clear()
+            if not self._stopping.is_set():
+                self.look()
+
+    def _look(self) -> str:
         try:
             found = self._list()
         except Exception as error:  # file systems raise what their libraries raise
@@ -129,17 +156,6 @@ class Mirror:
         for key in [key for key in self._copied if key not in found]:
             self._remove(key)
         return ""
-
-    def close(self) -> None:
-        """Stop, also within a file, and delete the copy."""
-        self._stopping.set()
-        if self._thread:
-            self._thread.join(_JOIN_S)
-        self._temporary.cleanup()
-
-    def _watch(self) -> None:
-        while not self._stopping.wait(self._look_s):
-            self.look()
 
     def _list(self) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
         """What lies at the URL, by name and version; `policy` stands for a version where it is that file."""
@@ -170,7 +186,9 @@ class Mirror:
                 by_name.setdefault(name, []).append(int(version))
         for name, versions in by_name.items():
             policy = self._policy(name)
-            wanted = {*policy.candidates(versions)[:_CANDIDATES], policy.canary(versions)}
+            refused = self._refused.get(name, set())
+            sound = [one for one in policy.candidates(versions) if one not in refused]
+            wanted = {*sound[:_CANDIDATES], policy.canary(versions)}
             for number in sorted(versions, reverse=True):
                 key = (name, str(number))
                 if number in wanted or key in self._copied:
@@ -238,6 +256,7 @@ class Mirror:
         if not any(place.parent.iterdir()):
             place.parent.rmdir()
         del self._copied[key]
+        self._refused.get(name, set()).discard(0 if version == POLICY_FILE else int(version))
         _LOG.info("%s/%s is gone from %s", name, version, self.url)
 
     def _tell(self, what: str, message: str) -> None:

@@ -8,7 +8,7 @@ verified and warmed up beside the old one, takes over between two requests, and 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import monotonic
 
@@ -93,6 +93,8 @@ class Repository:
         self._poll_s = poll_s
         self.mirror = mirror
         """Keeps the root up with a URL; None where the folder is one's own."""
+        self.on_refused: Callable[[str, list[int]], None] = mirror.refuse if mirror else lambda name, versions: None
+        """Is told which versions of a model do not load as they are, by its name, when these change."""
         load = loader or (
             lambda folder, name, version: load_package(
                 folder,
@@ -256,6 +258,10 @@ class Repository:
         chosen = entry.policy.canary(versions)
         if chosen:
             canary = await self._loading.ensure(entry, chosen)
+        refused = sorted(version for version, one in entry.failed.items() if one.again_at is None)
+        if refused != entry.refused:
+            entry.refused = refused
+            self.on_refused(entry.name, refused)
         if base is None and canary is None and versions and entry.base and self._is_there(entry, entry.base):
             base = entry.base  # nothing that was chosen is sound: the old one stays
         if not self.stopping:

@@ -31,6 +31,8 @@ _CUT = 5.0
 """Seconds that a worker is given once it is told to cut off what it does."""
 _LOG = logging.getLogger(__name__)
 
+Refused = Callable[[str, list[int]], None]
+
 
 @dataclass(eq=False, kw_only=True)
 class _Worker:
@@ -53,12 +55,15 @@ class Supervisor:
         options: of `command.serve`, for each worker; what JSON cannot hold is a path.
         workers: how many.
         say: is given the ready line when all are ready.
+        on_refused: as `Repository.on_refused`.
     """
 
-    def __init__(self, options: Mapping[str, Any], workers: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, options: Mapping[str, Any], workers: int, say: Callable[[str], None], on_refused: Refused | None = None
+    ) -> None:
         self._options = json.dumps(options, default=lambda path: {"path": str(path)})
         self._count = workers
-        self._say = say
+        self._say, self._on_refused = say, on_refused
         self._running: dict[int, _Worker] = {}
         self._ready: set[int] = set()
         self._begun = False  # whether all have been ready
@@ -158,6 +163,8 @@ class Supervisor:
             return self._note_failure(worker, *arguments)
         if what == "counts":
             return await self._counts()
+        if what == "refused":
+            return self._on_refused(*arguments) if self._on_refused else None
         return await self._all(what, *arguments)
 
     def _note_ready(self, worker: _Worker, line: str) -> None:
@@ -203,7 +210,9 @@ class Supervisor:
         }
 
 
-def supervise(options: Mapping[str, Any], workers: int, say: Callable[[str], None]) -> int:
+def supervise(
+    options: Mapping[str, Any], workers: int, say: Callable[[str], None], on_refused: Refused | None = None
+) -> int:
     """Serve with several processes until SIGTERM or SIGINT; returns the exit code.
 
     Args:
@@ -211,6 +220,7 @@ def supervise(options: Mapping[str, Any], workers: int, say: Callable[[str], Non
             `threads` None by a worker's share of the cores.
         workers: how many, at least 2.
         say: is given one line when all are ready.
+        on_refused: is told by each worker which versions of a model do not load, as `Repository.on_refused`.
 
     Raises:
         StartError: a port is in use or may not be used, or a worker cannot start.
@@ -225,7 +235,7 @@ def supervise(options: Mapping[str, Any], workers: int, say: Callable[[str], Non
             options["threads"] = max(1, len(os.sched_getaffinity(0)) // workers)
 
         async def run() -> int:
-            return await Supervisor(options, workers, say).run()
+            return await Supervisor(options, workers, say, on_refused).run()
 
         return asyncio.run(run())
 

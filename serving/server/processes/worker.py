@@ -59,6 +59,10 @@ class Link:
         """Tell the supervisor that this worker serves, and what the operator may read of it."""
         self._channel.tell("ready", line)
 
+    def refused(self, name: str, versions: list[int]) -> None:
+        """Tell the supervisor, which may keep the repository up with a URL, which versions do not load."""
+        self._channel.tell("refused", name, versions)
+
     def fail(self, message: str) -> None:
         """Tell the supervisor why this worker does not start: before `open`, or when the loop is over."""
         self._last.setblocking(True)
@@ -91,6 +95,7 @@ class SharedService(Service):
     def __init__(self, repository: Repository, link: Link) -> None:
         super().__init__(repository)
         self._link, link.service = link, self
+        repository.on_refused = link.refused
         self._started = asyncio.Event()
 
     async def start(self) -> None:

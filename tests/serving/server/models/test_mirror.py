@@ -1,9 +1,11 @@
 """Repositories behind URLs: what file, zip and HTTP file systems hold is served, followed, and kept when they fail."""
 
+import asyncio
 import contextlib
 import errno
 import functools
 import io
+import json
 import logging
 import os
 import re
@@ -14,6 +16,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -181,6 +185,56 @@ async def test_a_copy_stays_while_its_version_is_there_and_may_serve(remote: Pat
         write_package(remote / "demo" / "5", 5)
         await follow(service, mirror)
         assert await served_by(service) == "5"
+
+
+def damage(remote: Path, *versions: int) -> None:
+    for version in versions:
+        if not (remote / "demo" / str(version)).exists():
+            write_package(remote / "demo" / str(version), version)
+        (remote / "demo" / str(version) / MODEL).write_bytes(b"damaged")
+
+
+async def served_in_the_end(service: Service, version: str) -> None:
+    """Wait until it answers: the mirror looks by itself as soon as it hears of what was refused."""
+    for _ in range(200):
+        await service.repository.look()
+        if rows(service).get(("demo", version), ("",))[0] == "READY":
+            assert await served_by(service) == version
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"version {version} does not answer: {rows(service)}")
+
+
+@on_a_loop
+async def test_older_versions_are_copied_while_those_that_are_there_do_not_load(remote: Path):
+    damage(remote, 2, 3, 4, 5)
+    async with mirrored(f"file://{remote}") as (service, mirror):
+        await served_in_the_end(service, "1")
+        assert copied(mirror) == ["1", "2", "3", "4", "5"]
+        shutil.rmtree(remote / "demo" / "5")
+        await follow(service, mirror)
+        write_package(remote / "demo" / "5", 5)  # sound this time
+        await follow(service, mirror)
+        assert await served_by(service) == "5"
+        damage(remote, 6)
+        await follow(service, mirror)
+        assert await served_by(service) == "5"
+        (remote / "demo" / "6" / MODEL).unlink()
+        (remote / "demo" / "6" / MANIFEST).unlink()
+        (remote / "demo" / "6").rmdir()
+        write_package(remote / "demo" / "6", 6)  # in place, without a look between
+        await follow(service, mirror)
+        assert await served_by(service) == "6"
+
+
+@on_a_loop
+async def test_what_a_policy_does_not_choose_is_not_copied_for_what_does_not_load(remote: Path):
+    damage(remote, 2, 3)
+    async with mirrored(f"file://{remote}", "pinned:3") as (service, mirror):
+        await follow(service, mirror)
+        await follow(service, mirror)
+        assert copied(mirror) == ["3"]
+        assert await status_of(service) == 503
 
 
 @on_a_loop
@@ -431,3 +485,22 @@ def test_the_command_serves_a_url_and_deletes_its_copy(remote: Path, tmp_path: P
         server.send_signal(signal.SIGTERM)
         assert server.wait(30) == 0
     assert not [*scratch.glob("headstart-*")]
+
+
+def test_several_processes_get_older_versions_too(remote: Path):
+    damage(remote, 2, 3, 4)
+    command = [sys.executable, "-m", "headstart.cluster.cli", "serve", f"file://{remote}", "--port", "0"]
+    with subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        url = re.search(r"http://\S+", line)
+        assert url, line
+        for _ in range(200):
+            with contextlib.suppress(urllib.error.HTTPError):  # 503 until it is there
+                with urllib.request.urlopen(f"{url[0]}/v2/models/demo", timeout=10) as answer:
+                    found = json.load(answer)["versions"]
+                break
+            time.sleep(0.1)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+    assert found == ["1"]

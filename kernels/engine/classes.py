@@ -1,0 +1,64 @@
+"""The classes of labelled, ragged tasks, as sets of rows of their own."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headstart.kernels.engine.ground_cost import Cost, Points
+from headstart.kernels.engine.transport import Settings, check_memory
+from headstart.kernels.ragged import RaggedTasks
+
+
+class ClassRows(NamedTuple):
+    """The classes of T tasks: class c has the rows order[offsets[c]] up to order[offsets[c + 1]]."""
+
+    points: Points
+    order: Tensor
+    offsets: Tensor
+    """[C + 1] int64 on the CPU, over all tasks."""
+    first: Tensor
+    """[T + 1] int64 on the CPU: the classes of task t are first[t] up to first[t + 1]."""
+
+    def rows(self, low: int, high: int) -> RaggedTasks:
+        """Classes low to high, as tasks: a copy of their rows."""
+        offsets = self.offsets[low : high + 1]
+        index = self.order[int(offsets[0]) : int(offsets[-1])]
+        return RaggedTasks(self.points.features[index], offsets - offsets[0])
+
+
+def class_rows(tasks: RaggedTasks, cost: Cost, settings: Settings) -> ClassRows:
+    """The classes of labelled tasks; ValueError where the memory cannot hold what their label distances take."""
+    assert tasks.labels is not None
+    device = tasks.features.device
+    task = torch.repeat_interleave(torch.arange(tasks.num_tasks), tasks.sizes).to(device)
+    # A class for each label of each task, by task and then by label.
+    _, ranks = tasks.labels.unique(return_inverse=True)
+    keys, classes, counts = (task * (int(ranks.max()) + 1) + ranks).unique(return_inverse=True, return_counts=True)
+    first = torch.searchsorted(keys // (int(ranks.max()) + 1), torch.arange(tasks.num_tasks + 1, device=device)).cpu()
+    points = Points(tasks.features.detach(), tasks.offsets, classes, classes - first.to(device)[task])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0).cpu()])
+    least = 4 * int(counts.max()) * tasks.num_features * tasks.features.element_size()
+    if settings.memory < least:
+        raise ValueError(f"memory is {settings.memory} bytes; accepted: at least {least}, four times the largest class")
+    # Half is for label distances, half for the rows of classes: see `chunks`.
+    check_memory(tasks.features, cost, settings, share=2)
+    return ClassRows(points, classes.argsort(stable=True), offsets, first)
+
+
+def each(classes: ClassRows) -> Iterator[Tensor]:
+    """The rows of one class after the other."""
+    for c in range(len(classes.offsets) - 1):
+        yield classes.rows(c, c + 1).features
+
+
+def chunks(classes: ClassRows, settings: Settings) -> Iterator[tuple[int, RaggedTasks]]:
+    """Runs of classes whose rows fill an eighth of the memory, or one class; with the number of the first."""
+    most = max(1, settings.memory // 8 // (classes.points.features.shape[1] * classes.points.features.element_size()))
+    low, num_classes = 0, len(classes.offsets) - 1
+    while low < num_classes:
+        high = int(torch.searchsorted(classes.offsets, classes.offsets[low] + most, right=True)) - 1
+        high = max(low + 1, high)
+        yield low, classes.rows(low, high)
+        low = high

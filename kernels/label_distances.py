@@ -1,0 +1,90 @@
+"""Distances between the classes of labelled sets, W^2 of their rows: what a label-aware transport costs, and moves."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headstart.kernels.engine.classes import ClassRows, chunks, class_rows, each
+from headstart.kernels.engine.ground_cost import Cost
+from headstart.kernels.engine.terms import needed_centre
+from headstart.kernels.engine.transport import Settings
+from headstart.kernels.engine.transport_operators import sinkhorn_gradient, transports
+from headstart.kernels.frechet import frechet_distances, frechet_gradient
+from headstart.kernels.ragged import RaggedTasks
+from headstart.kernels.sinkhorn import sinkhorn_distances
+
+
+class How(NamedTuple):
+    """What label distances and transports are told."""
+
+    label_distance: str
+    precision: str
+    centre: Tensor | None
+    settings: Settings
+
+    @property
+    def cost(self) -> Cost:
+        """Of rows, without a label term."""
+        return Cost(2, None, self.precision, self.centre)
+
+
+def sides(
+    target: Tensor, labels: Tensor, features: Tensor, task_labels: Tensor, offsets: Tensor, how: How
+) -> tuple[ClassRows, ClassRows]:
+    """The classes of the target and of the tasks."""
+    whole = RaggedTasks(target, torch.tensor([0, len(target)]), labels)
+    own, sources = (class_rows(one, how.cost, how.settings)
+                    for one in (whole, RaggedTasks(features, offsets, task_labels)))  # fmt: skip
+    return own, sources
+
+
+def squares(rows: Tensor, classes: RaggedTasks, how: How) -> Tensor:
+    """W^2 of one class's rows to each of C classes, [C] float64."""
+    settings = how.settings
+    if how.label_distance == "bures":
+        return frechet_distances(rows, classes, precision="fp64", memory=settings.memory // 2)
+    result = sinkhorn_distances(
+        rows, classes, epsilon=settings.epsilon, tolerance=settings.tolerance, memory=settings.memory // 2,
+        max_iterations=settings.max_iterations, precision=how.precision,
+    )  # fmt: skip
+    return 2 * result.distances.double()
+
+
+def squares_gradient(rows: Tensor, classes: RaggedTasks, weights: Tensor, how: How) -> Tensor:
+    """sum_c w_c dW^2_c / d rows of `squares`, like the rows."""
+    settings, sets = how.settings, (classes.features, classes.offsets)
+    memory = settings.memory // 2
+    moved: Tensor
+    if how.label_distance == "bures":
+        moved = frechet_gradient(rows, *sets, weights, memory)
+    else:
+        epsilon = torch.tensor(settings.epsilon, dtype=torch.float64)
+        centre = needed_centre(classes, how.precision, "eager")
+        options = (2, epsilon, settings.tolerance, settings.max_iterations, how.precision, memory, centre)
+        potentials = transports(rows, *sets, *options)[5:]
+        # Of OT(x, x), once in every distance, a half is taken off.
+        parts = (2 * weights, -weights.sum())
+        moved = sinkhorn_gradient(rows, *sets, *potentials, *parts, 2, epsilon, how.precision, memory, centre)
+    return moved
+
+
+def cross_cost(own: ClassRows, sources: ClassRows, how: How) -> Cost:
+    """The cost between the tasks and the target: half of W^2 of their classes, [C of the tasks, C of the target]."""
+    table = torch.cat([torch.stack([squares(x, some, how) for x in each(own)], 1)
+                       for _, some in chunks(sources, how.settings)])  # fmt: skip
+    return how.cost._replace(labels=table.div_(2).to(how.cost.dtype))
+
+
+def own_cost(classes: ClassRows, how: How) -> Cost:
+    """The cost within each task: half of W^2 of its classes, [C, most classes of a task], 0 on the diagonals."""
+    first, device = classes.first.tolist(), classes.points.features.device
+    table = torch.zeros(first[-1], int(classes.first.diff().max()), dtype=torch.float64, device=device)
+    for t in range(len(first) - 1):
+        low, high = first[t], first[t + 1]
+        for c in range(low, high - 1):
+            rows = classes.rows(c, c + 1).features
+            found = squares(rows, classes.rows(c + 1, high), how)
+            table[c, c + 1 - low : high - low] = found
+            table[c + 1 : high, c - low] = found
+    return how.cost._replace(labels=table.div_(2).to(how.cost.dtype))
