@@ -269,8 +269,8 @@ def test_gradients_are_those_of_singular_values(n: int, d: int, kind: str, devic
         (frechet_distances(x, tasks, memory=memory) * weights).sum().backward()
         assert x.grad is not None
         assert torch.equal(x.detach(), target)
-        # Singular vectors turn by u |M| / gap, and the smallest singular values here lie some 1e-4 of |M| apart.
-        torch.testing.assert_close(x.grad, exact.grad, rtol=0, atol=1e-9 * scale)
+        # A polar factor turns by some sqrt(D) u over its least singular value, which is .01 of the largest here or more.
+        torch.testing.assert_close(x.grad, exact.grad, rtol=0, atol=1e-12 * scale)
 
 
 def test_a_set_is_at_rest_beside_itself(device: str):

@@ -240,9 +240,9 @@ def test_gradients_are_those_of_the_definition(
     expected = naive.label_aware_distances(exact, y, tasks, epsilon=4.0, label_distance=form, num_iterations=200)
     (expected * weights).sum().backward()
     torch.testing.assert_close(found.distances, expected, rtol=0, atol=1e-7)
-    # A plan is off by its error, relative to itself, and a gradient by that of what it moves.
+    # A plan's sums are off by 1e-9, and it moves rows, and classes' rows, that are up to some 10 apart; seen: 2.4e-8.
     assert ours.grad is not None
-    torch.testing.assert_close(ours.grad, exact.grad, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours.grad, exact.grad, rtol=0, atol=1e-7)
     plain = x.clone().requires_grad_()
     (sinkhorn_distances(plain, tasks, epsilon=4.0, tolerance=1e-9).distances * weights).sum().backward()
     assert float((ours.grad - plain.grad).abs().max()) > 1e-2  # the labels have their part in it
