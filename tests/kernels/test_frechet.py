@@ -269,7 +269,7 @@ def test_gradients_are_those_of_singular_values(n: int, d: int, kind: str, devic
         (frechet_distances(x, tasks, memory=memory) * weights).sum().backward()
         assert x.grad is not None
         assert torch.equal(x.detach(), target)
-        # A polar factor turns by some sqrt(D) u over its least singular value, which is .01 of the largest here or more.
+        # A polar factor turns by some sqrt(D) u over its least singular value, here .01 of the largest or more.
         torch.testing.assert_close(x.grad, exact.grad, rtol=0, atol=1e-12 * scale)
 
 
