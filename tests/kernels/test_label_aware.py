@@ -257,7 +257,7 @@ def test_a_step_against_the_gradient_brings_labels_together(form: str, device: s
         x = x.detach().requires_grad_()
         found = label_aware_distances(x, tasks, labels=y, label_distance=form, epsilon=1.0).distances[0]
         found.backward()
-        distances.append(float(found))
+        distances.append(float(found.detach()))
         x = x - 20 * x.grad
     assert distances == sorted(distances, reverse=True)
     assert distances[-1] < 0.5 * distances[0]
