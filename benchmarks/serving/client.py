@@ -122,7 +122,7 @@ def http_load(
 
 
 class GrpcChannel:
-    """The same over gRPC, all calls on one channel, which is kept since a new one is slow at first; a context."""
+    """Calls of gRPC on one channel, which is kept since a new one is slow at first; a context."""
 
     def __init__(self, port: int) -> None:
         import grpc
@@ -144,7 +144,7 @@ class GrpcChannel:
         self._runner.close()
 
     def load(self, requests: Sequence[bytes], concurrency: int, seconds: float, warm_up_s: float = WARM_UP_S) -> Clock:
-        """So many calls at a time."""
+        """So many calls at a time, each of which is followed by the next when its answer is there."""
         return self._runner.run(self._load(requests, Clock(concurrency, seconds, warm_up_s), concurrency))
 
     async def _load(self, requests: Sequence[bytes], clock: Clock, concurrency: int) -> Clock:
