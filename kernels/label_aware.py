@@ -169,12 +169,11 @@ def label_aware_gradient(
         add_gradient(out, -float(weights.sum()), whole, whole, own_potentials, at, cost, memory, masses[-1])
     # Half of a label distance is in the cost.
     cross, itself = (part.double() / 2 for part in (torch.cat(masses[:-1], 1), masses[-1]))
-    for c, x in enumerate(each(own)):
-        moved = torch.zeros_like(x)
-        for table, side in ((cross, sources), (itself, own)):
-            for low, some in chunks(side, how.settings):
-                moved += squares_gradient(x, some, table[c, low : low + some.num_tasks], how)
-        out[own.order[int(own.offsets[c]) : int(own.offsets[c + 1])]] += moved.to(out.dtype)
+    members = own.order.split(own.offsets.diff().tolist())
+    for table, side in ((cross, sources), (itself, own)):
+        for low, some in chunks(side, how.settings):  # outside: a chunk is a copy
+            for share, index, x in zip(table[:, low : low + some.num_tasks], members, each(own), strict=True):
+                out[index] += squares_gradient(x, some, share, how).to(out.dtype)
     return out.to(target.dtype)
 
 
