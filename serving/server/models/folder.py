@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from headstart.serving.server.models.policy import VERSION, Policy
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 POLICY_FILE = "policy"
 _LEADS_OUT = "its folder is a link that leads out of the repository; copy it there"
+
+Refused = Callable[[str, list[int]], None]
+"""Is told which versions of a model do not load as they are."""
 
 Snapshot = tuple[tuple[str, int, int, int], ...]
 """Path, bytes, time of change in ns and inode of every file of a folder: equal where nothing was written."""

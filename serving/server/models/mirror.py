@@ -256,7 +256,8 @@ class Mirror:
         if not any(place.parent.iterdir()):
             place.parent.rmdir()
         del self._copied[key]
-        self._refused.get(name, set()).discard(0 if version == POLICY_FILE else int(version))
+        if version != POLICY_FILE:
+            self._refused.get(name, set()).discard(int(version))
         _LOG.info("%s/%s is gone from %s", name, version, self.url)
 
     def _tell(self, what: str, message: str) -> None:

@@ -8,7 +8,7 @@ verified and warmed up beside the old one, takes over between two requests, and 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic
 
@@ -17,7 +17,7 @@ from headstart.serving.errors import PackageError
 from headstart.serving.server.errors import ServeError, bad_request, not_found, unavailable
 from headstart.serving.server.models.drift import check_share
 from headstart.serving.server.models.entry import Entry, Served
-from headstart.serving.server.models.folder import POLICY_FILE, Folder, scan
+from headstart.serving.server.models.folder import POLICY_FILE, Folder, Refused, scan
 from headstart.serving.server.models.loading import Loader, Loading, Scheduling
 from headstart.serving.server.models.mirror import Mirror
 from headstart.serving.server.models.model import LoadedModel, load_package
@@ -93,7 +93,7 @@ class Repository:
         self._poll_s = poll_s
         self.mirror = mirror
         """Keeps the root up with a URL; None where the folder is one's own."""
-        self.on_refused: Callable[[str, list[int]], None] = mirror.refuse if mirror else lambda name, versions: None
+        self.on_refused: Refused = mirror.refuse if mirror else lambda name, versions: None
         """Is told which versions of a model do not load as they are, by its name, when these change."""
         load = loader or (
             lambda folder, name, version: load_package(

@@ -20,6 +20,7 @@ from time import monotonic
 from typing import Any
 
 from headstart.serving.server.errors import ServeError, StartError
+from headstart.serving.server.models.folder import Refused
 from headstart.serving.server.processes.channel import Channel
 from headstart.serving.server.watching.metrics import added
 
@@ -30,8 +31,6 @@ _CALM = 10.0
 _CUT = 5.0
 """Seconds that a worker is given once it is told to cut off what it does."""
 _LOG = logging.getLogger(__name__)
-
-Refused = Callable[[str, list[int]], None]
 
 
 @dataclass(eq=False, kw_only=True)

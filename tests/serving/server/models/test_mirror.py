@@ -491,16 +491,19 @@ def test_several_processes_get_older_versions_too(remote: Path):
     damage(remote, 2, 3, 4)
     command = [sys.executable, "-m", "headstart.cluster.cli", "serve", f"file://{remote}", "--port", "0"]
     with subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        line = server.stdout.readline()
-        url = re.search(r"http://\S+", line)
-        assert url, line
-        for _ in range(200):
-            with contextlib.suppress(urllib.error.HTTPError):  # 503 until it is there
-                with urllib.request.urlopen(f"{url[0]}/v2/models/demo", timeout=10) as answer:
-                    found = json.load(answer)["versions"]
-                break
-            time.sleep(0.1)
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
-    assert found == ["1"]
+        try:
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            url = re.search(r"http://\S+", line)
+            assert url, line
+            found = None
+            for _ in range(200):
+                with contextlib.suppress(urllib.error.HTTPError):  # 503 until it is there
+                    with urllib.request.urlopen(f"{url[0]}/v2/models/demo", timeout=10) as answer:
+                        found = json.load(answer)["versions"]
+                    break
+                time.sleep(0.1)
+            assert found == ["1"]
+        finally:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(30) == 0
