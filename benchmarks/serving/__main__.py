@@ -1,6 +1,6 @@
 """What the server adds to a bare call of ONNX Runtime, beside the servers that others have written.
 
-python -m benchmarks.serving                                # all models, all peers: about an hour
+python -m benchmarks.serving                                # all models, all peers: two hours or so
 python -m benchmarks.serving --quick --peers fastapi,lit    # one model, two concurrencies, one round
 
 On the CPU, or with the CUDA provider where torch sees a GPU (CUDA_VISIBLE_DEVICES= leaves the CPU).
