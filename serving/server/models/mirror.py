@@ -8,6 +8,7 @@ step, so that a look at the folder finds a version as it was or as it is. Whethe
 say: half of an upload is copied as it is, refused there with a reason, and copied anew when the URL's listing changes.
 """
 
+import collections
 import contextlib
 import hashlib
 import itertools
@@ -16,6 +17,7 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ LOOK_S = 10.0
 _CANDIDATES = 2  # versions that are copied of those that may take the requests: the best, and one to fall back on
 _STORE = ".versions"
 _CHUNK = 8 << 20
+_KEPT_S = 5.0  # what was replaced is deleted later than that: somebody may be reading it
 _JOIN_S = 5.0  # a listing that hangs is not waited for
 # What the file systems call the time, the digest or the generation of a file; other entries may change by themselves.
 _TELLING = (
@@ -86,7 +89,7 @@ class Mirror:
         self._refused: dict[str, set[int]] = {}
         self._told: dict[str, str] = {}
         self._number = 0
-        self._replaced: list[Path] = []  # deleted at the next look: somebody may be reading them
+        self._replaced: collections.deque[tuple[float, Path]] = collections.deque()  # and when
         self._stopping, self._awake = threading.Event(), threading.Event()
         self._looking = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -145,8 +148,8 @@ class Mirror:
             self._tell("", f"{self.url} is empty all at once; what was copied stays until something else lies there")
             return ""
         self._told.pop("", None)
-        while self._replaced:
-            shutil.rmtree(self._replaced.pop(), ignore_errors=True)
+        while self._replaced and time.monotonic() - self._replaced[0][0] >= _KEPT_S:
+            shutil.rmtree(self._replaced.popleft()[1], ignore_errors=True)
         for key in itertools.chain([one for one in found if one[1] == POLICY_FILE], self._chosen(found)):
             if self._stopping.is_set():
                 break
@@ -216,7 +219,7 @@ class Mirror:
                 link.symlink_to(Path("..") / _STORE / new.name)
                 link.replace(place)
                 if before != place:
-                    self._replaced.append(before)
+                    self._replaced.append((time.monotonic(), before))
             else:
                 new.replace(place)
         except Exception as error:  # as above; and no space, or a file that is a folder as well
@@ -252,7 +255,7 @@ class Mirror:
         before = place.resolve()
         place.unlink(missing_ok=True)
         if before != place:
-            self._replaced.append(before)
+            self._replaced.append((time.monotonic(), before))
         if not any(place.parent.iterdir()):
             place.parent.rmdir()
         del self._copied[key]

@@ -253,7 +253,8 @@ async def test_a_policy_that_changes_brings_the_version_that_it_names(remote: Pa
 
 @pytest.mark.parametrize("scheme", ["file", "http"])
 @on_a_loop
-async def test_versions_and_policies_are_followed(remote: Path, scheme: str):
+async def test_versions_and_policies_are_followed(remote: Path, scheme: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("headstart.serving.server.models.mirror._KEPT_S", 0.0)
     with over_http(remote) as address:
         async with mirrored(f"file://{remote}" if scheme == "file" else address) as (service, mirror):
             write_package(remote / "demo" / "2", 2)
@@ -462,6 +463,21 @@ def test_a_version_is_whole_at_every_moment_while_it_is_replaced(remote: Path, t
         mirror.close()
     assert not wrong
     assert len(seen) > 20
+
+
+def test_a_version_can_be_read_to_its_end_whatever_replaces_it(remote: Path, tmp_path: Path):
+    other = write_package(tmp_path / "other", 2)
+    mirror = Mirror(f"file://{remote}", look_s=3600)
+    mirror.start()
+    try:
+        reading = (mirror.folder / "demo" / "1").resolve()
+        shutil.copy(other / MODEL, remote / "demo" / "1")
+        for _ in range(3):  # one look after the other, as refused versions cause them
+            mirror.look()
+        assert {MODEL, MANIFEST} <= {path.name for path in reading.iterdir()}
+        assert (mirror.folder / "demo" / "1").resolve() != reading
+    finally:
+        mirror.close()
 
 
 def test_a_folder_is_no_url():
