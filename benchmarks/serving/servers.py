@@ -53,6 +53,7 @@ class Server:
 SERVERS = (
     Server(name="echo", group="transport", program="echo.py", formats=("binary",), answers=False),
     Server(name="echo", group="transport", program="echo_grpc.py", formats=("gRPC",), answers=False),
+    Server(name="sockets", group="transport", program="sockets.py", formats=("binary",)),
     Server(name="headstart, inline", group="headstart", options=("--max-batch", "1"), formats=("binary",)),
     Server(name="headstart", group="headstart", formats=("binary", "JSON", "gRPC")),
     Server(name="uvicorn", group="fastapi", program="uvicorn_binary.py", formats=("binary",)),

@@ -1,0 +1,74 @@
+"""What Python, the kernel and the model take at least: sockets asked in a loop that never sleeps, and no server.
+
+It trusts its client: one request after another on a connection, no limits, no timeouts, no errors.
+
+python sockets.py MODEL PORT
+"""
+
+import json
+import re
+import select
+import socket
+import sys
+
+from model import Model
+
+WHOLE = re.compile(rb"\r\ncontent-length: (\d+)", re.IGNORECASE)
+DOCUMENT = re.compile(rb"\r\ninference-header-content-length: (\d+)", re.IGNORECASE)
+ROOM = 1 << 18  # a head and an image
+model = Model(sys.argv[1])
+
+
+class Connection:
+    """One client: its socket, and what has come of its next request."""
+
+    def __init__(self, client: socket.socket) -> None:
+        client.setblocking(False)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.client, self.received = client, bytearray(ROOM)
+        self.room = memoryview(self.received)
+        self.filled = self.start = self.document = self.end = 0  # bytes, and where JSON and tensor lie in them
+
+    def read(self) -> bool:
+        """Take what has come and answer it where it is whole; False where the client has gone."""
+        try:
+            num_bytes = self.client.recv_into(self.room[self.filled :])
+        except BlockingIOError:  # told of the connection that had this number before
+            return True
+        except ConnectionError:
+            return False
+        self.filled += num_bytes
+        if not self.end and (end := self.received.find(b"\r\n\r\n", 0, self.filled)) >= 0:
+            whole, document = (one.search(self.room[:end]) for one in (WHOLE, DOCUMENT))
+            assert whole is not None
+            assert document is not None
+            self.start = end + 4
+            self.document, self.end = self.start + int(document[1]), self.start + int(whole[1])
+        if self.end and self.filled == self.end:
+            self.answer()
+            self.filled = self.end = 0
+        return num_bytes > 0
+
+    def answer(self) -> None:
+        """Run the model on the request that has come, and send what it says."""
+        assert json.loads(bytes(self.room[self.start : self.document]))["inputs"]
+        found = model.run(model.from_bytes(self.room[self.document : self.end]))
+        tensor = {"name": model.output, "datatype": "FP32", "shape": found.shape}
+        parameters = {"binary_data_size": found.nbytes}
+        document = json.dumps({"model_name": "it", "outputs": [{**tensor, "parameters": parameters}]}).encode()
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nInference-Header-Content-Length: %d\r\n\r\n"
+        self.client.sendall(head % (len(document) + found.nbytes, len(document)) + document + found.tobytes())
+
+
+listening = socket.create_server(("127.0.0.1", int(sys.argv[2])), backlog=128)
+poll, connections = select.epoll(), dict[int, Connection]()
+poll.register(listening)
+while True:
+    for handle, _ in poll.poll(0):
+        if handle == listening.fileno():
+            client, _ = listening.accept()
+            connections[client.fileno()] = Connection(client)
+            poll.register(client)
+        elif not connections[handle].read():
+            poll.unregister(handle)
+            connections.pop(handle).client.close()
