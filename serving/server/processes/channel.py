@@ -54,7 +54,10 @@ class Channel:
         number = next(self._numbers)
         self._waiting[number] = future = asyncio.get_running_loop().create_future()
         self._send({"ask": what, "with": arguments, "number": number})
-        return await future
+        try:
+            return await future
+        finally:
+            self._waiting.pop(number, None)  # also where it is no longer waited for
 
     def tell(self, what: str, *arguments: Any) -> None:
         """Say what needs no answer; where the other side has gone, nothing."""
@@ -84,7 +87,6 @@ class Channel:
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(ConnectionError("the other process has gone"))
-        self._waiting.clear()
 
     async def _respond(self, ask: str, number: int | None, **rest: Any) -> None:
         answer: dict[str, Any] = {"number": number}
@@ -100,7 +102,7 @@ class Channel:
             self._send(answer)
 
     def _settle(self, number: int, result: Any = None, refused: list[Any] | None = None) -> None:
-        future = self._waiting.pop(number, None)
+        future = self._waiting.get(number)
         if future is None or future.done():
             return
         if refused is None:

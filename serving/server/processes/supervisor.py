@@ -14,14 +14,16 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-from headstart.serving.server.errors import ServeError, StartError
+from headstart.serving.server.errors import ServeError, StartError, unavailable
 from headstart.serving.server.models.folder import Refused
 from headstart.serving.server.processes.channel import Channel
+from headstart.serving.server.settings import HttpSettings
 from headstart.serving.server.watching.metrics import added
 
 PROGRAM = "headstart.serving.server.processes.worker"
@@ -30,6 +32,10 @@ _CALM = 10.0
 """Seconds after which a worker that ends is started again as quickly as the first time."""
 _CUT = 5.0
 """Seconds that a worker is given once it is told to cut off what it does."""
+_END = 3 * HttpSettings.drain_timeout
+"""Seconds that a worker is given to end at the first signal: more than it waits for its requests and its models."""
+_COUNTS, _CHANGE = 1.0, 300.0
+"""Seconds that a worker is given to say what it has counted, and to load or unload a model."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -113,12 +119,15 @@ class Supervisor:
     async def _run_worker(self, number: int) -> str:
         """Start a worker and wait for its end, which is told in words."""
         ours, theirs = socket.socketpair()
+        # Its copies of packages go with it, also where it crashes while it opens one.
+        scratch = tempfile.TemporaryDirectory(prefix="headstart-worker-", ignore_cleanup_errors=True)
         with theirs:
             # -P: a folder that the server is started in holds no modules for it. A group of its own: what a terminal
             # or a shell sends to the group is for the supervisor to pass on, once.
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno()), str(number), self._options,
                 pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, process_group=0,
+                env={**os.environ, "TMPDIR": scratch.name},
             )  # fmt: skip
         channel = await Channel.open(ours, lambda what, arguments: self._answer(worker, what, arguments))
         worker = self._running[number] = _Worker(number=number, pid=process.pid, channel=channel)
@@ -131,6 +140,7 @@ class Supervisor:
             await serving  # what it said last
         finally:
             cutting.cancel()
+            scratch.cleanup()
             del self._running[number]
             worker.counts.pop("now", None)
             self._gone = added(self._gone, worker.counts)
@@ -145,7 +155,9 @@ class Supervisor:
                 worker.channel.tell(what)
 
     async def _cut(self, process: asyncio.subprocess.Process) -> None:
-        await self._second.wait()
+        await self._first.wait()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._second.wait(), _END)
         await asyncio.sleep(_CUT)
         process.kill()
 
@@ -186,17 +198,22 @@ class Supervisor:
         async with self._lock:
             (self._unloaded.add if what == "unload" else self._unloaded.discard)(name)
             asked = [worker for worker in self._running.values() if worker.joined]
-            answers = await asyncio.gather(*(one.channel.ask(what, name) for one in asked), return_exceptions=True)
+            answers = await _each(asked, _CHANGE, what, name)
             refusals = [one for one in answers if isinstance(one, ServeError)]
             if refusals:
                 if what == "unload" and len(refusals) == len(asked):  # there is no such model
                     self._unloaded.discard(name)
                 raise refusals[0]
+            if late := [one.number for one, answer in zip(asked, answers, strict=True) if type(answer) is TimeoutError]:
+                raise unavailable(f"worker {late[0]} does not answer; look at the server's log, or restart the server")
 
     async def _counts(self) -> dict[str, Any]:
-        """What each worker has counted, what those had that ended, and how often one was started again."""
+        """What each worker has counted, what those had that ended, and how often one was started again.
+
+        Of a worker that does not answer, what it last said.
+        """
         asked = [worker for worker in self._running.values() if worker.ready]
-        answers = await asyncio.gather(*(one.channel.ask("counts") for one in asked), return_exceptions=True)
+        answers = await _each(asked, _COUNTS, "counts")
         for worker, answer in zip(asked, answers, strict=True):
             if isinstance(answer, dict):
                 worker.counts = answer
@@ -207,6 +224,12 @@ class Supervisor:
             "gone": self._gone,
             "restarts": self._restarts,
         }
+
+
+async def _each(workers: Sequence[_Worker], seconds: float, what: str, *arguments: Any) -> list[Any]:
+    """Ask all at once; an answer may be the exception that there was in its place."""
+    asked = (asyncio.wait_for(one.channel.ask(what, *arguments), seconds) for one in workers)
+    return await asyncio.gather(*asked, return_exceptions=True)
 
 
 def supervise(

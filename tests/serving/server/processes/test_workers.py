@@ -34,6 +34,8 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from headstart.serving.server.command import serve
+from headstart.serving.server.processes import supervisor
+exec(sys.argv[3])
 say = lambda line: print(line, flush=True)
 code = serve(Path(sys.argv[1]), port=int(sys.argv[2]), grpc_port=0, threads=1, workers=2, say=say)
 sys.exit(code)
@@ -46,10 +48,10 @@ EXPECTED = logits(IMAGE, 1)
 class Workers:
     """`serve` with two workers, in a process of its own."""
 
-    def __init__(self, root: Path, port: int = 0) -> None:
+    def __init__(self, root: Path, port: int = 0, before: str = "", **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(root), str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+            [sys.executable, "-c", PROGRAM, str(root), str(port), before], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **environment},
         )  # fmt: skip
         self.log: list[str] = []
         assert self.process.stdout is not None
@@ -301,6 +303,46 @@ def test_a_second_signal_cuts_off(tmp_path: Path):
         assert server.end(signal.SIGINT) == 0
         assert time.monotonic() - started < 4
     assert not any(map(alive, pids))
+
+
+def test_a_worker_that_hangs_holds_up_neither_the_counts_nor_the_end(tmp_path: Path):
+    write_package(tmp_path / "demo" / "1", 1)
+    server = Workers(tmp_path, before="supervisor._END, supervisor._CUT = 1.0, 0.2")
+    pids = server.pids()
+
+    def answers(client: RawClient) -> bool:
+        try:
+            return client.ask("GET", "/metrics").status == 200
+        except TimeoutError:
+            return False
+
+    with ExitStack() as stack, ThreadPoolExecutor(24) as pool:
+        clients = [RawClient(server.port) for _ in range(24)]
+        for client in clients:
+            stack.enter_context(closing(client.socket))
+            assert client.ask("GET", "/v2").status == 200
+            client.socket.settimeout(6)
+        os.kill(pids[0], signal.SIGSTOP)
+        assert {True, False} == set(pool.map(answers, clients)), "those of the other worker are answered"
+        started = time.monotonic()
+        assert server.end() == 0
+        assert time.monotonic() - started < 6
+    assert not any(map(alive, pids))
+
+
+def test_what_a_killed_worker_had_in_the_temporary_folder_is_deleted(tmp_path: Path):
+    write_package(tmp_path / "models" / "demo" / "1", 1)
+    (scratch := tmp_path / "scratch").mkdir()
+    server = Workers(tmp_path / "models", TMPDIR=str(scratch))
+    pid = server.pids()[0]
+    variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    (place,) = (Path(one.removeprefix("TMPDIR=")) for one in variables if one.startswith("TMPDIR="))
+    assert place.parent == scratch
+    (place / "headstart-copy").mkdir()
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not place.exists() and len(list(scratch.glob("headstart-worker-*"))) == 2, 10)
+    assert server.end() == 0
+    assert not list(scratch.glob("headstart-*"))
 
 
 def test_workers_end_when_their_supervisor_is_killed(tmp_path: Path):
