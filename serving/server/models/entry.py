@@ -1,6 +1,6 @@
 """One name of a repository: what lies in its folder, what is loaded of it, and who answers its requests."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from headstart.serving.server.models.folder import Folder, Snapshot
@@ -52,6 +52,10 @@ class Entry:
     """Of those that failed, what waits for other files, as it was last told."""
     unloaded: bool = False
     """By request, until it is loaded by request."""
+
+    def see(self, folder: Folder) -> None:
+        """Note what is on the disk; where that could not be listed, what was there before is taken to be there."""
+        self.folder = folder if folder.is_readable else replace(self.folder, refused=folder.refused)
 
     def choose(self, version: str | None) -> Served | None:
         """Who answers the next request."""

@@ -31,6 +31,8 @@ class Folder:
     """Reasons by the name of what is no version."""
     policy: Policy | None = None
     """From its file, where it has one that can be read."""
+    is_readable: bool = True
+    """Whether what it holds could be listed."""
 
 
 def snapshot(folder: Path) -> Snapshot:
@@ -54,10 +56,15 @@ def scan(root: Path) -> dict[str, Folder]:
     """
     found = {}
     for path in sorted(root.iterdir()):
-        if not path.name.startswith(".") and NAME.fullmatch(path.name) and path.is_dir():
-            # Removed while we look: it is gone at the next look.
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if path.name.startswith(".") or not NAME.fullmatch(path.name):
+            continue
+        try:
+            if path.is_dir():
                 found[path.name] = _scan_model(path, root)
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # removed while we look: it is gone at the next look
+        except OSError as error:  # another user's, or a disk that fails: of this name alone
+            found[path.name] = Folder(refused={"": f"it cannot be read ({error.strerror})"}, is_readable=False)
     return found
 
 

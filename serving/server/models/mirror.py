@@ -154,7 +154,7 @@ class Mirror:
             if self._stopping.is_set():
                 break
             says = _digest(found[key])
-            if self._copied.get(key) != says:
+            if self._copied.get(key) != says or not self._is_whole(key, found[key]):
                 self._follow(key, found[key], says)
         for key in [key for key in self._copied if key not in found]:
             self._remove(key)
@@ -202,6 +202,11 @@ class Mirror:
             return Policy.parse((self.folder / name / POLICY_FILE).read_text(encoding="utf-8")[:200])
         return self._policy_of(name)
 
+    def _is_whole(self, key: tuple[str, str], files: Iterable[str]) -> bool:
+        """Whether a copy still has its files, which whoever cleans temporary folders may have deleted."""
+        place = self.folder.joinpath(*key)
+        return all((place / inner).is_file() for inner in files)
+
     def _follow(self, key: tuple[str, str], files: _Files, says: str) -> None:
         """Copy a version, or a policy, and put it in the place of the one before."""
         name, version = key
@@ -211,7 +216,7 @@ class Mirror:
             for inner, entry in files.items():
                 self._copy(entry, new / inner if inner else new)
             place = self.folder / name / version
-            place.parent.mkdir(exist_ok=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
             before = place.resolve()
             if version != POLICY_FILE:
                 link = self.folder / _STORE / "link"

@@ -181,7 +181,7 @@ class Repository:
                 return
             for name in [*folders, *(one for one in self._entries if one not in folders)]:
                 entry = self._entry(name)
-                entry.folder = folders.get(name, Folder())
+                entry.see(folders.get(name, Folder()))
                 await self._follow(entry)
                 if name not in folders:
                     del self._entries[name]
@@ -201,7 +201,8 @@ class Repository:
             if name not in folders:
                 raise not_found(f"the repository has no model {name[:128]!r}; copy a package to NAME/1 first")
             entry = self._entry(name)
-            entry.folder, entry.unloaded = folders[name], False
+            entry.see(folders[name])
+            entry.unloaded = False
             self.unloaded.discard(name)
             entry.failed.clear()
             await self._follow(entry)

@@ -346,6 +346,21 @@ async def test_a_url_that_is_empty_all_at_once_takes_nothing_down(remote: Path, 
         assert "empty all at once" in caplog.text
 
 
+@pytest.mark.parametrize("what", ["model.onnx", "", None])
+@on_a_loop
+async def test_what_is_deleted_from_the_copy_is_copied_again(remote: Path, what: str | None):
+    """As whoever cleans temporary folders of old files does."""
+    async with mirrored(f"file://{remote}") as (service, mirror):
+        copy = (mirror.folder / "demo" / "1").resolve()
+        if what:
+            (copy / what).unlink()
+        else:
+            shutil.rmtree(copy if what == "" else copy.parent)
+        await follow(service, mirror)
+        assert await served_by(service) == "1"
+        assert (mirror.folder / "demo" / "1" / MODEL).is_file()
+
+
 @on_a_loop
 async def test_a_disk_that_is_full_refuses_the_version_alone(remote: Path, caplog: pytest.LogCaptureFixture):
     async with mirrored(f"file://{remote}") as (service, mirror):

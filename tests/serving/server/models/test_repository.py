@@ -9,7 +9,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -284,6 +284,31 @@ async def test_a_full_disk_refuses_a_version_until_there_is_space_again(root: Pa
 
 
 @on_a_loop
+async def test_a_folder_that_cannot_be_read_concerns_its_own_model_alone(root: Path, monkeypatch: pytest.MonkeyPatch):
+    iterdir = Path.iterdir
+
+    def denied(path: Path) -> Iterator[Path]:
+        if path.name in ("demo", "new"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return iterdir(path)
+
+    write_package(root / "demo" / "1", 1)
+    async with serving(root, poll_s=NEVER) as service:
+        write_package(root / "demo" / "2", 2)
+        write_package(root / "new" / "1", 1)
+        write_package(root / "other" / "3", 3)
+        with monkeypatch.context() as other_user:
+            other_user.setattr(Path, "iterdir", denied)
+            await looks(service)
+            assert (await served_by(service, "other"), await served_by(service)) == ("3", "1")
+            for name in ("demo", "new"):
+                assert rows(service)[name, ""] == ("UNAVAILABLE", "it cannot be read (Permission denied)")
+        await service.repository.look()
+        assert (await served_by(service), await served_by(service, "new")) == ("2", "1")
+        assert ("demo", "") not in rows(service)
+
+
+@on_a_loop
 async def test_odd_names_are_left_alone_and_misplaced_packages_are_told(root: Path, tmp_path: Path):
     write_package(root / "good.name-1_x" / "1", 1)
     for name in (".hidden", "with space", "ünïcode", "semi;colon", "a" * 129):
@@ -415,7 +440,7 @@ async def test_a_removed_version_gives_way_to_the_next_and_a_removed_model_is_un
         shutil.rmtree(root / "demo")
         await until(lambda: not rows(service))
         assert await status_of(service) == 404
-        assert service.statistics(None, None) == {"model_stats": []}
+        await until(lambda: service.statistics(None, None) == {"model_stats": []})  # once the last one is retired
 
 
 @on_a_loop
