@@ -71,7 +71,8 @@ class Headstart:
         if options.get("public_key") is not None:
             options["public_key"] = Path(options["public_key"])
         self._service = _Replica(open_repository(options.pop("repository"), **options))
-        self._server = HttpServer(self._service, HttpSettings(token=token))
+        # Serve listens, wherever its configuration says: who may ask is not for a loopback address to decide.
+        self._server = HttpServer(self._service, HttpSettings(host="0.0.0.0", token=token))
         await self._service.start()
 
     async def __call__(self, request: Request) -> Response:

@@ -9,6 +9,8 @@ from pathlib import Path
 from headstart.serving.server.errors import StartError
 from headstart.serving.server.wire.protocol import Limits
 
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
 
 @dataclass(frozen=True, kw_only=True)
 class HttpSettings:
@@ -75,6 +77,11 @@ class HttpSettings:
         for name in ("header_timeout", "body_timeout", "idle_timeout", "drain_timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: seconds above 0")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the server is reached from the same machine alone."""
+        return self.host in _LOOPBACK
 
 
 def read_token(path: Path) -> str:

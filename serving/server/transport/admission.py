@@ -1,5 +1,6 @@
 """Which requests of a connection are let in: by their heads alone, before any body."""
 
+import re
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from headstart.serving.server.wire.head import Head, HeadParser
 if TYPE_CHECKING:
     from headstart.serving.server.transport.http import HttpServer
 
+_LOCAL = re.compile(rb"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 _HEALTH_PATHS = tuple(f"/v2/health/{one}" for one in HEALTH)
 
 
@@ -34,7 +36,8 @@ class Admission:
         """The head that these bytes are, with its handler.
 
         Raises:
-            ServeError: it is not HTTP/1.1, has not the token or no handler, or announces too large a body.
+            ServeError: it is not HTTP/1.1, has not the token or no handler, is a web page's of another site, or
+                announces too large a body.
         """
         if raw == self._raw and self.head is not None:
             return self.head
@@ -46,6 +49,7 @@ class Admission:
             raise unauthenticated()
         self.head = head
         try:
+            self._check_page(head)
             self._server.routes.resolve(head)
         except ServeError as error:
             if head.length or head.chunked:
@@ -55,6 +59,22 @@ class Admission:
             raise too_large(f"Content-Length is {head.length}; accepted: {self._settings.max_body_bytes} bytes")
         self._raw = raw
         return head
+
+    def _check_page(self, head: Head) -> None:
+        """Refuse a web page of another site, and one that has had its name lead to this machine (DNS rebinding)."""
+        origin = head.headers.get(b"origin")
+        if origin is None or head.method in ("GET", "HEAD"):
+            return
+        host = head.headers.get(b"host", b"")
+        if origin.partition(b"://")[2] != host:
+            raise ServeError(403, "a web page of another site may not send requests here", grpc="PERMISSION_DENIED")
+        if self._settings.is_local and self._settings.token is None and _LOCAL.fullmatch(host) is None:
+            raise ServeError(
+                403,
+                "this server has no token and is for this machine alone, so its page is known as http://localhost or "
+                "http://127.0.0.1 with the port; open it there, or give --token-file",
+                grpc="PERMISSION_DENIED",
+            )
 
     def close(self) -> None:
         """Let go of the parser."""

@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 _GRACE = 0.5
 """Seconds for which an idle connection may still bring a request once the server winds down."""
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class HttpServer:
@@ -80,12 +79,12 @@ class HttpServer:
                 backlog=1024,
                 reuse_port=settings.reuse_port or None,
                 ssl_handshake_timeout=settings.header_timeout if context else None,
-                ssl_shutdown_timeout=1.0 if context else None,
+                ssl_shutdown_timeout=settings.body_timeout if context else None,
             )
         except OSError as error:
             raise StartError.of_port(error, settings.host, settings.port, "--port") from error
         self.port = self._listener.sockets[0].getsockname()[1]
-        if settings.host not in _LOOPBACK:
+        if not settings.is_local:
             if settings.token is None:
                 log.warning("%s: whoever reaches this address is let in; give --token-file", where)
             elif context is None:

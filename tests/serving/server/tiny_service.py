@@ -209,8 +209,8 @@ class RawClient:
         self.socket.sendall(data)
 
     def ask(self, method: str, path: str, body: bytes = b"", **headers: object) -> Answer:
-        lines = [f"{method} {path} HTTP/1.1", "Host: x"]
-        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        lines = [f"{method} {path} HTTP/1.1"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in {"Host": "x", **headers}.items()]
         if body:
             lines.append(f"Content-Length: {len(body)}")
         self.send("\r\n".join([*lines, "", ""]).encode() + body)

@@ -389,9 +389,22 @@ def test_unknown_paths_and_methods(running: Running):
 
 def test_a_web_page_of_another_site_may_not_send_requests(running: Running):
     with running.connect() as raw:
-        assert raw.ask("POST", "/v2/repository/index", Origin="http://x").status == 200
+        for host in ("localhost", "LOCALHOST:80", running.url, "[::1]:8000"):
+            assert raw.ask("POST", "/v2/repository/index", Host=host, Origin=f"http://{host}").status == 200
+        for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost:x"):  # DNS rebinding
+            answer = raw.ask("POST", "/v2/repository/models/echo/unload", Host=host, Origin=f"http://{host}")
+            assert (answer.status, "--token-file" in answer.error) == (403, True)
         assert raw.ask("POST", "/v2/repository/models/echo/unload", Origin="http://evil").status == 403
         assert raw.ask("POST", "/v2/repository/models/echo/unload", Origin="null").status == 403
+
+
+def test_pages_of_any_name_may_ask_a_server_that_is_for_everybody_or_has_a_token():
+    everywhere = "0.0.0.0"
+    for settings in (HttpSettings(port=0, host=everywhere), HttpSettings(port=0, token="t")):
+        with Running(settings) as running, running.connect() as raw:
+            token = {"Authorization": "Bearer t"} if settings.token else {}
+            page = {"Host": "a.example", "Origin": "http://a.example", **token}
+            assert raw.ask("POST", "/v2/repository/index", **page).status == 200
 
 
 def test_a_client_that_asks_for_it_is_closed_after_its_answer(running: Running):
