@@ -71,7 +71,8 @@ class Connection(asyncio.BufferedProtocol):
         self._exchange: Exchange | None = None
         self._reading = True
         self._writing = True
-        self._closing = False
+        self._closing = self._flushing = False
+        self._latest = _NEVER  # when what a connection that closes has not sent yet is given up
         self.deadline = _NEVER
         """When `expire` is due, by the server's clock."""
 
@@ -108,6 +109,11 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes have come."""
         if self._state is _State.BODY:
+            try:
+                self._hold(nbytes)
+            except ServeError as error:
+                self._refuse(error, self._head)
+                return
             rest, self._rest = self._rest, self._rest[nbytes:]
             if len(self._rest) <= _SPARE:
                 self._buffer.put(rest[len(rest) - _SPARE : nbytes])  # the next request's beginning
@@ -153,10 +159,13 @@ class Connection(asyncio.BufferedProtocol):
     def expire(self) -> None:
         """Close a connection whose deadline has passed, with 408 where a request has begun."""
         settings = self._settings
-        if self._state is _State.DISCARD or not self._writing:
+        if self._state is _State.DISCARD:
+            self._go_on_closing()
+        elif not self._writing:
             self._transport.abort()
         elif self._state is _State.HEAD and not self._buffer:
-            self._close()
+            self._end()
+            self._transport.close()
         elif self._state is _State.HEAD:
             self._refuse(too_slow(f"the headers took longer than {settings.header_timeout:g} s"))
         elif self._state is not _State.BUSY:
@@ -211,6 +220,8 @@ class Connection(asyncio.BufferedProtocol):
             self._begin(self._admission.admit(raw))
         except ServeError as error:
             self._refuse(error, self._admission.head)
+        except MemoryError:
+            self._refuse(unavailable("the server is out of memory for this request"), self._admission.head)
         return True
 
     def _begin(self, head: Head) -> None:
@@ -224,10 +235,10 @@ class Connection(asyncio.BufferedProtocol):
             self._answer(head, _EMPTY)
             return
         else:
-            self._hold(head.length)
             room = np.empty(padding + head.length + _SPARE, np.uint8).data[padding:]
             body = room[: head.length]
             come = self._buffer.take_into(body)
+            self._hold(come)
             if come == head.length:
                 self._answer(head, body)
                 return
@@ -251,7 +262,7 @@ class Connection(asyncio.BufferedProtocol):
             self._answer(self._head, memoryview(chunks.data)[padding:])
 
     def _hold(self, nbytes: int) -> None:
-        """Count bytes of a body."""
+        """Count bytes of a body, until it is answered."""
         if not self._server.hold(nbytes):
             raise unavailable("the bodies of other requests fill the memory that the server may take")
         self._held += nbytes
@@ -268,7 +279,8 @@ class Connection(asyncio.BufferedProtocol):
         self._state = _State.BUSY
         self._body = self._rest = _EMPTY
         self._server.polling.asked()
-        exchange = Exchange(head, body, self._choose_id(head.request_id), perf_counter_ns() if self._watch else 0)
+        began = perf_counter_ns() if self._watch else 0
+        exchange = Exchange(head, body, self._choose_id(head.request_id), self._hold, began)
         try:
             result: Response | Later = head.handler(exchange, *head.arguments)  # type: ignore[misc]
         except Exception as error:
@@ -344,11 +356,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _linger(self) -> None:
         """Close our side, and throw away what still comes until the client closes its own."""
-        self._state = _State.DISCARD
-        self._buffer.clear()
-        self._closing = True
-        self._body = self._rest = _EMPTY
-        self.deadline = self._server.clock() + _LINGER
+        self._end()
         if self._transport.is_closing():
             return
         if self._transport.can_write_eof():
@@ -359,6 +367,20 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._transport.close()
 
-    def _close(self) -> None:
+    def _end(self) -> None:
+        """Read no more requests, and give the client time to take what is not sent yet."""
+        self._state = _State.DISCARD
+        self._buffer.clear()
         self._closing = True
-        self._transport.close()
+        self._body = self._rest = _EMPTY
+        self._flushing = self._transport.get_write_buffer_size() > 0
+        now = self._server.clock()
+        self._latest, self.deadline = now + self._settings.body_timeout, now + _LINGER
+
+    def _go_on_closing(self) -> None:
+        """Wait on for a client that takes its answer, and once more after that, since TLS has a buffer below ours."""
+        now, unsent = self._server.clock(), self._transport.get_write_buffer_size() > 0
+        if now < self._latest and (unsent or self._flushing):
+            self._flushing, self.deadline = unsent, now + _LINGER
+        else:
+            self._transport.abort()

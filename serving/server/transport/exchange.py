@@ -20,14 +20,20 @@ _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class Exchange(Seen):
-    """One request while it is answered; `request` is what the service was given, for a client that goes."""
+    """One request while it is answered; `request` is what the service was given, for a client that goes.
 
-    __slots__ = ("body", "gone", "head")
+    `hold` counts bytes that its body comes to take, or raises a ServeError, until it is answered.
+    """
 
-    def __init__(self, head: Head, body: memoryview, request_id: str, began: int = 0) -> None:
+    __slots__ = ("body", "gone", "head", "hold")
+
+    def __init__(
+        self, head: Head, body: memoryview, request_id: str, hold: Callable[[int], None], began: int = 0
+    ) -> None:
         super().__init__(request_id, began)
         self.head = head
         self.body = body
+        self.hold = hold
         self.gone = False
 
     def leave(self) -> None:

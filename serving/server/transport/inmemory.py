@@ -83,6 +83,9 @@ class _Memory(asyncio.Transport):
     def writelines(self, list_of_data: Iterable[Any]) -> None:
         self.written += map(bytes, list_of_data)
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
     def can_write_eof(self) -> bool:
         return True
 

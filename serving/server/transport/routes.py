@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, unquote
 
-from headstart.serving.server.errors import MethodNotAllowed, ServeError, bad_request, not_found, too_many
+from headstart.serving.server.errors import MethodNotAllowed, bad_request, not_found, too_many, unavailable
 from headstart.serving.server.interface import InferenceService
 from headstart.serving.server.remembered import Remembered
 from headstart.serving.server.settings import HttpSettings
@@ -92,15 +92,12 @@ class Routes:
         """Set the handler of a head, and its arguments.
 
         Raises:
-            ServeError: 403 for a web page of another site, 404, 405.
+            ServeError: 404, 405.
         """
         handlers, names = self._find(head.path)
         method = "GET" if head.method == "HEAD" else head.method
         if method not in handlers:
             raise MethodNotAllowed(head.method, [*handlers, *(["HEAD"] if "GET" in handlers else [])])
-        origin = head.headers.get(b"origin")
-        if origin is not None and method != "GET" and origin.partition(b"://")[2] != head.headers.get(b"host"):
-            raise ServeError(403, "a web page of another site may not send requests here", grpc="PERMISSION_DENIED")
         head.handler, head.arguments = handlers[method], names
         if b"content-encoding" in head.headers and head.headers[b"content-encoding"].lower() != b"identity":
             head.handler = self._inflated
@@ -126,9 +123,11 @@ class Routes:
         handler = handlers["GET" if head.method == "HEAD" else head.method]
 
         async def answer() -> Response:
-            exchange.body = memoryview(
-                await self._apart(inflate, exchange.body, encoding, self.settings.max_body_bytes)
-            )
+            inflated = await self._apart(inflate, exchange.body, encoding, self.settings.max_body_bytes)
+            if exchange.gone:
+                raise unavailable("the client has gone")
+            exchange.hold(len(inflated))
+            exchange.body = memoryview(inflated)
             result = handler(exchange, *arguments)
             if isinstance(result, Later):
                 return result.finish(await result.awaitable)

@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -70,3 +71,51 @@ def test_no_request_fills_the_room_that_is_offered():
         connection.connection_lost(None)
 
     asyncio.run(run())
+
+
+class _Slow(_Memory):
+    """A client that has yet to take some of what was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unsent, self.aborted = 0, False
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    def close(self) -> None:
+        """Waits for what is unsent, as asyncio's do."""
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+def expire_at(connection: Connection, now: float) -> None:
+    connection._server.clock = lambda: now
+    if connection.deadline <= now:
+        connection.expire()
+
+
+@pytest.mark.parametrize("how", ["Connection: close", "idle"])
+def test_what_is_not_sent_yet_is_waited_for_and_given_up_in_the_end(how: str):
+    async def run(takes_it: bool) -> float:
+        server = HttpServer(TinyService(), HttpSettings(port=0, body_timeout=60, idle_timeout=75))
+        server.clock = lambda: 0.0
+        connection, transport = Connection(server), _Slow()
+        connection.connection_made(transport)
+        line = b"" if how == "idle" else how.encode() + b"\r\n"
+        transport.unsent = 8000
+        transport.feed(connection, b"GET /v2 HTTP/1.1\r\nHost: x\r\n" + line + b"\r\n")
+        began = 75.0 if how == "idle" else 0.0
+        for second in range(200):
+            expire_at(connection, float(second))
+            if second - began == 30 and takes_it:
+                assert not transport.aborted
+                transport.unsent = 0
+            if transport.aborted:
+                break
+        connection.connection_lost(None)
+        return second - began
+
+    assert 60 <= asyncio.run(run(takes_it=False)) <= 62
+    assert 32 <= asyncio.run(run(takes_it=True)) <= 36

@@ -237,16 +237,44 @@ def test_more_connections_than_allowed_are_told_so(running: Running):
     still_serves(running)
 
 
-def test_bodies_that_never_come_take_no_memory_and_are_counted(running: Running):
+def test_bodies_count_as_they_come_and_not_as_they_are_announced(running: Running):
     head = HEAD.replace(b"Content-Length: %d\r\n\r\n" % len(BODY), b"Content-Length: 100000\r\n\r\n")
-    clients = [RawClient(running.server.port) for _ in range(3)]
+    clients = [RawClient(running.server.port) for _ in range(9)]
     try:
-        for client in clients[:2]:
+        for client in clients[:6]:
             client.send(head)
-        wait_until(lambda: running.server._held == 200_000)
-        clients[2].send(head)
-        answer = clients[2].read()
+        still_serves(running)
+        for client in clients[6:8]:
+            client.send(head + bytes(99_000))
+        wait_until(lambda: 198_000 <= running.server._held <= 198_002)
+        clients[8].send(head + bytes(99_000))
+        answer = clients[8].read()
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+    finally:
+        for client in clients:
+            client.socket.close()
+    wait_until(lambda: running.server._held == 0)
+    still_serves(running)
+
+
+def test_inflated_bodies_count_as_what_they_have_become(running: Running):
+    numbers = np.zeros(20_000, np.float32)
+    body, length = infer_body(numbers)
+    packed = gzip.compress(body)
+    assert len(packed) < 1000
+    head = (
+        "POST /v2/models/slow/infer HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\n"
+        f"Inference-Header-Content-Length: {length}\r\nContent-Length: {len(packed)}\r\n\r\n"
+    ).encode()
+    clients = [RawClient(running.server.port) for _ in range(4)]
+    try:
+        for client in clients[:3]:
+            client.send(head + packed)
+        wait_until(lambda: running.server._held > 3 * numbers.nbytes)
+        clients[3].send(head + packed)
+        assert clients[3].read().status == 503
+        clients[2].socket.close()
+        wait_until(lambda: running.server._held < 3 * numbers.nbytes)
     finally:
         for client in clients:
             client.socket.close()
