@@ -9,16 +9,26 @@ Imported only where a gRPC port is asked for: a server of HTTP alone needs neith
 """
 
 import asyncio
+import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from time import perf_counter_ns
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 import grpc.aio  # type: ignore[import-untyped]
 
-from headstart.serving.server.errors import ServeError, StartError, internal, unauthenticated, unavailable
+from headstart.serving.server.errors import (
+    ServeError,
+    StartError,
+    bad_request,
+    internal,
+    too_many,
+    too_slow,
+    unauthenticated,
+    unavailable,
+)
 from headstart.serving.server.interface import InferenceService
 from headstart.serving.server.settings import HttpSettings, same_token, tls_context, token_digest
 from headstart.serving.server.transport.grpc_health import SERVICE as HEALTH
@@ -30,6 +40,9 @@ from headstart.serving.server.wire.grpc_codec import refused
 from headstart.serving.server.wire.grpc_messages import SERVICE
 
 log = logging.getLogger(__name__)
+
+Stream = Callable[[Any, Any], AsyncGenerator[bytes]]
+"""Messages and their call, to answers."""
 
 STREAM = "ModelStreamInfer"
 _HEALTH = ("ServerLive", "ServerReady")
@@ -69,15 +82,17 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
             name: self._methods.infer if name == "ModelInfer" else self._methods.document(name) for name in NAMES
         }
         self._handlers = {
-            path: grpc.unary_unary_rpc_method_handler(self._guarded(path, answer))
+            # The library reads the message of a unary call itself, and waits for it for ever.
+            path: grpc.stream_unary_rpc_method_handler(self._guarded(path, answer))
             for path, answer in [
                 *((f"/{SERVICE}/{name}", answer) for name, answer in answers.items()),
                 (f"/{HEALTH}/Check", self._check),
             ]
         }
         self._streams = Streams()
-        self._handlers[f"/{SERVICE}/{STREAM}"] = grpc.stream_stream_rpc_method_handler(self._stream)
-        self._handlers[f"/{HEALTH}/Watch"] = grpc.unary_stream_rpc_method_handler(self._watched)
+        self._num_streams, self._most_streams = 0, max(1, settings.max_connections // 2)
+        for path, stream in ((f"/{SERVICE}/{STREAM}", self._stream), (f"/{HEALTH}/Watch", self._watched)):
+            self._handlers[path] = grpc.stream_stream_rpc_method_handler(self._bounded(stream))
         probes = [f"/{SERVICE}/{name}" for name in _HEALTH] + [f"/{HEALTH}/{name}" for name in ("Check", "Watch")]
         self._open = set(probes) if settings.open_health else set()
 
@@ -152,11 +167,20 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         await self._stopping
         return left
 
-    def _guarded(self, path: str, answer: Answer) -> Callable[[bytes, Any], Awaitable[bytes]]:
+    def _guarded(self, path: str, answer: Answer) -> Callable[[Any, Any], Awaitable[bytes]]:
         """A method that tells refusals as statuses, and names its request in the trailers."""
+        longest = self.settings.body_timeout
 
-        async def call(body: bytes, context: Any) -> bytes:
-            seen, found = await self._answer(path, answer, body, context, self._named(context))
+        async def call(bodies: Any, context: Any) -> bytes:
+            name = self._named(context)
+            try:
+                async with asyncio.timeout(longest):
+                    body = await _message(context)
+            except TimeoutError:
+                await _abort(context, too_slow(f"the message took longer than {longest:g} s"), name)
+            except ServeError as error:
+                await _abort(context, error, name)
+            seen, found = await self._answer(path, answer, body, context, name)
             if isinstance(found, ServeError):
                 await _abort(context, found, seen.request_id)
                 return b""  # not reached: abort raises
@@ -165,7 +189,23 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
 
         return call
 
-    async def _stream(self, bodies: Any, context: Any) -> AsyncIterator[bytes]:
+    def _bounded(self, stream: Stream) -> Stream:
+        """A stream, of which half of all calls may be at most: it may stay open for as long as its client likes."""
+
+        async def call(bodies: Any, context: Any) -> AsyncGenerator[bytes]:
+            if self._num_streams >= self._most_streams:
+                await _abort(context, too_many(f"{self._most_streams} streams are open, and no more may be"))
+            self._num_streams += 1
+            try:
+                async with contextlib.aclosing(stream(bodies, context)) as answers:
+                    async for data in answers:
+                        yield data
+            finally:
+                self._num_streams -= 1
+
+        return call
+
+    async def _stream(self, bodies: Any, context: Any) -> AsyncGenerator[bytes]:
         """ModelStreamInfer: a refusal is the answer to its message, and the stream goes on."""
         path = f"/{SERVICE}/{STREAM}"
 
@@ -231,9 +271,9 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def _check(self, body: bytes, context: Any, seen: Seen) -> bytes:
         return self._health.check(body)
 
-    async def _watched(self, body: bytes, context: Any) -> AsyncIterator[bytes]:
+    async def _watched(self, bodies: Any, context: Any) -> AsyncGenerator[bytes]:
         try:
-            async for status in self._health.watch(body):
+            async for status in self._health.watch(await _message(context)):
                 yield status
         except ServeError as error:
             await _abort(context, error, self._named(context))
@@ -252,6 +292,18 @@ async def serve_grpc(service: InferenceService, settings: HttpSettings, watch: W
 
 async def _refuse_unread(requests: Any, context: Any) -> None:
     await _abort(context, unauthenticated())
+
+
+async def _message(context: Any) -> bytes:
+    """The next message of a call.
+
+    Raises:
+        ServeError: 400, where there is none.
+    """
+    body: bytes = await context.read()
+    if body is grpc.aio.EOF:
+        raise bad_request("the call has no message; send one")
+    return body
 
 
 async def _abort(context: Any, error: ServeError, request_id: str = "") -> None:

@@ -489,6 +489,35 @@ def test_what_does_not_end_is_cut_off():
         assert process.returncode == 0
 
 
+def test_calls_that_bring_no_message_do_not_keep_others_out():
+    settings = HttpSettings(grpc_port=0, max_connections=8, body_timeout=0.5)
+    service = "/inference.GRPCInferenceService"
+    infer, stream, watch = f"{service}/ModelInfer", f"{service}/ModelStreamInfer", "/grpc.health.v1.Health/Watch"
+    with RunningGrpc(settings) as running, grpc.insecure_channel(running.url) as channel, running.client() as client:
+        never: threading.Event = threading.Event()
+
+        def silent() -> Iterator[bytes]:
+            never.wait()
+            yield from ()
+
+        try:
+            streams = [channel.stream_stream(path)(silent()) for path in (stream, watch, stream, watch, stream)]
+            with pytest.raises(grpc.RpcError) as caught:
+                next(streams[-1])
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "4 streams are open" in caught.value.details()
+            calls = [channel.stream_unary(infer).future(silent()) for _ in range(4)]
+            assert {call.code() for call in calls} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+            assert "took longer than 0.5 s" in calls[0].details()
+            assert client.is_server_live()
+        finally:
+            never.set()
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.stream_unary(infer)(iter(()))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        wait_until(lambda: running.grpc_server._num_streams == 0)
+
+
 def test_bytes_that_are_held_are_bounded():
     settings = HttpSettings(grpc_port=0, max_body_bytes=3_000_000, max_held_bytes=3_000_000)
     with RunningGrpc(settings) as running, running.client() as client:
