@@ -11,7 +11,7 @@ from typing import Any
 import onnxruntime
 
 from headstart.serving.errors import PackageError, first_line
-from headstart.serving.runtime import CPU, open_session
+from headstart.serving.runtime import CPU, check_threads, open_session
 
 CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
@@ -43,8 +43,7 @@ class Device:
         if self.provider not in available:
             accepted = ", ".join(available)
             raise PackageError(f"the provider {self.provider!r} is not in this ONNX Runtime; accepted: {accepted}")
-        if self.threads is not None and self.threads < 1:
-            raise PackageError(f"threads is {self.threads}; accepted: at least 1, or none for one per core")
+        check_threads(self.threads)
         if self.options and self.provider not in (CUDA, TENSORRT):
             given = ", ".join(self.options)
             raise PackageError(f"{self.provider} takes no options, found {given}; accepted: with {CUDA} or {TENSORRT}")

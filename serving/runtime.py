@@ -1,6 +1,7 @@
 """Predictions from a package by ONNX Runtime, with hardly anything around `session.run`."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ INPUT = "images"
 OUTPUTS = ["logits", "probabilities"]
 CPU = "CPUExecutionProvider"
 
+MOST = max(64, 4 * (os.cpu_count() or 1))
+"""Threads, and processes of a server: ten thousand start, take all memory and do nothing."""
 WINDOW = 64  # files decoded before they are predicted: bounds the memory of `predict_files`
 MAX_BATCH = 16  # images in one call of `predict_files`; the largest batch whose parity is proven
 
@@ -39,6 +42,16 @@ class Prediction:
     """Its probability, 0 to 1."""
     probabilities: dict[str, float]
     """Probability of every class, in the order of the package's labels."""
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that is none, or would take the machine down.
+
+    Raises:
+        PackageError: it is below 1 or above `MOST`.
+    """
+    if threads is not None and not 1 <= threads <= MOST:
+        raise PackageError(f"threads is {threads}; accepted: 1 to {MOST}, or none for one per core")
 
 
 def open_session(
@@ -61,8 +74,7 @@ def open_session(
     available = onnxruntime.get_available_providers()
     if provider not in available:
         raise PackageError(f"the provider {provider!r} is not in this ONNX Runtime; accepted: {', '.join(available)}")
-    if threads is not None and threads < 1:
-        raise PackageError(f"threads is {threads}; accepted: at least 1, or none for one per core")
+    check_threads(threads)
     if provider != CPU:  # CUDA's libraries from their wheels: ONNX Runtime by itself looks for the system's alone
         with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses
             onnxruntime.preload_dlls()

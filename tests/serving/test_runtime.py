@@ -57,7 +57,7 @@ def test_the_session_is_set_up_on_purpose(predictor: Predictor):
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
-@pytest.mark.parametrize("threads", [0, -2])
+@pytest.mark.parametrize("threads", [0, -2, 100_000])
 def test_a_number_of_threads_that_cannot_be(pristine: Path, threads: int):
     with pytest.raises(PackageError, match=f"threads is {threads}"):
         Predictor(pristine, threads=threads)
