@@ -1,6 +1,7 @@
 """What `headstart serve` and `headstart package` do; the command line only reads their options."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from headstart.serving.errors import PackageError
 from headstart.serving.manifest import load_manifest
 from headstart.serving.package import SIGNATURE, verify
-from headstart.serving.runtime import CPU
+from headstart.serving.runtime import CPU, MOST
 from headstart.serving.server.errors import StartError
 from headstart.serving.signing import verify_signature
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from headstart.serving.server.models.repository import Repository
     from headstart.serving.server.processes.worker import Link
     from headstart.serving.server.watching.watch import Watch
+
+_LOG = logging.getLogger(__name__)
 
 
 def serve(
@@ -88,8 +91,8 @@ def serve(
         )
     except ValueError as error:
         raise PackageError(str(error)) from error
-    if workers < 1 or (workers > 1 and provider != CPU):
-        raise PackageError(f"workers is {workers} with {provider}; accepted: at least 1, and 1 where it is not {CPU}")
+    if not 1 <= workers <= (MOST if provider == CPU else 1):
+        raise PackageError(f"workers is {workers} with {provider}; accepted: 1 to {MOST}, and 1 where it is not {CPU}")
     if log_format not in FORMATS:
         raise PackageError(f"log_format is {log_format!r}; accepted: {', '.join(FORMATS)}")
     tls_context(settings)
@@ -126,10 +129,20 @@ def serve(
         beside = "" if ports.grpc_port is None else f" (gRPC at {shown}:{ports.grpc_port})"
         url = f"{scheme}://{shown}:{ports.port}"
         where = mirror.url if mirror else repository
+        if not serving and (link is None or link.number == 0):
+            _tell_why(rows, where)
         line = f"ready: {url}{beside} serves {serving} of {len(rows)} versions in {where}"
         (say if link is None else link.ready)(line)
 
     return run(settings, service, on_ready=ready, link=link, watch=_watch(access_log, otel))
+
+
+def _tell_why(rows: list[dict[str, Any]], where: Path | str) -> None:
+    """Say why nothing is served."""
+    if not rows:
+        _LOG.warning("there are no packages in %s; copy one to NAME/1 there", where)
+    for row in rows:
+        _LOG.warning("%s %s is not served: %s", row["name"], row["version"], row["reason"])
 
 
 def open_repository(

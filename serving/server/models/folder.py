@@ -83,7 +83,8 @@ def _scan_model(folder: Path, root: Path) -> Folder:
                 reason = str(error) if isinstance(error, PackageError) else "it cannot be read"
                 found.refused[POLICY_FILE] = f"the file is not used: {reason}"
         elif path.name == MANIFEST:
-            found.refused[""] = f"the package lies in {folder.name}/; copy it to {folder.name}/1/"
+            too_deep = ", or serve the folder above" if VERSION.fullmatch(folder.name) else ""
+            found.refused[""] = f"the package lies in {folder.name}/; copy it to {folder.name}/1/{too_deep}"
         elif not path.is_dir():
             continue
         elif not path.resolve().is_relative_to(root):

@@ -165,7 +165,10 @@ class Mirror:
         self._files.invalidate_cache()
         found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
         prefix = f"{self._root}/" if self._root else ""  # an archive's root has no name
-        for path, entry in self._files.find(self._root, detail=True).items():
+        if not (entries := self._files.find(self._root, detail=True)):
+            with contextlib.suppress(FileNotFoundError):  # an empty bucket
+                self._files.ls(self._root)  # raises where `find` of HTTP finds nothing: there is no server
+        for path, entry in entries.items():
             if entry.get("type") != "file" or not path.startswith(prefix):
                 continue
             name, _, rest = path.removeprefix(prefix).partition("/")

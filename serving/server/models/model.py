@@ -233,6 +233,8 @@ def load_package(
     }
     if manifest.drift and drift:
         return WatchedModel(**settings, gauge=DriftGauge(manifest.drift, drift))
+    if drift:
+        _LOG.warning("%s version %s has no record of drift, so it has no gauge; export its run again", name, version)
     return LoadedModel(**settings)
 
 

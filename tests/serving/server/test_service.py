@@ -306,6 +306,9 @@ def test_tritons_client_works_with_the_served_repository(server: Server, root: P
         ({"max_batch": 0}, "max_batch is 0"),
         ({"max_queue": 0}, "max_queue is 0"),
         ({"threads": 0}, "threads is 0"),
+        ({"threads": 100_000}, "threads is 100000; accepted: 1 to "),
+        ({"workers": 0}, "workers is 0"),
+        ({"workers": 100_000}, "workers is 100000 with CPUExecutionProvider; accepted: 1 to "),
         ({"provider": "cpu"}, "'cpu' is not in this ONNX Runtime"),
         ({"port": 99999}, "port is 99999"),
         ({"token_file": Path("absent")}, "absent cannot be read"),
@@ -323,6 +326,27 @@ def test_options_that_cannot_be_end_with_a_sentence_and_exit_code_2(root: Path, 
 def test_a_repository_that_is_not_there_is_refused(tmp_path: Path):
     with pytest.raises(PackageError, match="is no folder; make it"):
         serve(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("copy_to", "options", "words"),
+    [
+        ("", [], "there are no packages in {root}; copy one to NAME/1 there"),
+        ("1", [], "1  is not served: the package lies in 1/; copy it to 1/1/, or serve the folder above"),
+        ("demo/1", ["--policy", "pinned:7"], "demo 1 is not served: not chosen by the policy pinned:7"),
+    ],
+)
+def test_a_server_that_serves_nothing_says_why(tmp_path: Path, copy_to: str, options: list[str], words: str):
+    if copy_to:
+        write_package(tmp_path / copy_to, 1)
+    command = [sys.executable, "-m", "headstart.cluster.cli", "serve", str(tmp_path), "--port", "0", "--threads", "1"]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert " serves 0 of " in process.stdout.readline()
+        process.terminate()
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert f"WARNING headstart.serving.server.command: {words.format(root=tmp_path)}\n" in log
 
 
 @pytest.mark.parametrize("provider", [CUDA, "TensorrtExecutionProvider"])

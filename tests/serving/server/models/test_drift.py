@@ -203,13 +203,16 @@ async def test_a_share_of_the_executions_is_looked_at(tmp_path: Path):
         assert 50 < figures(service)["headstart_drift_rows_total"] < 150
 
 
-def test_off_is_the_plain_model_and_an_old_package_has_no_gauge(tmp_path: Path):
+def test_off_is_the_plain_model_and_an_old_package_has_no_gauge(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     def loaded(folder: Path, drift: float) -> LoadedModel:
         return load_package(folder, name="a", version="1", device=Device(threads=1), drift=drift)
 
     watched, plain = write_watched(tmp_path / "watched"), write_package(tmp_path / "plain", 1)
     assert type(loaded(watched, 0.0)) is LoadedModel
+    assert type(loaded(plain, 0.0)) is LoadedModel
+    assert not caplog.text
     assert type(loaded(plain, 1.0)) is LoadedModel
+    assert "a version 1 has no record of drift" in caplog.text
     assert type(loaded(watched, 0.5)) is WatchedModel
     assert LoadedModel.drift is None
     for share in (-0.1, 1.1, float("nan")):

@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -430,6 +431,17 @@ def test_a_url_that_cannot_be_listed_ends_the_start(remote: Path):
         mirror.start()
     assert "secret@" not in str(caught.value)
     mirror.close()
+
+
+def test_a_web_server_that_is_not_there_is_no_empty_repository():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and never listened on
+        mirror = Mirror(f"http://127.0.0.1:{taken.getsockname()[1]}/models")
+        try:
+            with pytest.raises(StartError, match=r"cannot be listed: ClientConnectorError"):
+                mirror.start()
+        finally:
+            mirror.close()
 
 
 def test_a_stop_does_not_wait_for_a_file_that_is_being_copied(remote: Path):
