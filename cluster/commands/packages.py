@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from headstart.cluster.commands.options import Json, PackageArgument, print_json
+from headstart.cluster.commands.options import Json, PackageArgument, escaped, print_json
 
 package_app = typer.Typer(help="Look at a package, and check it.", no_args_is_help=True)
 
@@ -25,9 +25,10 @@ def predict(
     if as_json:
         print_json([asdict(prediction) for prediction in predictions])
         return
-    width = max(len(prediction.file) for prediction in predictions)
-    for prediction in predictions:
-        typer.echo(f"{prediction.file:<{width}}  {prediction.label}  {prediction.probability:.4f}")
+    names = [escaped(prediction.file) for prediction in predictions]
+    width = max(map(len, names))
+    for name, prediction in zip(names, predictions, strict=True):
+        typer.echo(f"{name:<{width}}  {escaped(prediction.label)}  {prediction.probability:.4f}")
 
 
 def serve(
