@@ -113,7 +113,7 @@ def verify_package(
             f"{'PyTorch and ONNX Runtime' if plain else 'fp32 and ' + variant['name']} agree to "
             f"{parity['relative_difference']:.2g} (tolerance {parity['tolerance']:g})"
             + ("" if plain else f", with accuracies {variant['fp32_accuracy']:.4f} and {variant['accuracy']:.4f}")
-            + ("; signed with this key" if found["signed"] else "")
+            + ("; signed with this key" if found["signature_verified"] else "")
         )
 
 
