@@ -194,6 +194,9 @@ def test_the_command_line_signs_and_verifies(headstart: Callable[..., Any], keys
     ended = headstart("package", "sign", package, "--key", keys / "p256.pem")
     assert (ended.code, ended.stderr) == (0, "")
     assert SIGNATURE in ended.stdout
+    made = headstart("package", "sign", package, "--key", keys / "p256.pem", "--json").json()
+    assert made == {"package": str(package), "signature": str(package / SIGNATURE)}
+    assert headstart("package", "show", package, "--json").stdout == headstart("package", "show", package).stdout
     assert headstart("package", "show", package).json()["signed"] is True
     found = headstart("package", "verify", package, "--json").json()
     assert [found[word] for word in said] == [True, False]
