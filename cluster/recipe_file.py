@@ -12,11 +12,13 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
+from yaml.composer import ComposerError
 
 from headstart.trainer.errors import RecipeError
 from headstart.trainer.recipe import Data, Export, Recipe, Search, Split, Train
 
 _SHIPPED = "headstart.cluster.recipes"
+_EXAMPLE = "cluster/recipes/folder.yaml shows every field"
 _NAMED_DATA = re.compile(r"[a-z0-9]+:\w")
 _SECTIONS: dict[tuple[str, ...], type] = {
     (): Recipe,
@@ -29,7 +31,18 @@ _SECTIONS: dict[tuple[str, ...], type] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a word; a rate written so is a number here, as it is in YAML 1.2."""
+    """YAML 1.2 where PyYAML is not: 1e-3 is a number and no word, and a key that is there twice is an error."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        """Refuse a key that is there twice; `<<` adds its keys later, and those may be there as well."""
+        mapping = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in mapping.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise ComposerError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return mapping
 
 
 _Loader.add_implicit_resolver(
@@ -82,23 +95,25 @@ def _read(reference: str) -> dict[str, Any]:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"cannot read recipe {reference}: {error}") from error
+            raise RecipeError(f"cannot read recipe {reference}: {error}. {_accepted()}") from error
     elif "/" not in reference and shipped.is_file():
         text = shipped.read_text(encoding="utf-8")
     else:
         close = difflib.get_close_matches(reference, shipped_recipes(), n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise RecipeError(
-            f"no recipe {reference!r}: {hint}Accepted: the path of a .yaml file, or one of "
-            f"{', '.join(shipped_recipes())}"
-        )
+        raise RecipeError(f"no recipe {reference!r}: {hint}{_accepted()}")
     try:
         document = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {reference} is not YAML: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has, 2026-13-01
+        raise RecipeError(f"recipe {reference} is not YAML: {error}\nMend that place; {_EXAMPLE}") from error
     if not isinstance(document, dict):
-        raise RecipeError(f"recipe {reference} is a {type(document).__name__}; accepted: a mapping, see `folder.yaml`")
+        found = "empty" if document is None else f"a {type(document).__name__}"
+        raise RecipeError(f"recipe {reference} is {found}; accepted: a mapping; {_EXAMPLE}")
     return document
+
+
+def _accepted() -> str:
+    return f"Accepted: the path of a .yaml file in UTF-8, or one of {', '.join(shipped_recipes())}"
 
 
 def _override(document: dict[str, Any], override: str) -> None:
@@ -108,7 +123,7 @@ def _override(document: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override!r}; accepted: KEY=VALUE, such as --set train.epochs=3")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"--set {key}: {text!r} is not a YAML value: {error}") from error
     for part in parts[:-1]:
         inner = document.setdefault(part, {})

@@ -23,9 +23,18 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout,
 T = TypeVar("T")
 
 
+def escaped(text: str) -> str:
+    r"""Return `text` with `\udcXX` for each byte XX of a file's name that is not UTF-8.
+
+    Python holds such a byte as a lone surrogate, which no strict stdout takes, and no reader of JSON as a raw byte.
+    The escape is JSON's own: `os.fsencode(json.loads(...))` is the name again. Other letters stay as they are.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def print_json(document: Any) -> None:
     """Write one JSON document to stdout."""
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    typer.echo(escaped(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)))
 
 
 def print_found(found: T, as_json: bool, print_text: Callable[[T], None]) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from headstart.cluster.commands.options import Json, PackageArgument, print_json
+from headstart.cluster.commands.options import Json, PackageArgument, escaped, print_found, print_json
 
 package_app = typer.Typer(help="Look at a package, and check it.", no_args_is_help=True)
 
@@ -25,9 +25,10 @@ def predict(
     if as_json:
         print_json([asdict(prediction) for prediction in predictions])
         return
-    width = max(len(prediction.file) for prediction in predictions)
-    for prediction in predictions:
-        typer.echo(f"{prediction.file:<{width}}  {prediction.label}  {prediction.probability:.4f}")
+    names = [escaped(prediction.file) for prediction in predictions]
+    width = max(map(len, names))
+    for name, prediction in zip(names, predictions, strict=True):
+        typer.echo(f"{name:<{width}}  {escaped(prediction.label)}  {prediction.probability:.4f}")
 
 
 def serve(
@@ -112,13 +113,13 @@ def verify_package(
             f"{'PyTorch and ONNX Runtime' if plain else 'fp32 and ' + variant['name']} agree to "
             f"{parity['relative_difference']:.2g} (tolerance {parity['tolerance']:g})"
             + ("" if plain else f", with accuracies {variant['fp32_accuracy']:.4f} and {variant['accuracy']:.4f}")
-            + ("; signed with this key" if found["signed"] else "")
+            + ("; signed with this key" if found["signature_verified"] else "")
         )
 
 
 @package_app.command("show")
-def show_package(package: PackageArgument) -> None:
-    """Print a package's manifest and whether it is signed, as JSON; its files are not read."""
+def show_package(package: PackageArgument, as_json: Json = False) -> None:
+    """Print a package's manifest and whether it is signed, as JSON with --json or without; its files are not read."""
     from headstart.serving.server import command
 
     print_json(command.show_package(package))
@@ -128,8 +129,10 @@ def show_package(package: PackageArgument) -> None:
 def sign_package(
     package: PackageArgument,
     key: Annotated[Path, typer.Option(help="Elliptic-curve private key, unencrypted PEM.")],
+    as_json: Json = False,
 ) -> None:
     """Sign a package with a key of your own; the signature lies in it as package.sig."""
     from headstart.serving.signing import sign
 
-    typer.echo(f"{package} is signed: {sign(package, key)}")
+    made = {"package": str(package), "signature": str(sign(package, key))}
+    print_found(made, as_json, lambda made: typer.echo(f"{made['package']} is signed: {made['signature']}"))

@@ -23,6 +23,10 @@ from headstart.trainer.errors import RunError
 from headstart.trainer.features import CachedFeatures
 from headstart.trainer.files import write_atomically
 
+# What a run that has finished no stage leaves behind: in its folder, and in `.stages/` there.
+_CLAIMED = frozenset({".stages", "recipe.yaml"})
+_OPENED = frozenset({"lock", "identity.json", "attempt.json"})
+
 Result = dict[str, Any]
 T = TypeVar("T")
 
@@ -64,12 +68,13 @@ class RunDirectory:
         """Open or make the folder.
 
         `identity` says whose run it is (name, data): a folder of another run is refused with `RunError` and left
-        as it is. With `fresh` the stages start over; the run's earlier files stay until they are replaced.
+        as it is, or taken over where nothing was made in it, as after a mistyped path. With `fresh` the stages start
+        over; the run's earlier files stay until they are replaced.
         """
         self.path = path.absolute()
         self.private = self.path / ".stages"
         self.stages: dict[str, Stage] = {}
-        self._check_identity(identity)
+        self._check_folder()
         try:
             self.private.mkdir(parents=True, exist_ok=True)
             self._lock = (self.private / "lock").open("w")
@@ -80,6 +85,11 @@ class RunDirectory:
         except OSError as error:
             self._lock.close()
             raise RunError(f"another headstart is at work in {self.path}; wait for it, or give --out") from error
+        try:  # under the lock: until it is free, the other run may yet make something
+            self._check_identity(identity)
+        except RunError:
+            self._lock.close()
+            raise
         if fresh:
             for old in self.private.iterdir():
                 if old.name != "lock":
@@ -154,19 +164,26 @@ class RunDirectory:
         write_json(self.private / "attempt.json", {"id": attempt, "finished": False})
         return attempt
 
-    def _check_identity(self, identity: Mapping[str, object]) -> None:
-        found = _read_json(self.private / "identity.json")
-        if found is None:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise RunError(f"{self.path} exists and is no run directory; give --out a new or empty folder")
+    def _check_folder(self) -> None:
+        if (self.private / "identity.json").exists() or not self.path.exists():
             return
+        if not self.path.is_dir() or any(self.path.iterdir()):
+            raise RunError(f"{self.path} exists and is no run directory; give --out a new or empty folder")
+
+    def _check_identity(self, identity: Mapping[str, object]) -> None:
+        found = _read_json(self.private / "identity.json") or identity
         differences = [key for key in identity if found.get(key) != identity[key]]
-        if differences:
+        if differences and not self._is_bare():
             told = ", ".join(f"{key} {found.get(key)!r} there, {identity[key]!r} here" for key in differences)
             raise RunError(
                 f"{self.path} is the run of another recipe ({told}). Give --out another folder, or another name by "
                 "--set name=NAME; to use this folder again, remove it first"
             )
+
+    def _is_bare(self) -> bool:
+        """Whether nothing can be lost here: no stage, search or earlier run has left a file."""
+        known = ((self.path, _CLAIMED), (self.private, _OPENED))
+        return all(path.name in names for folder, names in known for path in folder.iterdir())
 
 
 def _read_json(path: Path) -> Any:

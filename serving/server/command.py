@@ -240,6 +240,9 @@ def _supervise(options: dict[str, Any], workers: int, say: Callable[[str], None]
 def verify_package(path: Path, public_key: Path | None = None) -> dict[str, Any]:
     """Check a package: digests, files, links, parity, accuracy, with a key its signature. The answer is for `--json`.
 
+    In it `signed` says that there is a signature, as in `show_package`; `signature_verified`, that a key was given and
+    the signature is its.
+
     Raises:
         PackageError: it does not hold; the message says what and what mends it.
     """
@@ -260,7 +263,8 @@ def verify_package(path: Path, public_key: Path | None = None) -> dict[str, Any]
             "tolerance": manifest.parity.tolerance,
             "relative_difference": max(row.relative_difference for row in manifest.parity.rows),
         },
-        "signed": public_key is not None,
+        "signed": (path / SIGNATURE).is_file(),
+        "signature_verified": public_key is not None,
         "verified": True,
     }
 

@@ -39,8 +39,10 @@ def test_the_folder_is_good_to_begin_with(headstart: Run, folder: Path):
     assert ended.json()["ranking"][0]["source"] == "mtcnn-onet"
 
 
-def test_missing_folder(headstart: Run, tmp_path: Path):
+def test_missing_folder(headstart: Run, folder: Path, tmp_path: Path):
     refused(rank(headstart, tmp_path / "nowhere"), str(tmp_path / "nowhere"))
+    ended = rank(headstart, folder)  # the same command, corrected, in the same run directory
+    assert ended.code == 0, ended.stderr
 
 
 def test_a_class_with_no_image(headstart: Run, folder: Path):

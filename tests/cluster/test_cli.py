@@ -33,8 +33,8 @@ FLAGS = {
     | {"max-delay-ms", "policy", "public-key", "drift", "provider-option", "help"}
     | {"max-memory", "workers", "log-format", "access-log", "otel"},
     "package verify": {"public-key"} | COMMON,
-    "package sign": {"key", "help"},
-    "package show": COMMON - {"json"},
+    "package sign": {"key"} | COMMON,
+    "package show": COMMON,
     "tune": {"set", "out", "address"} | COMMON,
     "submit": {"set", "out", "address"} | COMMON,
     "doctor": COMMON,
@@ -61,6 +61,11 @@ def commands() -> dict[str, set[str]]:
 
 def test_every_flag_is_a_decision():
     assert commands() == FLAGS
+
+
+def test_the_readme_says_which_commands_have_no_json():
+    assert "Each but `serve` takes `--json`" in (ROOT / "README.md").read_text()
+    assert [name for name, flags in commands().items() if "json" not in flags] == ["serve"]
 
 
 def test_the_readme_speaks_of_commands_that_are_there():

@@ -81,7 +81,12 @@ def test_overrides(tmp_path: Path, override: str, field: tuple[str, ...], value:
             "add up to 1 at most",
         ),
         ("- 1\n", "accepted: a mapping"),
+        ("", "is empty; accepted: a mapping; cluster/recipes/folder.yaml shows every field"),
         ("a: [", "is not YAML"),
+        ("a: [", "Mend that place; cluster/recipes/folder.yaml shows"),
+        ("name: 2026-13-01", "month must be in 1..12"),
+        ("name: x\nseed: 1\nseed: 2", "the key 'seed' is there twice"),
+        ("train:\n  epochs: 1\n  'epochs': 2", "the key 'epochs' is there twice\n  in \"<unicode string>\", line 3"),
         ("name: 2026-11-21\ndata: {path: a}", "accepted: text, numbers"),
     ],
 )
@@ -89,6 +94,20 @@ def test_what_cannot_be_is_refused_by_field(tmp_path: Path, document: object, sa
     with pytest.raises(RecipeError) as refused:
         load_recipe(write(tmp_path, document))
     assert said in str(refused.value)
+
+
+def test_a_key_may_take_the_place_of_a_merged_one(tmp_path: Path):
+    text = "name: x\ndata: {path: a}\ntrain: {<<: {epochs: 1, batch_size: 8}, epochs: 2}"
+    train = load_recipe(write(tmp_path, text)).train
+    assert (train.epochs, train.batch_size) == (2, 8)
+
+
+@pytest.mark.parametrize("content", [None, b"name: \xff"])
+def test_a_file_that_cannot_be_read_is_told_what_can(tmp_path: Path, content: bytes | None):
+    if content is not None:
+        (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(RecipeError, match=r"cannot read recipe .*\.yaml.*\.yaml file in UTF-8, or one of .*demo"):
+        load_recipe(str(tmp_path / "recipe.yaml"))
 
 
 def test_every_problem_is_told_at_once(tmp_path: Path):
@@ -103,7 +122,10 @@ def test_an_unknown_name_is_told_the_near_one():
         load_recipe("demmo")
 
 
-@pytest.mark.parametrize("override", ["epochs", "=3", "train..epochs=3", "name.x=3"])
+@pytest.mark.parametrize(
+    "override",
+    ["epochs", "=3", "train..epochs=3", "name.x=3", "name=2026-13-01", "data={path: a, path: b}"],
+)
 def test_a_malformed_override_is_refused(tmp_path: Path, override: str):
     with pytest.raises(RecipeError, match="--set"):
         load_recipe(write(tmp_path, MINIMAL), [override])

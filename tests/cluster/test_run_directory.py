@@ -100,6 +100,28 @@ def test_the_folder_of_another_recipe_is_refused_and_untouched(tmp_path: Path):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_the_folder_of_another_recipe_that_made_nothing_is_taken_over(tmp_path: Path):
+    folder = tmp_path / "run"
+    other = IDENTITY | {"data": "mistyped"}
+    with RunDirectory(folder, other):
+        (folder / "recipe.yaml").write_text("as the pipeline does before it looks at the data")
+        with pytest.raises(RunError, match="at work in"):
+            RunDirectory(folder, IDENTITY)
+    assert not do(folder, Work(folder), {"a": 1}).skipped
+    with pytest.raises(RunError, match="run of another recipe"):
+        RunDirectory(folder, other)
+
+
+@pytest.mark.parametrize("left", ["package/model.onnx", "tune.json", ".stages/tune/trial"])
+def test_what_another_recipe_left_without_a_stage_is_kept(tmp_path: Path, left: str):
+    folder = tmp_path / "run"
+    with RunDirectory(folder, IDENTITY | {"data": "elsewhere"}):
+        (folder / left).parent.mkdir(parents=True, exist_ok=True)
+        (folder / left).write_text("of an earlier run, whose --fresh did not get far, or of a search")
+    with pytest.raises(RunError, match="run of another recipe"):
+        RunDirectory(folder, IDENTITY)
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("do not lose me")
     with pytest.raises(RunError, match="is no run directory"):

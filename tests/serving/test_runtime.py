@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,29 @@ def test_a_prediction_has_the_shape_that_the_command_line_prints(
     assert predictor.predict_files([]) == []
     with pytest.raises(PackageError, match="absent"):
         predictor.predict_files([tmp_path / "a.png", tmp_path / "absent.png"])
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_predict_prints_names_that_are_not_utf_8(
+    pristine: Path, photographs: list[np.ndarray], tmp_path: Path, errors: str
+):
+    Image.fromarray(photographs[0]).save(tmp_path / "a.png")
+    files = [os.fsencode(tmp_path) + name for name in (b"/bad\xff.png", "/grün.png".encode())]
+    for file in files:
+        os.link(tmp_path / "a.png", file)
+
+    def predict(*options: str) -> bytes:
+        return subprocess.run(
+            [sys.executable, "-m", "headstart.cluster.cli", "predict", pristine, *files, *options],
+            capture_output=True, check=True, env=os.environ | {"PYTHONIOENCODING": f"utf-8:{errors}"},
+        ).stdout  # fmt: skip
+
+    printed = predict("--json")
+    assert [os.fsencode(found["file"]) for found in json.loads(printed)] == files
+    assert "grün.png".encode() in printed
+    bad, green = predict().decode().splitlines()
+    assert r"bad\udcff.png  " in bad
+    assert "grün.png  " in green
 
 
 def test_the_overhead_over_session_run_is_a_few_microseconds(predictor: Predictor, photographs: list[np.ndarray]):

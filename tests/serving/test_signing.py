@@ -183,7 +183,10 @@ def test_without_the_library_the_extra_is_named(signed: Path, keys: Path, monkey
 
 def test_the_command_line_signs_and_verifies(headstart: Callable[..., Any], keys: Path, tmp_path: Path):
     package = write_package(tmp_path / "package", mark=1)
+    said = ("signed", "signature_verified")
     assert headstart("package", "show", package).json()["signed"] is False
+    found = headstart("package", "verify", package, "--json").json()
+    assert [found[word] for word in said] == [False, False]
     ended = headstart("package", "verify", package, "--public-key", keys / "p256.pub")
     assert (ended.code, ended.stdout) == (2, "")
     assert "error: " in ended.stderr
@@ -191,10 +194,15 @@ def test_the_command_line_signs_and_verifies(headstart: Callable[..., Any], keys
     ended = headstart("package", "sign", package, "--key", keys / "p256.pem")
     assert (ended.code, ended.stderr) == (0, "")
     assert SIGNATURE in ended.stdout
+    made = headstart("package", "sign", package, "--key", keys / "p256.pem", "--json").json()
+    assert made == {"package": str(package), "signature": str(package / SIGNATURE)}
+    assert headstart("package", "show", package, "--json").stdout == headstart("package", "show", package).stdout
     assert headstart("package", "show", package).json()["signed"] is True
-    assert headstart("package", "verify", package, "--json").json()["signed"] is False
-    found = headstart("package", "verify", package, "--public-key", keys / "p256.pub", "--json")
-    assert (found.code, found.json()["signed"]) == (0, True)
+    found = headstart("package", "verify", package, "--json").json()
+    assert [found[word] for word in said] == [True, False]
+    assert "signed with this key" not in headstart("package", "verify", package).stdout
+    found = headstart("package", "verify", package, "--public-key", keys / "p256.pub", "--json").json()
+    assert [found[word] for word in said] == [True, True]
     assert "signed with this key" in headstart("package", "verify", package, "--public-key", keys / "p256.pub").stdout
     for command in (
         ("package", "verify", package, "--public-key", keys / "other.pub"),
