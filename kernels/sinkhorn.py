@@ -1,5 +1,6 @@
 """Sinkhorn divergences between a target and many ragged tasks."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -10,7 +11,7 @@ from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
 from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.engine.terms import needed_centre, terms_of_tasks
 from headstart.kernels.engine.transport_operators import self_values, transports
-from headstart.kernels.ragged import RaggedTasks, check_alike
+from headstart.kernels.ragged import RaggedTasks, check_alike, check_finite
 
 _SAMPLE = 1024
 """Rows of the target that the default epsilon is taken from."""
@@ -97,7 +98,7 @@ def sinkhorn_distances(
     which leaves the product of both low parts out, 2^-14 R^2, or 2^-8 R for p = 1.
     ValueError: a target of another D, dtype or device, without rows, or not finite; p, epsilon, a tolerance, a number
     of iterations or a precision that is not accepted; a bound that is too small; self terms of other tasks, precision,
-    p or epsilon; rows so far apart that squares overflow.
+    p or epsilon; rows so far apart that squares overflow; an epsilon that their dtype cannot divide costs by.
     """
     check_alike(target, tasks)
     options = checked_options(target.dtype, p, tolerance, max_iterations, precision, memory)
@@ -143,8 +144,9 @@ def default_epsilon(target: Tensor, p: Literal[1, 2] = 2, memory: int | None = N
     """(median / 10)^p of the distances between at most 1,024 evenly spaced rows of the target that lie apart.
 
     `naive.median_distance` of these rows is the definition of the median: 1 where all rows are equal. ValueError: a
-    bound that cannot hold the distances.
+    bound that cannot hold the distances; a target that is not finite, or whose costs overflow in float64.
     """
+    check_finite(target)
     num_rows = min(len(target), _SAMPLE)
     dtype = torch.promote_types(target.dtype, torch.float32)
     num_pairs = num_rows * (num_rows - 1) // 2
@@ -153,10 +155,23 @@ def default_epsilon(target: Tensor, p: Literal[1, 2] = 2, memory: int | None = N
         raise ValueError(f"memory is {memory} bytes; accepted: at least {least}, or an epsilon")
     index = torch.arange(num_rows, device=target.device) * len(target) // num_rows
     sample = target.detach()[index].to(dtype)
+    scale = _median(sample) / 10
+    if scale == math.inf and dtype != torch.float64:  # squares overflow: costs in fp64 do not
+        return default_epsilon(sample.double(), p, memory)
+    epsilon = scale if p == 1 else scale * scale
+    if epsilon == math.inf:
+        raise ValueError(
+            f"some rows are so far apart that their costs overflow in {dtype}; accepted: nearer rows, or an epsilon"
+        )
+    return epsilon
+
+
+def _median(sample: Tensor) -> float:
+    """The median of the distances between rows that lie apart; 1 where all are equal."""
     # Of the pairs i < j alone: each distance would be there twice, which leaves the lower median where it is.
     distances = torch.pdist(sample)
     apart = distances[distances > 0]
-    return ((float(apart.median()) if len(apart) else 1.0) / 10) ** p
+    return float(apart.median()) if len(apart) else 1.0
 
 
 class Options(NamedTuple):

@@ -172,6 +172,7 @@ def _anneal(costs: Costs, epsilon: float, same: bool) -> tuple[Tensor, Tensor]:
             f"some rows are so far apart that their costs overflow in {costs.dtype}; accepted: nearer rows, or "
             "precision='fp64'"
         )
+    _check_epsilon(epsilon, float(level.amax()), costs.dtype)
     level = level.clamp(min=epsilon)[:, None]
     g = torch.zeros_like(costs.column_log_weights)
     f = costs.rows(g, level)
@@ -185,6 +186,18 @@ def _anneal(costs: Costs, epsilon: float, same: bool) -> tuple[Tensor, Tensor]:
         f = costs.rows(g, epsilon)
         g = costs.columns(f, epsilon)
     return f, g
+
+
+def _check_epsilon(epsilon: float, largest: float, dtype: torch.dtype) -> None:
+    """Refuse, with a ValueError, an epsilon by which costs up to `largest` cannot be divided in a dtype."""
+    limits = torch.finfo(dtype)
+    # (f + g - C) / epsilon is made of three terms of the size of the largest cost, and potentials are halved and added.
+    least, most = max(limits.tiny, largest / (limits.max / 8)), 1 / limits.tiny
+    if not least <= epsilon <= most:
+        raise ValueError(
+            f"epsilon is {epsilon:.1e}; accepted: {least:.1e} to {most:.1e} for costs up to {largest:.1e} in {dtype}, "
+            "or features of another scale, or precision='fp64'"
+        )
 
 
 def _relaxation(now: Tensor, rate: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def as_points(features: Tensor) -> Points:
 
 def warn_of(errors: Tensor, settings: Settings) -> None:
     """Warn where a transport did not converge."""
-    lost = int((errors > settings.tolerance).sum())
+    lost = int((~(errors <= settings.tolerance)).sum())  # so written that a NaN is lost
     if lost:
         warnings.warn(
             f"{lost} of {len(errors)} Sinkhorn distances did not converge in {settings.max_iterations} iterations: "
