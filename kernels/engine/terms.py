@@ -99,7 +99,7 @@ def means_of_pairs(
     else:
         check_self_terms(self_terms, kind, tasks, precision, path, bandwidths)
         centre = None if self_terms.centre is None else self_terms.centre.to(target.device)
-    how = (centre, coefficients_of(bandwidths), kind, precision, memory)
+    how = (centre, coefficients_of(bandwidths, precision), kind, precision, memory)
     # First, because it refuses a bound that is too small for the tasks' own terms as well.
     cross, own = pair_sums(target, tasks.features, tasks.offsets, *how, True)
     theirs: Tensor
@@ -133,9 +133,10 @@ def make_self_terms(
         centre = needed_centre(tasks, precision, path)
     elif centre.shape != tasks.features.shape[1:] or not bool(centre.isfinite().all()):
         raise ValueError(f"centre is {list(centre.shape)}; accepted: finite, [{tasks.num_features}]")
+    how = (centre, coefficients_of(bandwidths, precision), kind, precision, memory)
     return SelfTerms(
         kind=kind,
-        sums=own_sums(tasks.features, tasks.offsets, centre, coefficients_of(bandwidths), kind, precision, memory),
+        sums=own_sums(tasks.features, tasks.offsets, *how),
         sizes=tasks.sizes,
         precision=precision,
         path=path,
@@ -195,9 +196,14 @@ def _check_sizes(sizes: Tensor, offsets: Tensor) -> None:
         raise ValueError(f"the self term of task {t} is that of {int(sizes[t])} rows; accepted: of its {int(now[t])}")
 
 
-def coefficients_of(bandwidths: Tensor | None) -> Tensor:
-    """1 / (2 sigma^2) of bandwidths sigma [B], [B] float64 on the CPU."""
-    return NONE if bandwidths is None else (0.5 / bandwidths.double().square()).cpu()
+def coefficients_of(bandwidths: Tensor | None, precision: str) -> Tensor:
+    """1 / (2 sigma^2) of bandwidths sigma [B], [B] float64 on the CPU, within what the dtype of a precision has."""
+    if bandwidths is None:
+        return NONE
+    limits = torch.finfo(PRECISIONS[precision])
+    # Beyond it a kernel would be exp(-0 inf), NaN: of equal rows, or of what is masked by an infinite distance. A
+    # quarter is left for what multiplies a coefficient, 2 and log2(e).
+    return (0.5 / bandwidths.double().square()).clamp(limits.tiny, limits.max / 4).cpu()
 
 
 def _same(one: object, other: object) -> bool:
