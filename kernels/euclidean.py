@@ -10,7 +10,16 @@ from headstart.kernels.engine.pairs import pair_sums
 from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
 from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.engine.terms import NONE, needed_centre
-from headstart.kernels.ragged import BLOCK_ROWS, RaggedTasks, block_means, check_alike, check_finite, common_centre
+from headstart.kernels.ragged import (
+    BLOCK_ROWS,
+    RaggedTasks,
+    block_means,
+    check_alike,
+    check_bytes,
+    check_finite,
+    check_whole,
+    common_centre,
+)
 
 _CHUNK = {"cpu": 2**20, "cuda": 2**26}
 """Numbers of the features that the `mean` form takes at a time: more would leave the CPU's cache; on CUDA fewer would
@@ -45,6 +54,7 @@ def euclidean_distances(
     accepted; a bound that is too small; with `pairs`, rows so far apart that squares overflow.
     """
     check_alike(target, tasks)
+    check_bytes(memory)
     precision = resolve_precision(precision, target.dtype)
     if form == "mean":
         means: Tensor = _mean_distances(target, tasks.features, tasks.offsets, precision, memory)
@@ -62,6 +72,7 @@ def topk(distances: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Equal distances come in the order of their indices, on every device. ValueError: k outside 1 to T, or a NaN.
     """
+    check_whole("k", k, "1 to T")
     if distances.ndim != 1 or not 1 <= k <= len(distances):
         raise ValueError(f"k is {k} for distances {list(distances.shape)}; accepted: distances [T] and k from 1 to T")
     if bool(distances.isnan().any()):

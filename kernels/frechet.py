@@ -9,7 +9,15 @@ from torch import Tensor
 from headstart.kernels import dispatch
 from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
 from headstart.kernels.engine.sweep import DEFAULT_MEMORY
-from headstart.kernels.ragged import BLOCK_ROWS, RaggedTasks, block_means, check_alike, check_finite, common_centre
+from headstart.kernels.ragged import (
+    BLOCK_ROWS,
+    RaggedTasks,
+    block_means,
+    check_alike,
+    check_bytes,
+    check_finite,
+    common_centre,
+)
 
 _BATCH = 2**22
 """Numbers in the padded rows of a batch of tasks: more would gain nothing on the CPU."""
@@ -52,6 +60,7 @@ def frechet_distances(
     a bound that is too small; features so far apart that squares overflow.
     """
     check_alike(target, tasks)
+    check_bytes(memory)
     precision = resolve_precision(precision, target.dtype)
     distances: Tensor = _distances(target, tasks.features, tasks.offsets, precision, memory)
     return distances

@@ -15,6 +15,7 @@ from headstart.kernels.ragged import (
     BLOCK_ROWS,
     RaggedTasks,
     check_alike,
+    check_bytes,
     check_finite,
     check_labels,
     check_not_negative,
@@ -63,6 +64,7 @@ def prototype_distances(
     too small; class means so far apart that squares overflow.
     """
     check_alike(target, tasks)
+    check_bytes(memory)
     precision = resolve_precision(precision, target.dtype)
     if form not in _MATCHINGS:
         raise ValueError(f"form is {form!r}; accepted: {', '.join(_MATCHINGS)}")

@@ -11,7 +11,7 @@ from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
 from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.engine.terms import needed_centre, terms_of_tasks
 from headstart.kernels.engine.transport_operators import self_values, transports
-from headstart.kernels.ragged import RaggedTasks, check_alike, check_finite
+from headstart.kernels.ragged import RaggedTasks, check_alike, check_bytes, check_finite, check_whole
 
 _SAMPLE = 1024
 """Rows of the target that the default epsilon is taken from."""
@@ -146,6 +146,7 @@ def default_epsilon(target: Tensor, p: Literal[1, 2] = 2, memory: int | None = N
     `naive.median_distance` of these rows is the definition of the median: 1 where all rows are equal. ValueError: a
     bound that cannot hold the distances; a target that is not finite, or whose costs overflow in float64.
     """
+    check_bytes(memory)
     check_finite(target)
     num_rows = min(len(target), _SAMPLE)
     dtype = torch.promote_types(target.dtype, torch.float32)
@@ -187,6 +188,9 @@ def checked_options(
     dtype: torch.dtype, p: int, tolerance: float, max_iterations: int, precision: str | None, memory: int | None
 ) -> Options:
     """The options as checked, with what None stands for in its place."""
+    check_bytes(memory)
+    check_whole("p", p, "1, 2")
+    check_whole("max_iterations", max_iterations, "a whole number, at least 1")
     if p not in (1, 2):
         raise ValueError(f"p is {p!r}; accepted: 1, 2")
     precision = resolve_precision(precision, dtype)

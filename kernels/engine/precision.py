@@ -35,7 +35,7 @@ def resolve_precision(precision: str | None, dtype: torch.dtype) -> str:
     """The precision asked for, or where none is: fp64 for float64 features, else fp32."""
     if precision is None:
         return "fp64" if dtype == torch.float64 else "fp32"
-    if precision not in PRECISIONS:
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         accepted = ", ".join(PRECISIONS)
         raise ValueError(f"precision is {precision!r}; accepted: {accepted}, or None to follow the features")
     return precision

@@ -10,7 +10,7 @@ from torch import Tensor
 from headstart.kernels import dispatch
 from headstart.kernels.engine.pairs import own_sums, pair_sums
 from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, resolve_precision
-from headstart.kernels.ragged import RaggedTasks, check_alike, check_two_rows, common_centre
+from headstart.kernels.ragged import RaggedTasks, check_alike, check_bytes, check_two_rows, common_centre
 
 NONE = torch.empty(0, dtype=torch.float64)
 """No coefficients."""
@@ -90,6 +90,7 @@ def means_of_pairs(
     ValueError: as `energy_distances` says.
     """
     check_alike(target, tasks)
+    check_bytes(memory)
     precision = resolve_precision(precision, target.dtype)
     if unbiased:
         check_two_rows(target, tasks)
@@ -127,6 +128,7 @@ def make_self_terms(
     bandwidths: Tensor | None = None,
 ) -> SelfTerms:
     """The self terms of tasks. `centre`: as those that they are to be joined with; None: amid these tasks."""
+    check_bytes(memory)
     precision = resolve_precision(precision, tasks.features.dtype)
     path = dispatch.choose(tasks.features.device, precision, tasks.num_features)[0]
     if centre is None:
