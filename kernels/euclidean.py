@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headstart.kernels import dispatch
 from headstart.kernels.engine.pairs import pair_sums
-from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
+from headstart.kernels.engine.precision import PRECISIONS, as_result, resolve_precision
 from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.engine.terms import NONE, needed_centre
 from headstart.kernels.ragged import (
@@ -51,7 +51,7 @@ def euclidean_distances(
     Error: for `mean` at most 512 u times the mean distance of the rows from their centre, u = 6e-8 for fp32 and 1.1e-16
     for fp64; for `pairs` some sqrt(D) u of the result.
     ValueError: a target of another D, dtype or device, or without rows, or not finite; a form or precision that is not
-    accepted; a bound that is too small; with `pairs`, rows so far apart that squares overflow.
+    accepted; a bound that is too small; rows so far apart that they, or with `pairs` squares, overflow.
     """
     check_alike(target, tasks)
     check_bytes(memory)
@@ -107,7 +107,7 @@ def _mean_distances(target: Tensor, features: Tensor, offsets: Tensor, precision
             means = block_means(rows, offsets[low : high + 1] - offsets[low], centre, dtype, chunk_rows)
             distances.append(torch.linalg.vector_norm(means.sub_(target_mean), dim=1))
             low = high
-        return torch.cat(distances).to(dtype)
+        return as_result(torch.cat(distances), precision)
 
 
 @_mean_distances.register_fake

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from headstart.kernels import dispatch
-from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
+from headstart.kernels.engine.precision import PRECISIONS, as_result, resolve_precision
 from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.ragged import (
     BLOCK_ROWS,
@@ -57,7 +57,7 @@ def frechet_distances(
     of k singular values moves sqrt(k) times as far at most, and |X|_F |Y|_F / sqrt(N n_t) = sqrt(tr S tr S'). Seen in
     place of the 8: 2.8 at D = 1, 0.3 from D = 64 and 0.01 at D = 2048, at any rank and for eigenvalues from 1 to 1e-24.
     ValueError: a target of another D, dtype or device, without rows, or not finite; a precision that is not accepted;
-    a bound that is too small; features so far apart that squares overflow.
+    a bound that is too small; features so far apart that squares overflow, or the result.
     """
     check_alike(target, tasks)
     check_bytes(memory)
@@ -78,7 +78,7 @@ def _distances(target: Tensor, features: Tensor, offsets: Tensor, precision: str
         for members in _batches(tasks.sizes, min(max_rows, _batch_rows(tasks))):
             distances[members.to(target.device)] = _batch_distances(tasks, members, centre, mean, factor, max_rows)
     # What rounding leaves of a value that cannot be negative.
-    return distances.clamp_(min=0).to(PRECISIONS[precision])
+    return as_result(distances.clamp_(min=0), precision)
 
 
 @_distances.register_fake

@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from headstart.kernels import dispatch
-from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
+from headstart.kernels.engine.precision import PRECISIONS, as_result, resolve_precision
 from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.ragged import (
     BLOCK_ROWS,
@@ -61,7 +61,7 @@ def prototype_distances(
     the rounding to `precision`.
     ValueError: a target of another D, dtype or device, without rows, or not finite; labels that are not int64 [N] on
     the target's device, or negative; tasks without labels; a form or precision that is not accepted; a bound that is
-    too small; class means so far apart that squares overflow.
+    too small; class means so far apart that squares overflow, or the result.
     """
     check_alike(target, tasks)
     check_bytes(memory)
@@ -91,7 +91,7 @@ def _distances(
     tasks = RaggedTasks(features, offsets, task_labels)
     with dispatch.Watch("prototype distances", target.device) as watch:
         distances = _matched(target, labels, tasks, _MATCHINGS[form], memory, watch)
-    return torch.tensor(distances, dtype=torch.float64).to(target.device, PRECISIONS[precision])
+    return as_result(torch.tensor(distances, dtype=torch.float64), precision).to(target.device)
 
 
 @_distances.register_fake

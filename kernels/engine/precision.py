@@ -41,6 +41,17 @@ def resolve_precision(precision: str | None, dtype: torch.dtype) -> str:
     return precision
 
 
+def as_result(distances: Tensor, precision: str) -> Tensor:
+    """Distances in the dtype of a precision; ValueError where that does not hold them."""
+    result = distances.to(PRECISIONS[precision])
+    if not bool(result.isfinite().all()):
+        raise ValueError(
+            f"some rows are so far apart that distances overflow in {result.dtype}; accepted: nearer rows, or "
+            "precision='fp64'"
+        )
+    return result
+
+
 def round_tf32(values: Tensor) -> Tensor:
     """float32 values rounded to TF32's 10 stored bits of mantissa, ties to even, as float32."""
     bits = values.contiguous().view(torch.int32)

@@ -103,6 +103,23 @@ def test_whole_numbers_of_numpy_are_taken():
     assert torch.equal(found.rows, nearest_neighbours(x, tasks, 2).rows)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_distances_that_overflow_float32_are_refused_there_and_taken_by_fp64(name: str, dtype: torch.dtype):
+    if name == "mmd":
+        pytest.skip("at most 2 at any scale")
+    # The largest float32 is below 2^128. Where nothing is squared in it, four differences of 2^127 and more are beyond.
+    unsquared = name in ("mean distances", "prototype distances")
+    scale = 1e60 if dtype == torch.float64 else 2.0**126 if unsquared else 1e20
+    y = rows(9, 4, 2).abs().clamp(1, 1.9).to(dtype) * scale
+    x, tasks = -y[:6], RaggedTasks(y, torch.tensor([0, 4, 9]), thirds(y))
+    with pytest.raises(ValueError, match=r"so far .* in torch.float32; accepted: nearer rows, or precision='fp64'"):
+        FUNCTIONS[name](x, tasks, precision="fp32")
+    found = FUNCTIONS[name](x, tasks, precision="fp64")
+    found = found if isinstance(found, torch.Tensor) else found[0]
+    assert bool((found.isfinite() & (found > 0)).all())
+
+
 def test_self_terms_of_features_of_another_length_are_refused():
     x, y = rows(6, 4, 1), rows(9, 4, 2)
     kept = energy_self_terms(RaggedTasks.from_list([rows(9, 5, 2)]), precision="bf16")
