@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from headstart.kernels import dispatch
+from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.pairs import pair_sums
 from headstart.kernels.engine.precision import PRECISIONS, as_result, resolve_precision
-from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.engine.terms import NONE, needed_centre
 from headstart.kernels.ragged import (
     BLOCK_ROWS,
@@ -90,9 +90,7 @@ def _mean_distances(target: Tensor, features: Tensor, offsets: Tensor, precision
     dtype, dim, num_tasks = PRECISIONS[precision], features.shape[1], len(offsets) - 1
     # A row less its centre, once more where it is converted, and, of tasks of one row, sums and means in float64.
     row_bytes = dim * (4 * torch.promote_types(target.dtype, dtype).itemsize + 16) + 64
-    memory = DEFAULT_MEMORY if memory is None else memory
-    if memory < BLOCK_ROWS * row_bytes:
-        raise ValueError(f"memory is {memory} bytes; accepted: at least {BLOCK_ROWS * row_bytes}")
+    memory = fit_memory(memory, BLOCK_ROWS * row_bytes)
     chunk_rows = max(BLOCK_ROWS, min(memory // row_bytes, _CHUNK[target.device.type] // dim))
     with dispatch.Watch("mean distances", target.device, precision=precision) as watch:
         watch.planned = min(chunk_rows, max(len(target), len(features))) * row_bytes

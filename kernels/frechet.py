@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from headstart.kernels import dispatch
+from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.precision import PRECISIONS, as_result, resolve_precision
-from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.ragged import (
     BLOCK_ROWS,
     RaggedTasks,
@@ -71,7 +71,7 @@ def _distances(target: Tensor, features: Tensor, offsets: Tensor, precision: str
     check_finite(target)
     tasks = RaggedTasks(features, offsets)
     with dispatch.Watch("Fréchet distances", target.device) as watch:
-        max_rows, watch.planned = _max_rows(target, tasks, DEFAULT_MEMORY if memory is None else memory)
+        max_rows, watch.planned = _max_rows(target, tasks, memory)
         centre = common_centre(target).double()
         mean, factor = _moments(target, centre, max_rows)
         distances = torch.empty(tasks.num_tasks, dtype=torch.float64, device=target.device)
@@ -94,7 +94,7 @@ def frechet_gradient(target: Tensor, features: Tensor, offsets: Tensor, weights:
     by R, by <Q V U^T Y, dX>.
     """
     tasks = RaggedTasks(features, offsets)
-    max_rows, _ = _max_rows(target, tasks, DEFAULT_MEMORY if memory is None else memory)
+    max_rows, _ = _max_rows(target, tasks, memory)
     centre, (num_rows, num_features) = common_centre(target).double(), target.shape
     rows = target.double() - centre  # a copy
     mean = rows.mean(0)
@@ -234,21 +234,31 @@ def _batch_rows(tasks: RaggedTasks) -> int:
     return max(1, _BATCH // tasks.num_features)
 
 
-def _max_rows(target: Tensor, tasks: RaggedTasks, memory: int) -> tuple[int, int]:
-    """Rows of float64 that are worked on at a time under a bound of so many bytes, and the bytes that these take.
-
-    ValueError where the bound is too small.
-    """
+def _bytes(target: Tensor, tasks: RaggedTasks) -> tuple[int, int, int]:
+    """Bytes that a row takes while it is worked on, that the target's factor takes, and the fewest rows at a time."""
     num_features = tasks.num_features
-    largest = max(len(target), int(tasks.sizes.max()))
     # Rows, LAPACK's copy of them and the triangle; or rows, their products with the target's factor and a copy.
     row_bytes = 24 * num_features + 64
     factor_bytes = 8 * num_features * (min(len(target), num_features) + 4)
     # A triangle and a quarter of it: smaller chunks would spend most of the time on the triangle.
-    least_rows = min(largest, max(BLOCK_ROWS, num_features + num_features // 4 + 1))
-    least = factor_bytes + least_rows * row_bytes
-    if memory < least:
-        raise ValueError(f"memory is {memory} bytes; accepted: at least {least}")
+    largest = max(len(target), int(tasks.sizes.max()))
+    return row_bytes, factor_bytes, min(largest, max(BLOCK_ROWS, num_features + num_features // 4 + 1))
+
+
+def least_bytes(target: Tensor, tasks: RaggedTasks) -> int:
+    """The least memory that is accepted."""
+    row_bytes, factor_bytes, least_rows = _bytes(target, tasks)
+    return factor_bytes + least_rows * row_bytes
+
+
+def _max_rows(target: Tensor, tasks: RaggedTasks, memory: int | None) -> tuple[int, int]:
+    """Rows of float64 that are worked on at a time under a bound of so many bytes, and the bytes that these take.
+
+    ValueError where the bound is too small.
+    """
+    memory = fit_memory(memory, least_bytes(target, tasks))
+    row_bytes, factor_bytes, least_rows = _bytes(target, tasks)
     # Half of what would fit: the allocator keeps up to as much again of what was freed.
     max_rows = max(least_rows, (memory - factor_bytes) // (2 * row_bytes))
-    return max_rows, factor_bytes + min(max_rows, max(largest, _batch_rows(tasks))) * row_bytes
+    largest = max(len(target), int(tasks.sizes.max()), _batch_rows(tasks))
+    return max_rows, factor_bytes + min(max_rows, largest) * row_bytes

@@ -9,8 +9,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from headstart.kernels import dispatch
+from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.precision import PRECISIONS, as_result, resolve_precision
-from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.ragged import (
     BLOCK_ROWS,
     RaggedTasks,
@@ -111,7 +111,7 @@ def _matched(
     assert tasks.labels is not None
     of_target = _sort_by_class(labels, torch.tensor([0, len(target)]))
     of_tasks = _sort_by_class(tasks.labels, tasks.offsets)
-    limits = _limits(target, of_target, of_tasks, DEFAULT_MEMORY if memory is None else memory)
+    limits = _limits(target, of_target, of_tasks, memory)
     chunk_rows, max_blocks, watch.planned = limits
     centre = common_centre(target).double()
     target_means = _class_means(target, of_target, 0, of_target.num_classes, centre, chunk_rows)
@@ -181,7 +181,7 @@ def _sort_by_class(labels: Tensor, offsets: Tensor) -> _Classes:
     return _Classes(order, blocks.ends, blocks.first_of_task, torch.searchsorted(starts, offsets))
 
 
-def _limits(target: Tensor, of_target: _Classes, of_tasks: _Classes, memory: int) -> tuple[int, int, int]:
+def _limits(target: Tensor, of_target: _Classes, of_tasks: _Classes, memory: int | None) -> tuple[int, int, int]:
     """Rows and blocks to take at a time under a bound of so many bytes, and the bytes that these take.
 
     ValueError where the bound cannot be kept.
@@ -194,9 +194,7 @@ def _limits(target: Tensor, of_target: _Classes, of_tasks: _Classes, memory: int
     blocks = of_tasks.first_block[of_tasks.first_class]
     largest = max(int(blocks.diff().max()), len(of_target.ends) - 1)
     least = 8 * num_features * num_classes + BLOCK_ROWS * row_bytes + largest * block_bytes
-    if memory < least:
-        raise ValueError(f"memory is {memory} bytes; accepted: at least {least}")
-    half = (memory - least) // 2
+    half = (fit_memory(memory, least) - least) // 2
     chunk_rows = max(BLOCK_ROWS, min(BLOCK_ROWS + half // row_bytes, _CHUNK[target.device.type] // num_features))
     max_blocks = largest + half // block_bytes
     most_rows = min(chunk_rows, max(len(of_target.order), len(of_tasks.order)))

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
-from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.engine.terms import needed_centre, terms_of_tasks
 from headstart.kernels.engine.transport_operators import self_values, transports
 from headstart.kernels.ragged import RaggedTasks, check_alike, check_bytes, check_finite, check_whole
@@ -152,8 +152,7 @@ def default_epsilon(target: Tensor, p: Literal[1, 2] = 2, memory: int | None = N
     dtype = torch.promote_types(target.dtype, torch.float32)
     num_pairs = num_rows * (num_rows - 1) // 2
     least = (num_pairs * 6 + num_rows * target.shape[1] * 2) * dtype.itemsize
-    if memory is not None and memory < least:
-        raise ValueError(f"memory is {memory} bytes; accepted: at least {least}, or an epsilon")
+    fit_memory(memory, least, ", or an epsilon")
     index = torch.arange(num_rows, device=target.device) * len(target) // num_rows
     sample = target.detach()[index].to(dtype)
     scale = _median(sample) / 10
@@ -181,7 +180,7 @@ class Options(NamedTuple):
     tolerance: float
     max_iterations: int
     precision: str
-    memory: int
+    memory: int | None
 
 
 def checked_options(
@@ -198,11 +197,11 @@ def checked_options(
         raise ValueError(f"tolerance is {tolerance}; accepted: more than 0 and less than 1, the sum of the weights")
     if max_iterations < 1:
         raise ValueError(f"max_iterations is {max_iterations}; accepted: at least 1")
-    return Options(tolerance, max_iterations, precision, DEFAULT_MEMORY if memory is None else memory)
+    return Options(tolerance, max_iterations, precision, memory)
 
 
 def resolve_epsilon(
-    target: Tensor, p: int, epsilon: float | Tensor | None, memory: int, kept: SinkhornSelfTerms | None
+    target: Tensor, p: int, epsilon: float | Tensor | None, memory: int | None, kept: SinkhornSelfTerms | None
 ) -> Tensor:
     """Epsilon as given, else that of the self terms, else the target's default; [] float64 on the CPU."""
     if epsilon is None:
@@ -214,12 +213,12 @@ def resolve_epsilon(
 
 # Operators, because what follows from values would break a compiled graph.
 @torch.library.custom_op("headstart::default_epsilon", mutates_args=())
-def _default_epsilon(target: Tensor, p: int, memory: int) -> Tensor:
+def _default_epsilon(target: Tensor, p: int, memory: int | None) -> Tensor:
     return torch.tensor(default_epsilon(target, 1 if p == 1 else 2, memory), dtype=torch.float64)
 
 
 @_default_epsilon.register_fake
-def _(target: Tensor, p: int, memory: int) -> Tensor:
+def _(target: Tensor, p: int, memory: int | None) -> Tensor:
     return torch.empty((), dtype=torch.float64)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headstart.kernels import dispatch
 from headstart.kernels.engine import sums
+from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.sweep import Sweep
 from headstart.kernels.engine.tile import Value
 from headstart.kernels.ragged import check_finite
@@ -60,8 +61,7 @@ def pair_sums(
                 least = max(Sweep(features, n, value, precision, 2**62, centre).least for n in sizes)
                 if target.requires_grad:
                     least = max(least, _gradient_sweep(features, len(target), value, precision, 2**62, centre).least)
-                if memory < least:
-                    raise ValueError(f"memory is {memory} bytes; accepted: at least {least}, which one tile takes")
+                fit_memory(memory, least, ", which one tile takes")
             engine = Sweep(features, len(target), value, precision, memory, centre)
             watch.planned = engine.planned
             try:
