@@ -6,11 +6,20 @@ import torch
 from torch import Tensor
 
 from headstart.kernels import dispatch
+from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.pairs import pair_sums
-from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
-from headstart.kernels.engine.sweep import DEFAULT_MEMORY
+from headstart.kernels.engine.precision import PRECISIONS, as_result, resolve_precision
 from headstart.kernels.engine.terms import NONE, needed_centre
-from headstart.kernels.ragged import BLOCK_ROWS, RaggedTasks, block_means, check_alike, check_finite, common_centre
+from headstart.kernels.ragged import (
+    BLOCK_ROWS,
+    RaggedTasks,
+    block_means,
+    check_alike,
+    check_bytes,
+    check_finite,
+    check_whole,
+    common_centre,
+)
 
 _CHUNK = {"cpu": 2**20, "cuda": 2**26}
 """Numbers of the features that the `mean` form takes at a time: more would leave the CPU's cache; on CUDA fewer would
@@ -42,9 +51,10 @@ def euclidean_distances(
     Error: for `mean` at most 512 u times the mean distance of the rows from their centre, u = 6e-8 for fp32 and 1.1e-16
     for fp64; for `pairs` some sqrt(D) u of the result.
     ValueError: a target of another D, dtype or device, or without rows, or not finite; a form or precision that is not
-    accepted; a bound that is too small; with `pairs`, rows so far apart that squares overflow.
+    accepted; a bound that is too small; rows so far apart that they, or with `pairs` squares, overflow.
     """
     check_alike(target, tasks)
+    check_bytes(memory)
     precision = resolve_precision(precision, target.dtype)
     if form == "mean":
         means: Tensor = _mean_distances(target, tasks.features, tasks.offsets, precision, memory)
@@ -62,6 +72,7 @@ def topk(distances: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Equal distances come in the order of their indices, on every device. ValueError: k outside 1 to T, or a NaN.
     """
+    check_whole("k", k, "1 to T")
     if distances.ndim != 1 or not 1 <= k <= len(distances):
         raise ValueError(f"k is {k} for distances {list(distances.shape)}; accepted: distances [T] and k from 1 to T")
     if bool(distances.isnan().any()):
@@ -79,9 +90,7 @@ def _mean_distances(target: Tensor, features: Tensor, offsets: Tensor, precision
     dtype, dim, num_tasks = PRECISIONS[precision], features.shape[1], len(offsets) - 1
     # A row less its centre, once more where it is converted, and, of tasks of one row, sums and means in float64.
     row_bytes = dim * (4 * torch.promote_types(target.dtype, dtype).itemsize + 16) + 64
-    memory = DEFAULT_MEMORY if memory is None else memory
-    if memory < BLOCK_ROWS * row_bytes:
-        raise ValueError(f"memory is {memory} bytes; accepted: at least {BLOCK_ROWS * row_bytes}")
+    memory = fit_memory(memory, BLOCK_ROWS * row_bytes)
     chunk_rows = max(BLOCK_ROWS, min(memory // row_bytes, _CHUNK[target.device.type] // dim))
     with dispatch.Watch("mean distances", target.device, precision=precision) as watch:
         watch.planned = min(chunk_rows, max(len(target), len(features))) * row_bytes
@@ -96,7 +105,7 @@ def _mean_distances(target: Tensor, features: Tensor, offsets: Tensor, precision
             means = block_means(rows, offsets[low : high + 1] - offsets[low], centre, dtype, chunk_rows)
             distances.append(torch.linalg.vector_norm(means.sub_(target_mean), dim=1))
             low = high
-        return torch.cat(distances).to(dtype)
+        return as_result(torch.cat(distances), precision)
 
 
 @_mean_distances.register_fake

@@ -7,9 +7,17 @@ import torch
 from torch import Tensor
 
 from headstart.kernels import dispatch
-from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
-from headstart.kernels.engine.sweep import DEFAULT_MEMORY
-from headstart.kernels.ragged import BLOCK_ROWS, RaggedTasks, block_means, check_alike, check_finite, common_centre
+from headstart.kernels.engine.memory import fit_memory
+from headstart.kernels.engine.precision import PRECISIONS, as_result, resolve_precision
+from headstart.kernels.ragged import (
+    BLOCK_ROWS,
+    RaggedTasks,
+    block_means,
+    check_alike,
+    check_bytes,
+    check_finite,
+    common_centre,
+)
 
 _BATCH = 2**22
 """Numbers in the padded rows of a batch of tasks: more would gain nothing on the CPU."""
@@ -49,9 +57,10 @@ def frechet_distances(
     of k singular values moves sqrt(k) times as far at most, and |X|_F |Y|_F / sqrt(N n_t) = sqrt(tr S tr S'). Seen in
     place of the 8: 2.8 at D = 1, 0.3 from D = 64 and 0.01 at D = 2048, at any rank and for eigenvalues from 1 to 1e-24.
     ValueError: a target of another D, dtype or device, without rows, or not finite; a precision that is not accepted;
-    a bound that is too small; features so far apart that squares overflow.
+    a bound that is too small; features so far apart that squares overflow, or the result.
     """
     check_alike(target, tasks)
+    check_bytes(memory)
     precision = resolve_precision(precision, target.dtype)
     distances: Tensor = _distances(target, tasks.features, tasks.offsets, precision, memory)
     return distances
@@ -62,14 +71,14 @@ def _distances(target: Tensor, features: Tensor, offsets: Tensor, precision: str
     check_finite(target)
     tasks = RaggedTasks(features, offsets)
     with dispatch.Watch("Fréchet distances", target.device) as watch:
-        max_rows, watch.planned = _max_rows(target, tasks, DEFAULT_MEMORY if memory is None else memory)
+        max_rows, watch.planned = _max_rows(target, tasks, memory)
         centre = common_centre(target).double()
         mean, factor = _moments(target, centre, max_rows)
         distances = torch.empty(tasks.num_tasks, dtype=torch.float64, device=target.device)
         for members in _batches(tasks.sizes, min(max_rows, _batch_rows(tasks))):
             distances[members.to(target.device)] = _batch_distances(tasks, members, centre, mean, factor, max_rows)
     # What rounding leaves of a value that cannot be negative.
-    return distances.clamp_(min=0).to(PRECISIONS[precision])
+    return as_result(distances.clamp_(min=0), precision)
 
 
 @_distances.register_fake
@@ -85,7 +94,7 @@ def frechet_gradient(target: Tensor, features: Tensor, offsets: Tensor, weights:
     by R, by <Q V U^T Y, dX>.
     """
     tasks = RaggedTasks(features, offsets)
-    max_rows, _ = _max_rows(target, tasks, DEFAULT_MEMORY if memory is None else memory)
+    max_rows, _ = _max_rows(target, tasks, memory)
     centre, (num_rows, num_features) = common_centre(target).double(), target.shape
     rows = target.double() - centre  # a copy
     mean = rows.mean(0)
@@ -225,21 +234,31 @@ def _batch_rows(tasks: RaggedTasks) -> int:
     return max(1, _BATCH // tasks.num_features)
 
 
-def _max_rows(target: Tensor, tasks: RaggedTasks, memory: int) -> tuple[int, int]:
-    """Rows of float64 that are worked on at a time under a bound of so many bytes, and the bytes that these take.
-
-    ValueError where the bound is too small.
-    """
+def _bytes(target: Tensor, tasks: RaggedTasks) -> tuple[int, int, int]:
+    """Bytes that a row takes while it is worked on, that the target's factor takes, and the fewest rows at a time."""
     num_features = tasks.num_features
-    largest = max(len(target), int(tasks.sizes.max()))
     # Rows, LAPACK's copy of them and the triangle; or rows, their products with the target's factor and a copy.
     row_bytes = 24 * num_features + 64
     factor_bytes = 8 * num_features * (min(len(target), num_features) + 4)
     # A triangle and a quarter of it: smaller chunks would spend most of the time on the triangle.
-    least_rows = min(largest, max(BLOCK_ROWS, num_features + num_features // 4 + 1))
-    least = factor_bytes + least_rows * row_bytes
-    if memory < least:
-        raise ValueError(f"memory is {memory} bytes; accepted: at least {least}")
+    largest = max(len(target), int(tasks.sizes.max()))
+    return row_bytes, factor_bytes, min(largest, max(BLOCK_ROWS, num_features + num_features // 4 + 1))
+
+
+def least_bytes(target: Tensor, tasks: RaggedTasks) -> int:
+    """The least memory that is accepted."""
+    row_bytes, factor_bytes, least_rows = _bytes(target, tasks)
+    return factor_bytes + least_rows * row_bytes
+
+
+def _max_rows(target: Tensor, tasks: RaggedTasks, memory: int | None) -> tuple[int, int]:
+    """Rows of float64 that are worked on at a time under a bound of so many bytes, and the bytes that these take.
+
+    ValueError where the bound is too small.
+    """
+    memory = fit_memory(memory, least_bytes(target, tasks))
+    row_bytes, factor_bytes, least_rows = _bytes(target, tasks)
     # Half of what would fit: the allocator keeps up to as much again of what was freed.
     max_rows = max(least_rows, (memory - factor_bytes) // (2 * row_bytes))
-    return max_rows, factor_bytes + min(max_rows, max(largest, _batch_rows(tasks))) * row_bytes
+    largest = max(len(target), int(tasks.sizes.max()), _batch_rows(tasks))
+    return max_rows, factor_bytes + min(max_rows, largest) * row_bytes

@@ -97,7 +97,7 @@ def _distances(
     tolerance: float,
     max_iterations: int,
     precision: str,
-    memory: int,
+    memory: int | None,
     centre: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(distances, iterations, errors) of T tasks, whose own values and errors are given or computed, and the potentials
@@ -144,7 +144,7 @@ def label_aware_gradient(
     tolerance: float,
     max_iterations: int,
     precision: str,
-    memory: int,
+    memory: int | None,
     centre: Tensor | None,
 ) -> Tensor:
     """sum_t w_t d distance_t / d target at the potentials of the optimum, [N, D] as the target.

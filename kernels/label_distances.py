@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from headstart.kernels.engine.classes import ClassRows, chunks, class_rows, each
-from headstart.kernels.engine.ground_cost import Cost
+from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, chunk_bytes
+from headstart.kernels.engine.memory import DEFAULT_MEMORY
 from headstart.kernels.engine.terms import needed_centre
 from headstart.kernels.engine.transport import Settings
 from headstart.kernels.engine.transport_operators import sinkhorn_gradient, transports
-from headstart.kernels.frechet import frechet_distances, frechet_gradient
+from headstart.kernels.frechet import frechet_distances, frechet_gradient, least_bytes
 from headstart.kernels.ragged import RaggedTasks
 from headstart.kernels.sinkhorn import sinkhorn_distances
 
@@ -39,13 +40,22 @@ def sides(
     return own, sources
 
 
+def _half(rows: Tensor, classes: RaggedTasks, how: How) -> int:
+    """Half of the memory, for label distances, or what they need where none was given."""
+    if how.settings.memory is not None:
+        return how.settings.memory // 2
+    bures = how.label_distance == "bures"
+    least = least_bytes(rows, classes) if bures else chunk_bytes(rows, LEAST_CHUNK, how.cost)
+    return max(DEFAULT_MEMORY // 2, least)
+
+
 def squares(rows: Tensor, classes: RaggedTasks, how: How) -> Tensor:
     """W^2 of one class's rows to each of C classes, [C] float64."""
-    settings = how.settings
+    settings, memory = how.settings, _half(rows, classes, how)
     if how.label_distance == "bures":
-        return frechet_distances(rows, classes, precision="fp64", memory=settings.memory // 2)
+        return frechet_distances(rows, classes, precision="fp64", memory=memory)
     result = sinkhorn_distances(
-        rows, classes, epsilon=settings.epsilon, tolerance=settings.tolerance, memory=settings.memory // 2,
+        rows, classes, epsilon=settings.epsilon, tolerance=settings.tolerance, memory=memory,
         max_iterations=settings.max_iterations, precision=how.precision,
     )  # fmt: skip
     return 2 * result.distances.double()
@@ -54,7 +64,7 @@ def squares(rows: Tensor, classes: RaggedTasks, how: How) -> Tensor:
 def squares_gradient(rows: Tensor, classes: RaggedTasks, weights: Tensor, how: How) -> Tensor:
     """sum_c w_c dW^2_c / d rows of `squares`, like the rows."""
     settings, sets = how.settings, (classes.features, classes.offsets)
-    memory = settings.memory // 2
+    memory = _half(rows, classes, how)
     moved: Tensor
     if how.label_distance == "bures":
         moved = frechet_gradient(rows, *sets, weights, memory)

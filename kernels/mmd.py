@@ -78,7 +78,8 @@ def mmd_distances(
     `energy_distances`, and so are `precision`, `memory`, `self_terms` and the errors. Differentiable with respect to
     the target, with the bandwidths held.
 
-    Error: that of d^2, some sqrt(D) u (|x|^2 + |y|^2) with norms from the centre, over 2 sigma^2 of the smallest sigma.
+    Error: that of d^2, some sqrt(D) u (|x|^2 + |y|^2) with norms from the centre, over 2 sigma^2 of the smallest sigma;
+    d^2 below the least normal number (1e-38 for fp32) counts as 0.
     ValueError: as for `energy_distances`, and bandwidths that are not positive and finite.
     """
     check_alike(target, tasks)

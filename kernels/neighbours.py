@@ -10,7 +10,7 @@ from headstart.kernels import dispatch
 from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, resolve_precision, square_error
 from headstart.kernels.engine.sweep import PANEL, Sweep
 from headstart.kernels.engine.tile import Value
-from headstart.kernels.ragged import RaggedTasks, check_alike, check_finite, common_centre
+from headstart.kernels.ragged import RaggedTasks, check_alike, check_bytes, check_finite, check_whole, common_centre
 
 _GROUP = 16
 """Columns of which one minimum is taken before any is looked at."""
@@ -51,11 +51,13 @@ def nearest_neighbours(
     of rows; a precision that is not accepted; a bound that cannot hold one tile.
     """
     check_alike(target, tasks)
+    check_bytes(memory)
     precision = resolve_precision(precision, target.dtype)
     most = tasks.smallest if per_task else len(tasks.features)
+    accepted = f"1 to {most}, the rows in {'the smallest task' if per_task else 'all tasks'}"
+    check_whole("k", k, accepted)
     if not 1 <= k <= most:
-        where = "in the smallest task" if per_task else "in all tasks"
-        raise ValueError(f"k is {k}; accepted: 1 to {most}, the rows {where}")
+        raise ValueError(f"k is {k}; accepted: {accepted}")
     distances, rows = _search(target, tasks.features, tasks.offsets, k, per_task, precision, memory)
     owner = torch.searchsorted(tasks.offsets.to(rows.device), rows, right=True) - 1
     return Neighbours(distances, rows, owner)

@@ -9,12 +9,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from headstart.kernels import dispatch
-from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
-from headstart.kernels.engine.sweep import DEFAULT_MEMORY
+from headstart.kernels.engine.memory import fit_memory
+from headstart.kernels.engine.precision import PRECISIONS, as_result, resolve_precision
 from headstart.kernels.ragged import (
     BLOCK_ROWS,
     RaggedTasks,
     check_alike,
+    check_bytes,
     check_finite,
     check_labels,
     check_not_negative,
@@ -60,9 +61,10 @@ def prototype_distances(
     the rounding to `precision`.
     ValueError: a target of another D, dtype or device, without rows, or not finite; labels that are not int64 [N] on
     the target's device, or negative; tasks without labels; a form or precision that is not accepted; a bound that is
-    too small; class means so far apart that squares overflow.
+    too small; class means so far apart that squares overflow, or the result.
     """
     check_alike(target, tasks)
+    check_bytes(memory)
     precision = resolve_precision(precision, target.dtype)
     if form not in _MATCHINGS:
         raise ValueError(f"form is {form!r}; accepted: {', '.join(_MATCHINGS)}")
@@ -89,7 +91,7 @@ def _distances(
     tasks = RaggedTasks(features, offsets, task_labels)
     with dispatch.Watch("prototype distances", target.device) as watch:
         distances = _matched(target, labels, tasks, _MATCHINGS[form], memory, watch)
-    return torch.tensor(distances, dtype=torch.float64).to(target.device, PRECISIONS[precision])
+    return as_result(torch.tensor(distances, dtype=torch.float64), precision).to(target.device)
 
 
 @_distances.register_fake
@@ -109,7 +111,7 @@ def _matched(
     assert tasks.labels is not None
     of_target = _sort_by_class(labels, torch.tensor([0, len(target)]))
     of_tasks = _sort_by_class(tasks.labels, tasks.offsets)
-    limits = _limits(target, of_target, of_tasks, DEFAULT_MEMORY if memory is None else memory)
+    limits = _limits(target, of_target, of_tasks, memory)
     chunk_rows, max_blocks, watch.planned = limits
     centre = common_centre(target).double()
     target_means = _class_means(target, of_target, 0, of_target.num_classes, centre, chunk_rows)
@@ -179,7 +181,7 @@ def _sort_by_class(labels: Tensor, offsets: Tensor) -> _Classes:
     return _Classes(order, blocks.ends, blocks.first_of_task, torch.searchsorted(starts, offsets))
 
 
-def _limits(target: Tensor, of_target: _Classes, of_tasks: _Classes, memory: int) -> tuple[int, int, int]:
+def _limits(target: Tensor, of_target: _Classes, of_tasks: _Classes, memory: int | None) -> tuple[int, int, int]:
     """Rows and blocks to take at a time under a bound of so many bytes, and the bytes that these take.
 
     ValueError where the bound cannot be kept.
@@ -192,9 +194,7 @@ def _limits(target: Tensor, of_target: _Classes, of_tasks: _Classes, memory: int
     blocks = of_tasks.first_block[of_tasks.first_class]
     largest = max(int(blocks.diff().max()), len(of_target.ends) - 1)
     least = 8 * num_features * num_classes + BLOCK_ROWS * row_bytes + largest * block_bytes
-    if memory < least:
-        raise ValueError(f"memory is {memory} bytes; accepted: at least {least}")
-    half = (memory - least) // 2
+    half = (fit_memory(memory, least) - least) // 2
     chunk_rows = max(BLOCK_ROWS, min(BLOCK_ROWS + half // row_bytes, _CHUNK[target.device.type] // num_features))
     max_blocks = largest + half // block_bytes
     most_rows = min(chunk_rows, max(len(of_target.order), len(of_tasks.order)))

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What features may be."""
 
 BLOCK_ROWS = 512
 """Rows of one task that are summed in one go by `block_means`: part of the result's bits, so it is fixed."""
@@ -25,7 +29,7 @@ class RaggedTasks:
     """
 
     features: Tensor
-    """[sum n_t, D], of a floating dtype, finite, on any device."""
+    """[sum n_t, D], of one of DTYPES, finite, on any device."""
     offsets: Tensor
     """[T + 1] int64: task t has the rows offsets[t] up to offsets[t + 1]. Kept on the CPU, where schedules are made."""
     labels: Tensor | None = None
@@ -38,9 +42,11 @@ class RaggedTasks:
     def __post_init__(self) -> None:
         for name in ("features", "offsets", *(() if self.labels is None else ("labels",))):
             _check_tensor(name, getattr(self, name))
-        if self.features.ndim != 2 or self.features.shape[1] == 0 or not self.features.is_floating_point():
+        dense = self.features.dtype in DTYPES and self.features.layout == torch.strided
+        if self.features.ndim != 2 or self.features.shape[1] == 0 or not dense:
             raise ValueError(
-                f"features are {_describe(self.features)}; accepted: a floating tensor [sum n_t, D] with D >= 1"
+                f"features are {_describe(self.features)}; accepted: a dense tensor [sum n_t, D] with D >= 1 of "
+                + ", ".join(str(dtype) for dtype in DTYPES)
             )
         object.__setattr__(self, "offsets", _checked_offsets(self.offsets, len(self.features)))
         object.__setattr__(self, "sizes", self.offsets.diff())
@@ -58,13 +64,17 @@ class RaggedTasks:
     @classmethod
     def from_list(cls, tasks: Sequence[Tensor], labels: Sequence[Tensor] | None = None) -> "RaggedTasks":
         """Tasks from tensors [n_t, D] that agree in D, dtype and device; labels are tensors [n_t]."""
+        if isinstance(tasks, Tensor):
+            raise TypeError(f"tasks are one tensor, {_describe(tasks)}; accepted: a list of tensors [n_t, D]")
         if not tasks:
             raise ValueError("no tasks were given; accepted: at least one tensor [n_t, D]")
         for t, task in enumerate(tasks):
             _check_tensor(f"task {t}", task)
-            if task.ndim != 2 or task.shape[1] != tasks[0].shape[-1]:
-                raise ValueError(f"task {t} is {_describe(task)}; accepted: [n_t, {tasks[0].shape[-1]}] as task 0")
-            if (task.dtype, task.device) != (tasks[0].dtype, tasks[0].device):
+            if task.ndim != 2:
+                raise ValueError(f"task {t} is {_describe(task)}; accepted: [n_t, D]")
+            if task.shape[1] != tasks[0].shape[1]:
+                raise ValueError(f"task {t} is {_describe(task)}; accepted: [n_t, {tasks[0].shape[1]}] as task 0")
+            if _kind(task) != _kind(tasks[0]):
                 raise ValueError(f"task {t} is {_describe(task)}; accepted: as task 0, {_describe(tasks[0])}")
         if labels is not None and [len(y) for y in labels] != [len(task) for task in tasks]:
             raise ValueError(
@@ -212,7 +222,7 @@ def check_alike(target: Tensor, tasks: RaggedTasks) -> None:
         raise ValueError(f"target is {_describe(target)}; accepted: [N, {num_features}] as the tasks have it")
     if len(target) == 0:
         raise ValueError(f"target has no rows: {_describe(target)}; accepted: at least one")
-    if (target.dtype, target.device) != (tasks.features.dtype, tasks.features.device):
+    if _kind(target) != _kind(tasks.features):
         raise ValueError(
             f"target is {_describe(target)}; accepted: the dtype and device of the tasks, "
             f"{tasks.features.dtype} on {tasks.features.device}"
@@ -239,6 +249,18 @@ def check_not_negative(labels: Tensor) -> None:
     if bool((labels < 0).any()):
         row = int((labels < 0).nonzero()[0])
         raise ValueError(f"label {int(labels[row])} of the target, in row {row}, is negative; accepted: 0 or more")
+
+
+def check_whole(name: str, value: object, accepted: str) -> None:
+    """Refuse, with a TypeError, what is no whole number: 2.0, "2" and True. NumPy's are."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; accepted: {accepted}")
+
+
+def check_bytes(memory: object) -> None:
+    """Refuse, with a TypeError, a bound that is no whole number of bytes, nor None."""
+    if memory is not None:
+        check_whole("memory", memory, "a whole number of bytes, or None")
 
 
 def check_two_rows(target: Tensor, tasks: RaggedTasks) -> None:
@@ -276,5 +298,10 @@ def _check_labels(labels: Tensor, features: Tensor) -> None:
         raise ValueError(f"label {int(labels[row])} in row {row} is negative; {accepted}")
 
 
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.layout]:
+    return tensor.dtype, tensor.device, tensor.layout
+
+
 def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+    layout = "" if tensor.layout == torch.strided else f", {tensor.layout}"
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{layout}"

@@ -1,16 +1,17 @@
 """Sinkhorn divergences between a target and many ragged tasks."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
-from headstart.kernels.engine.sweep import DEFAULT_MEMORY
 from headstart.kernels.engine.terms import needed_centre, terms_of_tasks
 from headstart.kernels.engine.transport_operators import self_values, transports
-from headstart.kernels.ragged import RaggedTasks, check_alike
+from headstart.kernels.ragged import RaggedTasks, check_alike, check_bytes, check_finite, check_whole
 
 _SAMPLE = 1024
 """Rows of the target that the default epsilon is taken from."""
@@ -97,7 +98,7 @@ def sinkhorn_distances(
     which leaves the product of both low parts out, 2^-14 R^2, or 2^-8 R for p = 1.
     ValueError: a target of another D, dtype or device, without rows, or not finite; p, epsilon, a tolerance, a number
     of iterations or a precision that is not accepted; a bound that is too small; self terms of other tasks, precision,
-    p or epsilon; rows so far apart that squares overflow.
+    p or epsilon; rows so far apart that squares overflow; an epsilon that their dtype cannot divide costs by.
     """
     check_alike(target, tasks)
     options = checked_options(target.dtype, p, tolerance, max_iterations, precision, memory)
@@ -143,20 +144,34 @@ def default_epsilon(target: Tensor, p: Literal[1, 2] = 2, memory: int | None = N
     """(median / 10)^p of the distances between at most 1,024 evenly spaced rows of the target that lie apart.
 
     `naive.median_distance` of these rows is the definition of the median: 1 where all rows are equal. ValueError: a
-    bound that cannot hold the distances.
+    bound that cannot hold the distances; a target that is not finite, or whose costs overflow in float64.
     """
+    check_bytes(memory)
+    check_finite(target)
     num_rows = min(len(target), _SAMPLE)
     dtype = torch.promote_types(target.dtype, torch.float32)
     num_pairs = num_rows * (num_rows - 1) // 2
     least = (num_pairs * 6 + num_rows * target.shape[1] * 2) * dtype.itemsize
-    if memory is not None and memory < least:
-        raise ValueError(f"memory is {memory} bytes; accepted: at least {least}, or an epsilon")
+    fit_memory(memory, least, ", or an epsilon")
     index = torch.arange(num_rows, device=target.device) * len(target) // num_rows
     sample = target.detach()[index].to(dtype)
+    scale = _median(sample) / 10
+    if scale == math.inf and dtype != torch.float64:  # squares overflow: costs in fp64 do not
+        return default_epsilon(sample.double(), p, memory)
+    epsilon = scale if p == 1 else scale * scale
+    if epsilon == math.inf:
+        raise ValueError(
+            f"some rows are so far apart that their costs overflow in {dtype}; accepted: nearer rows, or an epsilon"
+        )
+    return epsilon
+
+
+def _median(sample: Tensor) -> float:
+    """The median of the distances between rows that lie apart; 1 where all are equal."""
     # Of the pairs i < j alone: each distance would be there twice, which leaves the lower median where it is.
     distances = torch.pdist(sample)
     apart = distances[distances > 0]
-    return ((float(apart.median()) if len(apart) else 1.0) / 10) ** p
+    return float(apart.median()) if len(apart) else 1.0
 
 
 class Options(NamedTuple):
@@ -165,13 +180,16 @@ class Options(NamedTuple):
     tolerance: float
     max_iterations: int
     precision: str
-    memory: int
+    memory: int | None
 
 
 def checked_options(
     dtype: torch.dtype, p: int, tolerance: float, max_iterations: int, precision: str | None, memory: int | None
 ) -> Options:
     """The options as checked, with what None stands for in its place."""
+    check_bytes(memory)
+    check_whole("p", p, "1, 2")
+    check_whole("max_iterations", max_iterations, "a whole number, at least 1")
     if p not in (1, 2):
         raise ValueError(f"p is {p!r}; accepted: 1, 2")
     precision = resolve_precision(precision, dtype)
@@ -179,11 +197,11 @@ def checked_options(
         raise ValueError(f"tolerance is {tolerance}; accepted: more than 0 and less than 1, the sum of the weights")
     if max_iterations < 1:
         raise ValueError(f"max_iterations is {max_iterations}; accepted: at least 1")
-    return Options(tolerance, max_iterations, precision, DEFAULT_MEMORY if memory is None else memory)
+    return Options(tolerance, max_iterations, precision, memory)
 
 
 def resolve_epsilon(
-    target: Tensor, p: int, epsilon: float | Tensor | None, memory: int, kept: SinkhornSelfTerms | None
+    target: Tensor, p: int, epsilon: float | Tensor | None, memory: int | None, kept: SinkhornSelfTerms | None
 ) -> Tensor:
     """Epsilon as given, else that of the self terms, else the target's default; [] float64 on the CPU."""
     if epsilon is None:
@@ -195,12 +213,12 @@ def resolve_epsilon(
 
 # Operators, because what follows from values would break a compiled graph.
 @torch.library.custom_op("headstart::default_epsilon", mutates_args=())
-def _default_epsilon(target: Tensor, p: int, memory: int) -> Tensor:
+def _default_epsilon(target: Tensor, p: int, memory: int | None) -> Tensor:
     return torch.tensor(default_epsilon(target, 1 if p == 1 else 2, memory), dtype=torch.float64)
 
 
 @_default_epsilon.register_fake
-def _(target: Tensor, p: int, memory: int) -> Tensor:
+def _(target: Tensor, p: int, memory: int | None) -> Tensor:
     return torch.empty((), dtype=torch.float64)
 
 

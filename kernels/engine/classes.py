@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.kernels.engine.ground_cost import Cost, Points
-from headstart.kernels.engine.transport import Settings, check_memory
+from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, Points, chunk_bytes
+from headstart.kernels.engine.memory import DEFAULT_MEMORY, fit_memory
+from headstart.kernels.engine.transport import Settings
 from headstart.kernels.ragged import RaggedTasks
 
 
@@ -40,10 +41,9 @@ def class_rows(tasks: RaggedTasks, cost: Cost, settings: Settings) -> ClassRows:
     points = Points(tasks.features.detach(), tasks.offsets, classes, classes - first.to(device)[task])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0).cpu()])
     least = 4 * int(counts.max()) * tasks.num_features * tasks.features.element_size()
-    if settings.memory < least:
-        raise ValueError(f"memory is {settings.memory} bytes; accepted: at least {least}, four times the largest class")
+    fit_memory(settings.memory, least, ", four times the largest class")
     # Half is for label distances, half for the rows of classes: see `chunks`.
-    check_memory(tasks.features, cost, settings, share=2)
+    fit_memory(settings.memory, 2 * chunk_bytes(tasks.features, LEAST_CHUNK, cost))
     return ClassRows(points, classes.argsort(stable=True), offsets, first)
 
 
@@ -55,7 +55,8 @@ def each(classes: ClassRows) -> Iterator[Tensor]:
 
 def chunks(classes: ClassRows, settings: Settings) -> Iterator[tuple[int, RaggedTasks]]:
     """Runs of classes whose rows fill an eighth of the memory, or one class; with the number of the first."""
-    most = max(1, settings.memory // 8 // (classes.points.features.shape[1] * classes.points.features.element_size()))
+    memory = DEFAULT_MEMORY if settings.memory is None else settings.memory
+    most = max(1, memory // 8 // (classes.points.features.shape[1] * classes.points.features.element_size()))
     low, num_classes = 0, len(classes.offsets) - 1
     while low < num_classes:
         high = int(torch.searchsorted(classes.offsets, classes.offsets[low] + most, right=True)) - 1

@@ -12,9 +12,13 @@ from torch import Tensor
 
 from headstart.kernels import dispatch
 from headstart.kernels.engine import sums
+from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.sweep import Sweep
 from headstart.kernels.engine.tile import Value
 from headstart.kernels.ragged import check_finite
+
+_FIRST = 2**18
+"""Numbers of the tasks' first rows that are compared at a time: less than the least memory that is accepted."""
 
 
 def _value(kind: str, coefficients: Tensor) -> Value:
@@ -57,8 +61,7 @@ def pair_sums(
                 least = max(Sweep(features, n, value, precision, 2**62, centre).least for n in sizes)
                 if target.requires_grad:
                     least = max(least, _gradient_sweep(features, len(target), value, precision, 2**62, centre).least)
-                if memory < least:
-                    raise ValueError(f"memory is {memory} bytes; accepted: at least {least}, which one tile takes")
+                fit_memory(memory, least, ", which one tile takes")
             engine = Sweep(features, len(target), value, precision, memory, centre)
             watch.planned = engine.planned
             try:
@@ -208,8 +211,9 @@ def _same_tasks(target: Tensor, features: Tensor, offsets: Tensor) -> list[int]:
     alike = (offsets.diff() == len(target)).nonzero().flatten()
     if not len(alike):
         return []
-    first = features[offsets[alike].to(features.device)]
-    alike = alike[(first == target[0]).all(1).cpu()]
+    first = offsets[alike].to(features.device)
+    some_at_once = first.split(max(1, _FIRST // features.shape[1]))
+    alike = alike[torch.cat([(features[some] == target[0]).all(1) for some in some_at_once]).cpu()]
     starts = offsets[alike].tolist()
     chosen = zip(alike.tolist(), starts, strict=True)
     return [t for t, start in chosen if torch.equal(features[start : start + len(target)], target)]

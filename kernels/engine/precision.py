@@ -35,10 +35,21 @@ def resolve_precision(precision: str | None, dtype: torch.dtype) -> str:
     """The precision asked for, or where none is: fp64 for float64 features, else fp32."""
     if precision is None:
         return "fp64" if dtype == torch.float64 else "fp32"
-    if precision not in PRECISIONS:
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         accepted = ", ".join(PRECISIONS)
         raise ValueError(f"precision is {precision!r}; accepted: {accepted}, or None to follow the features")
     return precision
+
+
+def as_result(distances: Tensor, precision: str) -> Tensor:
+    """Distances in the dtype of a precision; ValueError where that does not hold them."""
+    result = distances.to(PRECISIONS[precision])
+    if not bool(result.isfinite().all()):
+        raise ValueError(
+            f"some rows are so far apart that distances overflow in {result.dtype}; accepted: nearer rows, or "
+            "precision='fp64'"
+        )
+    return result
 
 
 def round_tf32(values: Tensor) -> Tensor:
@@ -71,16 +82,17 @@ class exact_products:  # noqa: N801 - a context manager is called like a functio
     """Keep float32 products in what `precision` says, whatever the process has set.
 
     torch.set_float32_matmul_precision("medium") makes them bfloat16 on the CPU (error 0.24 in a product of 512 x 512
-    normal numbers, torch 2.15) and "high" TF32 on CUDA. Autocast leaves products in place, as here, alone. On the CPU
-    "bf16" lets operands that are rounded already use the processor's bfloat16 products where it has them: the
-    same products, four to six times as fast on a processor with AMX. On CUDA float32 operands that are rounded, to
-    whatever, are multiplied by the tensor cores as TF32, which holds all of their digits.
+    normal numbers, torch 2.15) and "high" TF32 on CUDA. Autocast makes all but products in place bfloat16, so it is off
+    in here (a gradient was off by 4e-3 of itself, a transport never converged). On the CPU "bf16" lets operands that
+    are rounded already use the processor's bfloat16 products where it has them: the same products, four to six times as
+    fast on a processor with AMX. On CUDA float32 operands that are rounded, to whatever, are multiplied by the tensor
+    cores as TF32, which holds all of their digits.
     """
 
     # A class, because a generator's context takes a fifth of a millisecond of ten for the tiles of one small pair.
     def __init__(self, device: torch.device, precision: str = "fp32") -> None:
         self._matmul: Any = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
-        self._wanted = "ieee"
+        self._device, self._wanted = device.type, "ieee"
         if device.type == "cpu" and precision in ("bf16", "bf16x3"):
             self._wanted = "bf16"
         elif device.type == "cuda" and precision in ROUNDED:
@@ -90,10 +102,15 @@ class exact_products:  # noqa: N801 - a context manager is called like a functio
         self._before = self._matmul.fp32_precision
         if self._before != self._wanted:
             self._matmul.fp32_precision = self._wanted
+        self._autocast = torch.is_autocast_enabled(self._device)
+        if self._autocast:  # a twentieth of the time of torch.autocast, which is entered for every tile
+            torch.set_autocast_enabled(self._device, False)
 
     def __exit__(self, *_: object) -> None:
         if self._before != self._wanted:
             self._matmul.fp32_precision = self._before
+        if self._autocast:
+            torch.set_autocast_enabled(self._device, True)
 
 
 class Operand(NamedTuple):

@@ -29,6 +29,7 @@ from headstart.kernels.engine.ground_cost import (
     make_block,
     pair_costs,
 )
+from headstart.kernels.engine.memory import DEFAULT_MEMORY
 
 _MOST = 40.0
 """Logarithms of a scaled plan and its scaling stay below this, so that no product of three overflows: what is beyond
@@ -127,7 +128,7 @@ def add_gradient(
     potentials: Tensor,
     epsilon: float,
     cost: Cost,
-    memory: int,
+    memory: int | None,
     masses: Tensor | None = None,
 ) -> None:
     """Add weight times the gradient of OT(rows, columns), by the columns [N, D], to out [N, D] of the working dtype.
@@ -138,7 +139,8 @@ def add_gradient(
     At the optimum only the cost moves (envelope theorem): sum_i plan_ij d C(y_i, x_j) / d x_j, with the plan of the
     rows' potentials. Of a set with itself that is half of the gradient, since it stands on both sides.
     """
-    Recomputed(rows, columns, cost, memory).add_gradient(out, weight, potentials[None], epsilon, masses)
+    bound = DEFAULT_MEMORY if memory is None else memory
+    Recomputed(rows, columns, cost, bound).add_gradient(out, weight, potentials[None], epsilon, masses)
 
 
 class _Held(Costs):

@@ -16,11 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, exact_products, round_tf32
 from headstart.kernels.engine.tile import Panels, Rows, Scratch, Tile, Value
-
-DEFAULT_MEMORY = 256 * 2**20
-"""Bytes that a call may hold beside its inputs and its result, where the caller does not say."""
 
 PANEL = 1024
 """Rows of a target that are one side of a product, where it has so many."""
@@ -73,10 +71,8 @@ class Sweep:
         self.stripe = max(64, min(4096, tile // self.panel, operand // self.dim, callers // max(1, per_row)))
         # What is looked at for near pairs together, and the pairs that are computed again together.
         self.looked_at, self.pairs = near, max(16, pairs // self.dim)
-        self.memory = DEFAULT_MEMORY if memory is None else memory
         least = self.least
-        if self.memory < least:
-            raise ValueError(f"memory is {self.memory} bytes; accepted: at least {least}, which one tile takes")
+        self.memory = fit_memory(memory, least, ", which one tile takes")
         kept = (num_columns if num_kept is None else num_kept) * (self.dim + 17) * self._copies * self.dtype.itemsize
         self._hold = least + kept <= self.memory
         self.planned = least + kept if self._hold else least

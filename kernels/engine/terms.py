@@ -10,7 +10,7 @@ from torch import Tensor
 from headstart.kernels import dispatch
 from headstart.kernels.engine.pairs import own_sums, pair_sums
 from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, resolve_precision
-from headstart.kernels.ragged import RaggedTasks, check_alike, check_two_rows, common_centre
+from headstart.kernels.ragged import RaggedTasks, check_alike, check_bytes, check_two_rows, common_centre
 
 NONE = torch.empty(0, dtype=torch.float64)
 """No coefficients."""
@@ -90,6 +90,7 @@ def means_of_pairs(
     ValueError: as `energy_distances` says.
     """
     check_alike(target, tasks)
+    check_bytes(memory)
     precision = resolve_precision(precision, target.dtype)
     if unbiased:
         check_two_rows(target, tasks)
@@ -99,7 +100,7 @@ def means_of_pairs(
     else:
         check_self_terms(self_terms, kind, tasks, precision, path, bandwidths)
         centre = None if self_terms.centre is None else self_terms.centre.to(target.device)
-    how = (centre, coefficients_of(bandwidths), kind, precision, memory)
+    how = (centre, coefficients_of(bandwidths, precision), kind, precision, memory)
     # First, because it refuses a bound that is too small for the tasks' own terms as well.
     cross, own = pair_sums(target, tasks.features, tasks.offsets, *how, True)
     theirs: Tensor
@@ -127,15 +128,17 @@ def make_self_terms(
     bandwidths: Tensor | None = None,
 ) -> SelfTerms:
     """The self terms of tasks. `centre`: as those that they are to be joined with; None: amid these tasks."""
+    check_bytes(memory)
     precision = resolve_precision(precision, tasks.features.dtype)
     path = dispatch.choose(tasks.features.device, precision, tasks.num_features)[0]
     if centre is None:
         centre = needed_centre(tasks, precision, path)
     elif centre.shape != tasks.features.shape[1:] or not bool(centre.isfinite().all()):
         raise ValueError(f"centre is {list(centre.shape)}; accepted: finite, [{tasks.num_features}]")
+    how = (centre, coefficients_of(bandwidths, precision), kind, precision, memory)
     return SelfTerms(
         kind=kind,
-        sums=own_sums(tasks.features, tasks.offsets, centre, coefficients_of(bandwidths), kind, precision, memory),
+        sums=own_sums(tasks.features, tasks.offsets, *how),
         sizes=tasks.sizes,
         precision=precision,
         path=path,
@@ -195,9 +198,14 @@ def _check_sizes(sizes: Tensor, offsets: Tensor) -> None:
         raise ValueError(f"the self term of task {t} is that of {int(sizes[t])} rows; accepted: of its {int(now[t])}")
 
 
-def coefficients_of(bandwidths: Tensor | None) -> Tensor:
-    """1 / (2 sigma^2) of bandwidths sigma [B], [B] float64 on the CPU."""
-    return NONE if bandwidths is None else (0.5 / bandwidths.double().square()).cpu()
+def coefficients_of(bandwidths: Tensor | None, precision: str) -> Tensor:
+    """1 / (2 sigma^2) of bandwidths sigma [B], [B] float64 on the CPU, within what the dtype of a precision has."""
+    if bandwidths is None:
+        return NONE
+    limits = torch.finfo(PRECISIONS[precision])
+    # Beyond it a kernel would be exp(-0 inf), NaN: of equal rows, or of what is masked by an infinite distance. A
+    # quarter is left for what multiplies a coefficient, 2 and log2(e).
+    return (0.5 / bandwidths.double().square()).clamp(limits.tiny, limits.max / 4).cpu()
 
 
 def _same(one: object, other: object) -> bool:

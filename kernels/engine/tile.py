@@ -39,7 +39,7 @@ class Value(NamedTuple):
         return total.div_(len(self.coefficients))
 
     def slope_(self, squares: Tensor) -> Tensor:
-        """2 dv/d(d^2), which times (x - y) is the gradient of v with respect to x; 0 where d = 0 has none."""
+        """2 dv/d(d^2), which times (x - y) is the gradient of v with respect to x; 0 where d = 0, which has none."""
         if self.kind == "squared":
             return squares.fill_(2.0)
         if self.kind == "distance":
@@ -48,7 +48,8 @@ class Value(NamedTuple):
         total = torch.zeros_like(squares)
         for c in self.coefficients:
             total += torch.exp(squares * -c).mul_(-2 * c)
-        return total.div_(len(self.coefficients))
+        # x - y is 0 there, and a product would take it from what is x times as large.
+        return total.div_(len(self.coefficients)).masked_fill_(squares == 0, 0)
 
 
 class Rows(NamedTuple):

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from headstart.kernels import dispatch
 from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, Points, chunk_bytes, held_bytes
+from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.precision import exact_products
 from headstart.kernels.engine.softmin import Batch, Costs, choose_path, make_costs
 
@@ -48,8 +49,8 @@ class Settings(NamedTuple):
     """L1 marginal error at which a problem is solved."""
     max_iterations: int
     """At the last epsilon."""
-    memory: int
-    """Bytes that may be held beside inputs and what is as long as they are."""
+    memory: int | None
+    """Bytes that may be held beside inputs and what is as long as they are; None: `fit_memory` says."""
 
 
 class Solution(NamedTuple):
@@ -68,7 +69,7 @@ class Solution(NamedTuple):
 @torch.no_grad()
 def solve(rows: Points, columns: Points | None, cost: Cost, settings: Settings) -> Solution:
     """Transport of each of T sets of rows to the one set of columns, or, where that is None, to itself."""
-    check_memory(rows.features, cost, settings)
+    memory = fit_memory(settings.memory, chunk_bytes(rows.features, LEAST_CHUNK, cost))
     device, num_sets = rows.features.device, len(rows.offsets) - 1
     solution = Solution(
         torch.zeros(num_sets, dtype=torch.float64, device=device),
@@ -78,8 +79,8 @@ def solve(rows: Points, columns: Points | None, cost: Cost, settings: Settings) 
     )
     # What each path takes is watched, and reported, by itself.
     paths: dict[tuple[str, str], list[Batch]] = {}
-    for members, width in _batches(rows, columns, cost, settings):
-        batch = Batch(rows, columns, members, width, cost, settings.memory)
+    for members, width in _batches(rows, columns, cost, memory):
+        batch = Batch(rows, columns, members, width, cost, memory)
         paths.setdefault(choose_path(batch), []).append(batch)
     for (path, reason), batches in paths.items():
         with dispatch.Watch("transports", device, path, reason, cost.precision) as watch, exact_products(device):
@@ -91,16 +92,7 @@ def solve(rows: Points, columns: Points | None, cost: Cost, settings: Settings) 
     return solution
 
 
-def check_memory(features: Tensor, cost: Cost, settings: Settings, *, share: int = 1) -> None:
-    """Refuse, with a ValueError, a bound of which one part in `share` cannot hold the smallest chunk."""
-    least = share * chunk_bytes(features, LEAST_CHUNK, cost)
-    if settings.memory < least:
-        raise ValueError(f"memory is {settings.memory} bytes; accepted: at least {least}")
-
-
-def _batches(
-    rows: Points, columns: Points | None, cost: Cost, settings: Settings
-) -> Iterator[tuple[list[int], int | None]]:
+def _batches(rows: Points, columns: Points | None, cost: Cost, memory: int) -> Iterator[tuple[list[int], int | None]]:
     """Sets to solve together and the width that they are padded to; None for one whose costs cannot be held."""
     groups: dict[int, list[int]] = {}
     for t, size in enumerate(rows.offsets.diff().tolist()):
@@ -109,11 +101,11 @@ def _batches(
     num_columns = None if columns is None else len(columns.features)
     for width, members in groups.items():
         fixed, each = held_bytes(rows.features, width, num_columns, cost)
-        if fixed + each > settings.memory:
+        if fixed + each > memory:
             yield from (([t], None) for t in members)
             continue
         fits = _BATCH[rows.features.device.type] // (width * (num_columns or width))
-        most = max(1, min((settings.memory - fixed) // each, fits))
+        most = max(1, min((memory - fixed) // each, fits))
         for low in range(0, len(members), most):
             yield members[low : low + most], width
 
@@ -172,6 +164,7 @@ def _anneal(costs: Costs, epsilon: float, same: bool) -> tuple[Tensor, Tensor]:
             f"some rows are so far apart that their costs overflow in {costs.dtype}; accepted: nearer rows, or "
             "precision='fp64'"
         )
+    _check_epsilon(epsilon, float(level.amax()), costs.dtype)
     level = level.clamp(min=epsilon)[:, None]
     g = torch.zeros_like(costs.column_log_weights)
     f = costs.rows(g, level)
@@ -185,6 +178,18 @@ def _anneal(costs: Costs, epsilon: float, same: bool) -> tuple[Tensor, Tensor]:
         f = costs.rows(g, epsilon)
         g = costs.columns(f, epsilon)
     return f, g
+
+
+def _check_epsilon(epsilon: float, largest: float, dtype: torch.dtype) -> None:
+    """Refuse, with a ValueError, an epsilon by which costs up to `largest` cannot be divided in a dtype."""
+    limits = torch.finfo(dtype)
+    # (f + g - C) / epsilon is made of three terms of the size of the largest cost, and potentials are halved and added.
+    least, most = max(limits.tiny, largest / (limits.max / 8)), 1 / limits.tiny
+    if not least <= epsilon <= most:
+        raise ValueError(
+            f"epsilon is {epsilon:.1e}; accepted: {least:.1e} to {most:.1e} for costs up to {largest:.1e} in {dtype}, "
+            "or features of another scale, or precision='fp64'"
+        )
 
 
 def _relaxation(now: Tensor, rate: Tensor) -> Tensor:

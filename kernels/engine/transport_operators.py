@@ -26,7 +26,7 @@ def transports(
     tolerance: float,
     max_iterations: int,
     precision: str,
-    memory: int,
+    memory: int | None,
     centre: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(OT(x, y) [T], OT(x, x) [1], iterations [T], the errors of both, the potentials of y [M] and of x [N])."""
@@ -70,7 +70,7 @@ def sinkhorn_gradient(
     p: int,
     epsilon: Tensor,
     precision: str,
-    memory: int,
+    memory: int | None,
     centre: Tensor | None,
 ) -> Tensor:
     """sum_t w_t dOT(x, y_t)/dx + w dOT(x, x)/dx at the potentials of the optimum, [N, D] as the target."""
@@ -115,7 +115,7 @@ def self_values(
     tolerance: float,
     max_iterations: int,
     precision: str,
-    memory: int,
+    memory: int | None,
     centre: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """OT(y, y) of each task and its error, [T] float64 both."""
@@ -138,7 +138,7 @@ def as_points(features: Tensor) -> Points:
 
 def warn_of(errors: Tensor, settings: Settings) -> None:
     """Warn where a transport did not converge."""
-    lost = int((errors > settings.tolerance).sum())
+    lost = int((~(errors <= settings.tolerance)).sum())  # so written that a NaN is lost
     if lost:
         warnings.warn(
             f"{lost} of {len(errors)} Sinkhorn distances did not converge in {settings.max_iterations} iterations: "

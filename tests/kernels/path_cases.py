@@ -73,6 +73,15 @@ def test_mmd_in_fp32():
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=4 * 20 * 2.0**-21)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in multiply")  # exp2 of -inf is meant to be 0
+@pytest.mark.parametrize(("sigma", "expected"), [(3e-20, 1 / 6), (1e23, 0.0)], ids=str)
+def test_mmd_at_a_bandwidth_whose_coefficient_float32_has_not(sigma: float, expected: float):
+    x = torch.tensor([[0.0, 0], [1, 1], [2, 3]], device=DEVICE)
+    found = mmd_distances(x, RaggedTasks.from_list([x[:2]]), bandwidths=[sigma]).distances
+    # As test_mmd.py has it: a kernel that is 1 for equal rows alone, or for all.
+    torch.testing.assert_close(float(found), expected, rtol=2.0**-22, atol=0)
+
+
 def test_memory_changes_no_bit_and_tasks_in_pieces_agree(path: str, monkeypatch: pytest.MonkeyPatch):
     x, tasks = problem(20)
     how = (common_centre(tasks.features), torch.empty(0, dtype=torch.float64), "distance", "bf16", None)

@@ -1,13 +1,18 @@
 """What every function refuses, in the same words: who was wrong, how, and what would be accepted."""
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
 from headstart.kernels.energy import energy_distances, energy_self_terms
 from headstart.kernels.engine.precision import PRECISIONS
+from headstart.kernels.euclidean import topk
+from headstart.kernels.neighbours import nearest_neighbours
 from headstart.kernels.ragged import RaggedTasks
+from headstart.kernels.sinkhorn import default_epsilon, sinkhorn_distances, sinkhorn_self_terms
 from tests.kernels.cases import FUNCTIONS, thirds
 
 
@@ -26,6 +31,7 @@ BAD = {
     "one dimension": (rows(6, 4, 1)[0], r"\[N, 4\]"),
     "no rows": (rows(0, 4, 1), "target has no rows"),
     "another dtype": (rows(6, 4, 1).double(), r"torch.float64 .*; accepted: .* torch.float32 on cpu"),
+    "sparse": (rows(6, 4, 1).to_sparse(), r"torch\.sparse_coo; accepted: the dtype and device of the tasks"),
     "another device": (rows(6, 4, 1).to("meta"), r"on meta; accepted: .* torch.float32 on cpu"),
     "NaN": (with_one(math.nan), "NaN or infinite features in row 3; accepted: finite"),
     "infinity": (with_one(-math.inf), "NaN or infinite features in row 3; accepted: finite"),
@@ -42,12 +48,76 @@ def test_bad_targets(name: str, bad: str):
         FUNCTIONS[name](target, tasks)
 
 
-@pytest.mark.parametrize("options", [{"precision": "fp8"}, {"memory": 1}], ids=str)
+@pytest.mark.parametrize("options", [{"precision": "fp8"}, {"precision": ["fp32"]}, {"memory": 1}], ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_bad_options(name: str, options: dict):
     y = rows(9, 4, 2)
     with pytest.raises(ValueError, match=r"accepted: (fp32|bf16|at least)"):
         FUNCTIONS[name](rows(6, 4, 1), RaggedTasks(y, torch.tensor([0, 4, 9]), thirds(y)), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"memory": 1e9}, r"memory is 1000000000\.0; accepted: a whole number of bytes, or None"),
+        ({"memory": "1GB"}, "memory is '1GB'"),
+        ({"memory": True}, "memory is True"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_memory_that_is_no_number_of_bytes(name: str, options: dict, said: str):
+    y = rows(9, 4, 2)
+    with pytest.raises(TypeError, match=said):
+        FUNCTIONS[name](rows(6, 4, 1), RaggedTasks(y, torch.tensor([0, 4, 9]), thirds(y)), **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda x, tasks: sinkhorn_distances(x, tasks, p=2.0), r"p is 2\.0; accepted: 1, 2"),
+        (lambda x, tasks: sinkhorn_distances(x, tasks, p=True), "p is True; accepted: 1, 2"),
+        (
+            lambda x, tasks: sinkhorn_distances(x, tasks, max_iterations=10.5),
+            r"max_iterations is 10\.5; accepted: a ",
+        ),
+        (lambda x, tasks: sinkhorn_self_terms(tasks, epsilon=1.0, memory=1e9), "memory is"),
+        (lambda x, tasks: default_epsilon(x, memory=1e9), "memory is"),
+        (lambda x, tasks: energy_self_terms(tasks, memory="1GB"), "memory is '1GB'"),
+        (lambda x, tasks: nearest_neighbours(x, tasks, 2.5), r"k is 2\.5; accepted: 1 to 9, the rows in all tasks"),
+        (
+            lambda x, tasks: nearest_neighbours(x, tasks, True, per_task=True),
+            "k is True; accepted: 1 to 4, ",
+        ),
+        (lambda x, tasks: topk(x[0], 2.5), r"k is 2\.5; accepted: 1 to T"),
+    ],
+)
+def test_numbers_that_are_not_whole(call: Callable[..., object], said: str):
+    with pytest.raises(TypeError, match=said):
+        call(rows(6, 4, 1), RaggedTasks(rows(9, 4, 2), torch.tensor([0, 4, 9])))
+
+
+def test_whole_numbers_of_numpy_are_taken():
+    x, tasks = rows(6, 4, 1), RaggedTasks(rows(9, 4, 2), torch.tensor([0, 4, 9]))
+    found = nearest_neighbours(x, tasks, np.int64(2), memory=np.int32(2**30))
+    assert torch.equal(found.rows, nearest_neighbours(x, tasks, 2).rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_distances_that_overflow_float32_are_refused_there_and_taken_by_fp64(name: str, dtype: torch.dtype):
+    if name == "mmd":
+        pytest.skip("at most 2 at any scale")
+    # The largest float32 is below 2^128. Where nothing is squared in it, four differences of 2^127 and more are beyond.
+    unsquared = name in ("mean distances", "prototype distances")
+    scale = 1e60 if dtype == torch.float64 else 2.0**126 if unsquared else 1e20
+    y = rows(9, 4, 2).abs().clamp(1, 1.9).to(dtype) * scale
+    x, tasks = -y[:6], RaggedTasks(y, torch.tensor([0, 4, 9]), thirds(y))
+    with pytest.raises(ValueError, match=r"so far .* in torch.float32; accepted: nearer rows, or precision='fp64'"):
+        FUNCTIONS[name](x, tasks, precision="fp32")
+    found = FUNCTIONS[name](x, tasks, precision="fp64")
+    found = found if isinstance(found, torch.Tensor) else found[0]
+    assert bool((found.isfinite() & (found > 0)).all())
 
 
 def test_self_terms_of_features_of_another_length_are_refused():

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from headstart.kernels import dispatch
+from headstart.kernels import dispatch, label_distances
 from headstart.kernels.energy import energy_distances
-from headstart.kernels.engine.sweep import DEFAULT_MEMORY
+from headstart.kernels.engine import classes, softmin
+from headstart.kernels.engine import memory as memory_
+from headstart.kernels.engine.memory import DEFAULT_MEMORY
 from headstart.kernels.ragged import RaggedTasks
 from headstart.kernels.sinkhorn import sinkhorn_distances
 from tests.kernels.cases import FUNCTIONS, held, thirds
@@ -81,6 +83,32 @@ def test_every_function_reports_its_path_and_keeps_to_the_memory(name: str, memo
         # Of a default bandwidth and of label distances more is held between the parts that report.
         # What is as long as T, N or the sum of n_t comes on top: up to ten numbers of 8 bytes at a time, here.
         assert most <= max(each.peak_bytes for each in reports) + 80 * (len(x) + len(tasks.features))
+
+
+@pytest.mark.parametrize("label_distance", ["bures", "sinkhorn"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nothing_is_too_large_for_a_bound_that_was_not_given(
+    name: str, label_distance: str, monkeypatch: pytest.MonkeyPatch, device: str
+):
+    if label_distance == "sinkhorn" and name != "label-aware":
+        pytest.skip("has no label distance")
+    x, tasks = problem(device)
+    x, tasks = x[:40], RaggedTasks(tasks.features[:70], torch.tensor([0, 6, 70]), thirds(tasks.features[:70]))
+    x.requires_grad_(name not in ("mean distances", "neighbours", "prototype distances"))
+    how = {"label_distance": label_distance} if name == "label-aware" else {}
+    plain = FUNCTIONS[name](x, tasks, **how)
+    # A default that no input fits: of wider rows, as of 25,088 numbers, 256 MiB are as few.
+    for module in (memory_, classes, label_distances, softmin):
+        monkeypatch.setattr(module, "DEFAULT_MEMORY", 2)
+    found = FUNCTIONS[name](x, tasks, **how)
+    plain, found = (each if isinstance(each, torch.Tensor) else each[0] for each in (plain, found))
+    # Transports recompute their costs then, which moves them by what the iteration leaves: 1e-3 of costs of 100.
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=0.1 if name in ("transports", "label-aware") else 1e-5)
+    if x.requires_grad:
+        found.sum().backward()
+        assert bool(x.grad.isfinite().all())
+    with pytest.raises(ValueError, match="memory is 2 bytes; accepted: at least"):
+        FUNCTIONS[name](x, tasks, memory=2, **how)
 
 
 def test_sinkhorn_tells_which_costs_it_holds(device: str):

@@ -101,6 +101,18 @@ def test_bad_bandwidths_are_refused(bad: list):
         mmd_distances(x, RaggedTasks.from_list([x + 1]), bandwidths=torch.tensor(bad))
 
 
+@pytest.mark.parametrize("sigma", [1e-200, 3e-20, 2e22, 1e200], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
+def test_a_bandwidth_whose_coefficient_no_dtype_has_is_taken(precision: str, sigma: float, device: str):
+    x = torch.tensor([[0.0, 0], [1, 1], [2, 3]], device=device, requires_grad=True)  # exact in bf16, about any of them
+    found = mmd_distances(x, RaggedTasks.from_list([x.detach()[:2]]), bandwidths=[sigma], precision=precision).distances
+    # A kernel that is 1 for equal rows and 0 for others, or 1 for all: 1/3 + 1/2 - 2/3. Distances squared are 2 and
+    # more, or 13 at most, so that the others are below exp(-1e30) or above 1 - 1e-30.
+    torch.testing.assert_close(float(found.detach()), 1 / 6 if sigma < 1 else 0.0, rtol=2.0**-22, atol=0)
+    found.sum().backward()
+    assert not bool(x.grad.any())
+
+
 def test_bandwidths_may_be_a_list_of_numbers():
     x = rows(4, 3, 1)
     tasks, sigmas = RaggedTasks.from_list([x + 1]), [0.1, 3]

@@ -8,7 +8,7 @@ from headstart.kernels.energy import energy_distances, energy_self_terms
 from headstart.kernels.engine.precision import make_operand, round_tf32, split_bf16
 from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.ragged import RaggedTasks
-from tests.kernels.cases import HALF_STEP, double, rounding_error
+from tests.kernels.cases import FUNCTIONS, HALF_STEP, double, rounding_error, thirds
 
 
 def features(n: int, d: int, seed: int, device: str) -> torch.Tensor:
@@ -43,6 +43,25 @@ def test_bf16_splits_to_sixteen_bits():
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     high, low = split_bf16(values)
     assert float(((high.double() + low.double() - values) / values).abs().max()) <= 2.0**-17
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_autocast_changes_no_bit_of_a_value_or_a_gradient(name: str, device: str):
+    x, y = features(40, 64, 1, device), features(90, 64, 2, device) + 0.1
+    tasks = RaggedTasks(y, torch.tensor([0, 50, 90]), thirds(y))
+    x.requires_grad_(name not in ("mean distances", "neighbours", "prototype distances"))
+
+    def value_and_gradient() -> tuple[torch.Tensor, torch.Tensor | None]:
+        found = FUNCTIONS[name](x, tasks)
+        found = found if isinstance(found, torch.Tensor) else found[0]
+        return found.detach(), torch.autograd.grad(found.sum(), x)[0] if x.requires_grad else None
+
+    value, gradient = value_and_gradient()
+    with torch.autocast(device, torch.bfloat16):
+        again, moved = value_and_gradient()
+        assert torch.is_autocast_enabled(device)
+    assert torch.equal(again, value)
+    assert gradient is None or torch.equal(moved, gradient)
 
 
 @pytest.mark.parametrize("precision", HALF_STEP)

@@ -42,6 +42,8 @@ def test_means_survive_a_large_common_offset(device: str):
         (X, torch.tensor([0.0, 6.0]), None, "int64"),
         (X[0], offsets(0, 1), None, "features"),
         (X.long(), offsets(0, 6), None, "features"),
+        (X.to(torch.float8_e4m3fn), offsets(0, 6), None, r"torch\.float8_e4m3fn .*; accepted: .* torch\.bfloat16"),
+        (X.to_sparse(), offsets(0, 6), None, r"torch\.sparse_coo; accepted: a dense tensor"),
         (X, offsets(0, 6), torch.zeros(5, dtype=torch.int64), "labels"),
         (X, offsets(0, 6), torch.tensor([0, 1, -1, 0, 0, 0]), "row 2"),
     ],
@@ -51,6 +53,12 @@ def test_what_cannot_be_is_refused(features, where, labels, said: str):
         RaggedTasks(features, where, labels)
 
 
+@pytest.mark.parametrize("tasks", [[torch.tensor(1.0)], [X, X[0]]], ids=["number", "row"])
+def test_a_task_of_a_list_has_two_dimensions(tasks: list):
+    with pytest.raises(ValueError, match=r"task [01] is torch.float32 .*; accepted: \[n_t, D\]"):
+        RaggedTasks.from_list(tasks)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -58,6 +66,7 @@ def test_what_cannot_be_is_refused(features, where, labels, said: str):
         (lambda: RaggedTasks(X, [0, 6]), "offsets is a list"),
         (lambda: RaggedTasks(X, offsets(0, 6), [0] * 6), "labels is a list"),
         (lambda: RaggedTasks.from_list([X, X.tolist()]), "task 1 is a list"),
+        (lambda: RaggedTasks.from_list(X[None]), r"tasks are one tensor, torch.float32 \[1, 6, 2\]"),
         (lambda: check_alike(X.numpy(), RaggedTasks(X, offsets(0, 6))), "target is a ndarray"),
         (lambda: check_alike(X, X), "tasks is a Tensor; accepted: RaggedTasks"),
         (lambda: check_labels([0] * 6, X), "labels is a list"),

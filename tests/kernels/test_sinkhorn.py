@@ -11,6 +11,8 @@ from torch import Tensor
 from headstart.kernels import dispatch, naive
 from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, chunk_bytes
 from headstart.kernels.engine.precision import rounded
+from headstart.kernels.engine.transport import Settings
+from headstart.kernels.engine.transport_operators import warn_of
 from headstart.kernels.ragged import RaggedTasks, common_centre
 from headstart.kernels.sinkhorn import default_epsilon, sinkhorn_distances, sinkhorn_self_terms
 from tests.kernels.cases import HALF_STEP, KINDS, SOME_SLOW, Case, U, change, double, picked
@@ -274,6 +276,51 @@ def test_costs_that_overflow_are_refused(device: str):
     x, y = features(5, 3, 1, device, torch.float32), features(4, 3, 2, device, torch.float32)
     with pytest.raises(ValueError, match="overflow"):
         sinkhorn_distances(x * 1e20, RaggedTasks.from_list([y]), epsilon=1.0)
+
+
+@pytest.mark.parametrize("epsilon", [1e-45, 1e-37, 1e38, 1e300], ids=str)
+def test_an_epsilon_that_float32_cannot_divide_costs_by_is_refused(epsilon: float, device: str):
+    x, y = features(20, 8, 1, device, torch.float32), features(30, 8, 2, device, torch.float32)
+    tasks = RaggedTasks.from_list([y])
+    with pytest.raises(ValueError, match=r"epsilon is .*; accepted: .* in torch.float32, .* or precision='fp64'"):
+        sinkhorn_distances(x, tasks, epsilon=epsilon)
+
+
+@pytest.mark.filterwarnings("ignore:1 of 1 Sinkhorn distances did not converge")
+@pytest.mark.parametrize("epsilon", [1e-35, 1e37], ids=str)
+def test_an_epsilon_near_what_float32_has_is_no_nan(epsilon: float, device: str):
+    x, y = features(20, 8, 1, device, torch.float32), features(30, 8, 2, device, torch.float32)
+    found = sinkhorn_distances(x, RaggedTasks.from_list([y]), epsilon=epsilon, max_iterations=50)
+    assert bool(found.distances.isfinite().all() & found.errors.isfinite().all())
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20], ids=str)
+def test_features_of_a_scale_whose_squares_float32_has_not_are_taken_by_fp64(scale: float, device: str):
+    x, y = features(20, 8, 1, device, torch.float32), features(30, 8, 2, device, torch.float32)
+    tasks = RaggedTasks.from_list([y * scale])
+    with pytest.raises(ValueError, match="precision='fp64'"):
+        sinkhorn_distances(x * scale, tasks)
+    found = sinkhorn_distances(x * scale, tasks, precision="fp64", tolerance=1e-6)
+    plain = sinkhorn_distances(x, RaggedTasks.from_list([y]), precision="fp64", tolerance=1e-6)
+    # float32 rounds a scaled row by 2^-24 of itself, and squares below 1.2e-38, of which epsilon is made, to 2^-149.
+    torch.testing.assert_close(found.distances / scale**2, plain.distances, rtol=1e-3, atol=0)
+    torch.testing.assert_close(found.epsilon / scale**2, plain.epsilon, rtol=1e-3, atol=0)
+
+
+def test_a_target_without_an_epsilon_is_named(device: str):
+    x, tasks = features(5, 3, 1, device), RaggedTasks.from_list([features(4, 3, 2, device)])
+    for bad in (math.nan, math.inf):
+        broken = x.clone()
+        broken[2, 1] = bad
+        with pytest.raises(ValueError, match="target has NaN or infinite features in row 2"):
+            sinkhorn_distances(broken, tasks)
+    with pytest.raises(ValueError, match=r"so far apart that their costs overflow in torch\.float64"):
+        sinkhorn_distances(x * 1e200, tasks)
+
+
+def test_an_error_that_is_no_number_is_warned_of():
+    with pytest.warns(RuntimeWarning, match="1 of 2 Sinkhorn distances did not converge"):
+        warn_of(torch.tensor([0.0, math.nan]), Settings(1.0, 1e-3, 10, 2**20))
 
 
 def test_half_precision_rows_are_computed_in_single(device: str):

@@ -119,6 +119,22 @@ def test_memory_is_held_to(kind: str):
         assert most <= memory
 
 
+def test_many_tasks_as_long_as_the_target_are_compared_with_it_within_the_memory():
+    num_tasks, d = 6000, 512
+    y = rows(2 * num_tasks, d, 1)
+    places = torch.tensor([0, 511, 512, 4321, num_tasks - 1])  # about the end of what is compared at a time, too
+    x = rows(2, d, 2)
+    y.view(num_tasks, 2, d)[places] = x
+    tasks = RaggedTasks(y, torch.arange(0, len(y) + 1, 2))
+    with pytest.raises(ValueError, match="at least") as refused:
+        energy_distances(x, tasks, memory=1)
+    least = int(re.search(r"at least (\d+)", str(refused.value))[1])
+    assert least < y.nbytes / 2  # what the first rows of all take
+    found, most = held(lambda: energy_distances(x, tasks, memory=least))
+    assert found.eq(0).nonzero().flatten().equal(places)
+    assert most <= least + 80 * len(y)  # and what is as long as the rows
+
+
 @pytest.mark.parametrize("sizes", [(2000, (5, 9)), (5, (2000, 9)), (300, (300, 2))], ids=str)
 @pytest.mark.parametrize("distance", ["energy", "mmd"])
 def test_the_least_bound_that_is_told_is_enough(distance: str, sizes: tuple[int, tuple[int, ...]], device: str):
