@@ -19,7 +19,7 @@ from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.mmd import mmd_distances
 from headstart.kernels.neighbours import nearest_neighbours
 from headstart.kernels.ragged import RaggedTasks, common_centre
-from tests.kernels.cases import HALF_STEP, double, rounding_error
+from tests.kernels.cases import HALF_STEP, double, gradient_error, near_rows, rounding_error
 
 DEVICE = "cpu" if units.INTERPRETED else "cuda"
 
@@ -71,6 +71,18 @@ def test_mmd_in_fp32():
     expected = naive.mmd_distances(x.double(), double(tasks), bandwidths)
     # Squares of about 20 off by 20 * 2^-21, over twice the square of a bandwidth above 1, in four means.
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=4 * 20 * 2.0**-21)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_of_near_pairs_keep_their_digits(precision: str):
+    x, tasks = near_rows(1e-3, 100, DEVICE)
+    x.requires_grad_()
+    energy_distances(x, tasks, precision=precision).sum().backward()
+    exact = x.detach().double().requires_grad_()
+    naive.energy_distances(exact, double(tasks)).sum().backward()
+    # Gradients are those of the rows as given, in float32, whatever the distances are computed in.
+    allowed = 2 * (gradient_error(x.detach(), tasks.features) + gradient_error(x.detach(), x.detach())) / len(x)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=0, atol=allowed)
 
 
 def test_memory_changes_no_bit_and_tasks_in_pieces_agree(path: str, monkeypatch: pytest.MonkeyPatch):
