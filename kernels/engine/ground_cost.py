@@ -7,6 +7,7 @@ rounded about one centre for all sets, and costs are those of the rounded rows. 
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, exact_produc
 LEAST_CHUNK = 64
 """Rows of the smallest chunks in which costs are recomputed."""
 _AGAIN = 2**16
-"""Numbers of the rows whose differences are taken together, and 8 times the pairs that are looked at for it."""
+"""Twice the numbers of the rows whose differences, in float64 for gradients, are taken together, and 8 times the pairs
+that are looked at for it."""
 
 
 class Points(NamedTuple):
@@ -134,20 +136,42 @@ def pair_costs(y: Block, x: Block, cost: Cost, *, same: bool = False, transposed
 
 def _again(squares: Tensor, y: Block, x: Block) -> None:
     """Write |y - x|^2 from the difference of the rows over every pair whose product cancelled."""
+    for b, i, j in _near_pairs(squares, y, x):
+        its = b % len(x.rows)
+        difference = y.rows[b, i] - x.rows[its, j]
+        if y.low is not None and x.low is not None:
+            difference += y.low[b, i] - x.low[its, j]
+        squares[b, i, j] = difference.square_().sum(1)
+
+
+def _near_pairs(squares: Tensor, y: Block, x: Block) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The pairs whose product cancels, some at a time: of which set, row and column, [P] each."""
     share = 2.0**-10 if squares.dtype == torch.float32 else 2.0**-20
     num_columns = squares.shape[2]
     lost = (squares.amin(2) < share * (y.squares + x.squares.amax(1, keepdim=True))).nonzero()
     for some in lost.split(max(1, _AGAIN // 8 // num_columns)):
         b, i = some.unbind(1)
-        its = b % len(x.rows)
-        near = squares[b, i] < share * (x.squares[its] + y.squares[b, i, None])
+        near = squares[b, i] < share * (x.squares[b % len(x.rows)] + y.squares[b, i, None])
         at, j = near.nonzero().unbind(1)
-        for part in torch.arange(len(at), device=at.device).split(max(1, _AGAIN // y.rows.shape[2])):
-            which, column = at[part], j[part]
-            difference = y.rows[b[which], i[which]] - x.rows[its[which], column]
-            if y.low is not None and x.low is not None:
-                difference += y.low[b[which], i[which]] - x.low[its[which], column]
-            squares[b[which], i[which], column] = difference.square_().sum(1)
+        for part in torch.arange(len(at), device=at.device).split(max(1, _AGAIN // 2 // y.rows.shape[2])):
+            yield b[at[part]], i[at[part]], j[part]
+
+
+def take_near(plan: Tensor, distances: Tensor, y: Block, x: Block, rows: tuple[Tensor, Tensor]) -> Tensor:
+    """sum_j plan_ij (y_i - x_j) / |y_i - x_j| over the near pairs of one set, [M, D] float64; their plan becomes 0.
+
+    `rows`: y [M, D] and x [N, D] with all of their digits. Centred ones have lost some, and a slope of 1 / |y_i - x_j|
+    makes that much.
+    """
+    moved = torch.zeros(rows[0].shape, dtype=torch.float64, device=plan.device)
+    for _, i, j in _near_pairs(distances.square()[None], y, x):
+        difference = rows[0][i].double().sub_(rows[1][j])
+        length = torch.linalg.vector_norm(difference, dim=1)
+        slopes = (plan[i, j] / length).masked_fill_(length == 0, 0)
+        # Not index_add_, whose order is open on CUDA.
+        moved.index_put_((i,), difference.mul_(slopes[:, None]), accumulate=True)
+        plan[i, j] = 0
+    return moved
 
 
 def chunk_bytes(features: Tensor, size: int, cost: Cost) -> int:

@@ -28,8 +28,10 @@ from headstart.kernels.engine.ground_cost import (
     held_bytes,
     make_block,
     pair_costs,
+    take_near,
 )
 from headstart.kernels.engine.memory import DEFAULT_MEMORY
+from headstart.kernels.engine.precision import ROUNDED
 
 _MOST = 40.0
 """Logarithms of a scaled plan and its scaling stay below this, so that no product of three overflows: what is beyond
@@ -303,6 +305,10 @@ class Recomputed(Costs):
                     masses += to.T @ (plan @ of)
                 if self._cost.p == 1:
                     # d |x - y| = (x - y) / |x - y|, and 0 where they are equal
+                    given = self._sides[1].features[place], self._sides[0].features[where]
+                    if self._cost.precision in ROUNDED:
+                        given = x.whole[0], y.whole[0]
+                    out[place] += take_near(plan, tile, x, y, given)
                     plan.div_(tile).masked_fill_(tile == 0, 0)
                 out[place] += plan.sum(1, keepdim=True) * columns
                 out[place].addmm_(plan, y.whole[0], alpha=-1)

@@ -81,14 +81,22 @@ def gradient_sweep(
 def cross_gradient(sweep: Sweep, target: Tensor, features: Tensor, row_weights: Tensor, out: Tensor) -> None:
     """Write sum_j w_j dv(x_i, y_j)/dx_i for weights w [M] of the rows y [M, D] of features to out [N, D].
 
-    With the slopes s_ij of a tile, sum_j s_ij (x_i - y_j) is one product more. Rows at distance 0 add nothing.
+    With the slopes s_ij of a tile, sum_j s_ij (x_i - y_j) is one product more. It cancels where the tile's did, and so
+    near pairs are added one by one, from the difference of their rows. Rows at distance 0 add nothing.
     """
     weights = row_weights.to(sweep.dtype)
     for columns, moved_columns in zip(target.split(sweep.panel), out.split(sweep.panel), strict=True):
         origin = sweep.centre_of(columns)
         total = torch.zeros(len(columns), 1, dtype=torch.float64, device=target.device)
         moved = torch.zeros(columns.shape, dtype=torch.float64, device=target.device)
-        for tile in sweep.tiles(columns, features):
+
+        def take(row: Tensor, column: Tensor, difference: Tensor, moved: Tensor = moved) -> None:
+            difference = difference.double()
+            slopes = sweep.value.slope_(torch.linalg.vector_norm(difference, dim=1).square_())
+            # Not index_add_, whose order is open on CUDA.
+            moved.index_put_((column,), difference.mul_(slopes.mul_(-row_weights[row])[:, None]), accumulate=True)
+
+        for tile in sweep.tiles(columns, features, take=take):
             rows = slice(tile.row, tile.row + len(tile.squares))
             slopes = sweep.value.slope_(tile.squares).mul_(weights[rows, None])
             total[:, 0] += slopes.sum(0)

@@ -10,6 +10,7 @@ A tile is a stripe of the tasks' rows against a panel of the target's rows, one 
   the memory bound decides whether the target's rows are kept or made again, which changes no bit.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, exact_products, round_tf32
-from headstart.kernels.engine.tile import Panels, Rows, Scratch, Tile, Value
+from headstart.kernels.engine.tile import Panels, Rows, Scratch, Take, Tile, Value
 
 PANEL = 1024
 """Rows of a target that are one side of a product, where it has so many."""
@@ -102,10 +103,13 @@ class Sweep:
         starts = range(0, len(target), self.panel)
         return Panels(centre, [self._panel(target, centre, start, True) for start in starts])
 
-    def tiles(self, target: Tensor, features: Tensor, panels: Panels | None = None) -> Iterator[Tile]:
+    def tiles(
+        self, target: Tensor, features: Tensor, panels: Panels | None = None, take: Take | None = None
+    ) -> Iterator[Tile]:
         """Every pair of a row y of features [M, D] and x of target [N, D], stripe by stripe of y.
 
-        `panels`: those of the target, where they are made already.
+        `panels`: those of the target, where they are made already. `take` is given the pairs whose product cancelled,
+        which the tile then has at inf.
         """
         centre, held = self.panels(target) if panels is None else panels
         with exact_products(self.device, self.precision):
@@ -113,7 +117,7 @@ class Sweep:
                 y = self._rows(features, [start], min(self.stripe, len(features) - start), [centre], "rows", "y")
                 for number, column in enumerate(range(0, len(target), self.panel)):
                     x = self._panel(target, centre, column, False) if held is None else held[number]
-                    yield Tile(start, column, self._squares(y, x)[0])
+                    yield Tile(start, column, self._squares(y, x, take=take)[0])
 
     def tiles_by_panel(self, target: Tensor, features: Tensor) -> Iterator[Tile]:
         """Every pair of a row y of target [N, D] and x of features [M, D], panel by panel of x: M may be large."""
@@ -244,7 +248,7 @@ class Sweep:
         self._extend(copy, rows.squares[0], "y")
         return rows._replace(extended=copy)
 
-    def _squares(self, y: Rows, x: Rows, itself: bool = False) -> Tensor:
+    def _squares(self, y: Rows, x: Rows, itself: bool = False, take: Take | None = None) -> Tensor:
         """|y - x|^2, [B, R, W], never negative; `itself`: row i of y is row i of x, and at `far`.
 
         To be called under `exact_products`, which costs too much to be entered for each tile.
@@ -262,7 +266,7 @@ class Sweep:
         least = tiles.view(self._bits).amin(2).view(self.dtype)
         # So written that a NaN, from an overflow, is looked into.
         if not (float(least.amin()) > self.cancelled * largest and largest < self.far):
-            self._again(tiles, y, x, least, largest)
+            self._again(tiles, y, x, least, largest, take)
         return tiles
 
     def _add_products(self, tiles: Tensor, y: Rows, x: Rows) -> None:
@@ -273,7 +277,7 @@ class Sweep:
                 for tile, rows, columns, n, m in zip(tiles, left, right, y.sizes, x.sizes, strict=True):
                     tile[:n, :m].addmm_(rows[:n], columns[:m].T, alpha=-2)
 
-    def _again(self, tiles: Tensor, y: Rows, x: Rows, least: Tensor, largest: float) -> None:
+    def _again(self, tiles: Tensor, y: Rows, x: Rows, least: Tensor, largest: float, take: Take | None) -> None:
         """Write |y - x|^2 from the difference of the rows over every pair whose product cancelled.
 
         `least` [B, R] is the least of each row of the tiles, `largest` the most that two squares are together.
@@ -292,18 +296,23 @@ class Sweep:
             for which_, row_, column_ in zip(
                 which[number].split(self.pairs), row[number].split(self.pairs), column.split(self.pairs), strict=True
             ):
-                tiles[which_, row_, column_] = self._differences(y, x, which_, row_, column_)
+                difference = self._differences(y, x, which_, row_, column_)
+                if take is None:
+                    tiles[which_, row_, column_] = difference.square_().sum(1).to(self.dtype)
+                else:
+                    take(y.starts[0] + row_, x.starts[0] + column_, difference)
+                    tiles[which_, row_, column_] = math.inf
+                del difference  # before its successor is there
 
     def _differences(self, y: Rows, x: Rows, which: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """|y_i - x_j|^2 of P pairs, [P]: of the rows as given, or as rounded where they are."""
+        """y_i - x_j of P pairs, [P, D]: of the rows as given, or as rounded where they are."""
         if self.precision in ("fp32", "fp64"):
             sides = []
             for rows, index in ((y, row), (x, column)):
                 starts = torch.tensor(rows.starts, device=self.device)
                 sides.append(rows.raw[starts[which] + index].to(self.wide))
-            difference = sides[0].sub_(sides[1])
-        else:
-            difference = y.high[which, row] - x.high[which, column]
-            if y.low is not None and x.low is not None:
-                difference += y.low[which, row] - x.low[which, column]
-        return difference.square_().sum(1).to(self.dtype)
+            return sides[0].sub_(sides[1])
+        difference = y.high[which, row] - x.high[which, column]
+        if y.low is not None and x.low is not None:
+            difference += y.low[which, row] - x.low[which, column]
+        return difference

@@ -1,10 +1,14 @@
 """What a sweep works on: values of squared distances, rows as a side of products, tiles, and memory used again."""
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+Take = Callable[[Tensor, Tensor, Tensor], None]
+"""Takes pairs out of a tile, some at a time: given their rows y and x [P], and y - x [P, D]."""
 
 
 class Value(NamedTuple):
@@ -39,17 +43,17 @@ class Value(NamedTuple):
         return total.div_(len(self.coefficients))
 
     def slope_(self, squares: Tensor) -> Tensor:
-        """2 dv/d(d^2), which times (x - y) is the gradient of v with respect to x; 0 where d = 0, which has none."""
+        """2 dv/d(d^2), which times (x - y) is the gradient of v with respect to x; 0 where d is inf, or 0 and has none."""
         if self.kind == "squared":
-            return squares.fill_(2.0)
+            return squares.ne_(math.inf).mul_(2.0)
         if self.kind == "distance":
             slopes = squares.rsqrt_()
             return slopes.masked_fill_(slopes == math.inf, 0)
         total = torch.zeros_like(squares)
         for c in self.coefficients:
             total += torch.exp(squares * -c).mul_(-2 * c)
-        # x - y is 0 there, and a product would take it from what is x times as large.
-        return total.div_(len(self.coefficients)).masked_fill_(squares == 0, 0)
+        # Where x - y is 0 a product would take it from what is x times as large; where it is inf, c may be next to 0.
+        return total.div_(len(self.coefficients)).masked_fill_((squares == 0) | (squares == math.inf), 0)
 
 
 class Rows(NamedTuple):

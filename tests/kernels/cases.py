@@ -154,6 +154,31 @@ def distance_error(x: Tensor, y: Tensor, precision: str) -> float:
     return float((square_error(x, y, precision) / (2 * d) + 16 * U[precision] * d).mean())
 
 
+def near_rows(distance: float, apart: float, device: str) -> tuple[Tensor, RaggedTasks]:
+    """A target and a task of 10 float32 rows each, D = 16, in two groups that are `apart` in each coordinate.
+
+    Five rows of the target are about `distance` from five of the task's in each coordinate.
+    """
+    generator = torch.Generator().manual_seed(3)
+    y, x, moved = (torch.randn(10, 16, generator=generator).to(device) for _ in range(3))
+    x[5:] += apart
+    y[5:] += apart
+    x[:5] = y[:5] + distance * moved[:5]
+    return x, RaggedTasks.from_list([y])
+
+
+def gradient_error(x: Tensor, y: Tensor) -> float:
+    """Largest error of the gradient of mean_j |x_i - y_j| by x_i, of one row, in float32.
+
+    A slope is off by half of what its square is off by, and s x - s y, from a product, by some u of both rows times s;
+    where the product cancelled both are from the difference, and only the result is rounded. No more for a kernel of
+    sigma > 0.6, whose slope s = exp(-t) / sigma^2, t = d^2 / 2 sigma^2, is off by t times what t is: s d t < 1.
+    """
+    ratio = norms(x, y) / torch.cdist(x.double(), y.double()).square().clamp(min=1e-300)
+    products = ((3 * x.shape[1] ** 0.5 + 4) * ratio + 8 * (2 * ratio).sqrt()).masked_fill_(ratio > 2.0**10, 0)
+    return float((products + 8).mean(1).amax()) * U["fp32"]
+
+
 def by_singular_values(target: Tensor, tasks: RaggedTasks) -> Tensor:
     """`naive.frechet_distances` in the form that loses no digits, by numpy and without triangles, [T] float64.
 

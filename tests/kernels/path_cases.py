@@ -19,7 +19,7 @@ from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.mmd import mmd_distances
 from headstart.kernels.neighbours import nearest_neighbours
 from headstart.kernels.ragged import RaggedTasks, common_centre
-from tests.kernels.cases import HALF_STEP, double, rounding_error
+from tests.kernels.cases import HALF_STEP, double, gradient_error, near_rows, rounding_error
 
 DEVICE = "cpu" if units.INTERPRETED else "cuda"
 
@@ -80,6 +80,18 @@ def test_mmd_at_a_bandwidth_whose_coefficient_float32_has_not(sigma: float, expe
     found = mmd_distances(x, RaggedTasks.from_list([x[:2]]), bandwidths=[sigma]).distances
     # As test_mmd.py has it: a kernel that is 1 for equal rows alone, or for all.
     torch.testing.assert_close(float(found), expected, rtol=2.0**-22, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_of_near_pairs_keep_their_digits(precision: str):
+    x, tasks = near_rows(1e-3, 100, DEVICE)
+    x.requires_grad_()
+    energy_distances(x, tasks, precision=precision).sum().backward()
+    exact = x.detach().double().requires_grad_()
+    naive.energy_distances(exact, double(tasks)).sum().backward()
+    # Gradients are those of the rows as given, in float32, whatever the distances are computed in.
+    allowed = 2 * (gradient_error(x.detach(), tasks.features) + gradient_error(x.detach(), x.detach())) / len(x)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=0, atol=allowed)
 
 
 def test_memory_changes_no_bit_and_tasks_in_pieces_agree(path: str, monkeypatch: pytest.MonkeyPatch):

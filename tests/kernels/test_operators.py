@@ -17,7 +17,7 @@ from headstart.kernels.neighbours import nearest_neighbours
 from headstart.kernels.prototype import prototype_distances
 from headstart.kernels.ragged import RaggedTasks
 from headstart.kernels.sinkhorn import sinkhorn_distances, sinkhorn_self_terms
-from tests.kernels.cases import held
+from tests.kernels.cases import double, gradient_error, held, near_rows
 
 SIGMA = torch.tensor([0.8, 3.0], dtype=torch.float64)
 
@@ -79,6 +79,30 @@ def test_gradients_are_those_of_the_definition(name: str, n: int, d: int, dtype:
     assert float(exact.grad.abs().max()) > 5 * allowed  # which could hide nothing
 
 
+@pytest.mark.parametrize("name", ["energy", "pairs", "mmd"])
+@pytest.mark.parametrize("distance", [1e-2, 1e-4])
+def test_gradients_of_near_pairs_keep_their_digits(name: str, distance: float, device: str):
+    agree_near(name, *near_rows(distance, 1000, device))
+
+
+@pytest.mark.parametrize("name", ["energy", "pairs"])
+def test_gradients_beside_a_copy_of_the_target_keep_their_digits(name: str, device: str):
+    y = rows(20, 32, 1, device, torch.float32)  # one cloud: its far pairs almost cancel, and leave the near ones
+    agree_near(name, y + 1e-6 * rows(20, 32, 2, device, torch.float32), RaggedTasks.from_list([y]))
+
+
+def agree_near(name: str, x: torch.Tensor, tasks: RaggedTasks) -> None:
+    ours, definition = FUNCTIONS[name]
+    x.requires_grad_()
+    ours(x, tasks).sum().backward()
+    exact = x.detach().double().requires_grad_()
+    definition(exact, double(tasks)).sum().backward()
+    # At most 2 mean_ij of the target and the task, and mean_ij of the target twice, since a pair has two sides.
+    allowed = 2 * (gradient_error(x.detach(), tasks.features) + gradient_error(x.detach(), x.detach())) / len(x)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=0, atol=allowed)
+    assert float(exact.grad.abs().max()) > 1000 * allowed
+
+
 def test_equal_rows_give_no_gradient_and_no_nan(device: str):
     x = rows(9, 4, 1, device).requires_grad_()
     energy_distances(x, RaggedTasks.from_list([x.detach().clone()])).sum().backward()
@@ -112,6 +136,25 @@ def test_gradients_keep_to_the_memory(name: str):
         # epsilon, and a gradient by that share of itself for each of four plans.
         share = 8 * 512**0.5 * 2.0**-24 * 1024 / 500 if name == "sinkhorn" else 0.0
         torch.testing.assert_close(x.grad, plain, rtol=0, atol=share * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["energy", "sinkhorn"])
+def test_gradients_of_near_pairs_keep_to_the_memory(name: str):
+    x = 1e-2 * rows(400, 64, 1, "cpu", torch.float32)
+    x[::2] += 100
+    tasks = RaggedTasks.from_list([x[:300] + 1e-2 * rows(300, 64, 2, "cpu", torch.float32)])  # 80,000 near pairs: 40 MB
+    x.requires_grad_()
+
+    def distances(memory: int) -> torch.Tensor:
+        if name == "energy":
+            return energy_distances(x, tasks, memory=memory)
+        return sinkhorn_distances(x, tasks, p=1, epsilon=100.0, tolerance=0.1, memory=memory).distances
+
+    with pytest.raises(ValueError, match="at least") as refused:
+        distances(1)
+    least = int(re.search(r"at least (\d+)", str(refused.value))[1])
+    _, most = held(lambda: distances(least).sum().backward())
+    assert most <= least + 2 * x.nbytes + 80 * (len(x) + len(tasks.features)) < 2**24
 
 
 def test_gradients_reach_through_what_made_the_target(device: str):

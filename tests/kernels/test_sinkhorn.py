@@ -15,7 +15,7 @@ from headstart.kernels.engine.transport import Settings
 from headstart.kernels.engine.transport_operators import warn_of
 from headstart.kernels.ragged import RaggedTasks, common_centre
 from headstart.kernels.sinkhorn import default_epsilon, sinkhorn_distances, sinkhorn_self_terms
-from tests.kernels.cases import HALF_STEP, KINDS, SOME_SLOW, Case, U, change, double, picked
+from tests.kernels.cases import HALF_STEP, KINDS, SOME_SLOW, Case, U, change, double, gradient_error, near_rows, picked
 
 TOLERANCE = {"fp32": 1e-4, "fp64": 1e-10}
 
@@ -214,6 +214,30 @@ def test_a_gradient_under_a_rounded_precision_is_that_at_the_rounded_rows(precis
     moved = (64 * 8**0.5 * U["fp32"] * 30 + (2.0**-15 * 10 if precision == "bf16x3" else 0)) / 2 + 4e-6
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=2 * moved * 8 / 40)
     assert float(exact.abs().max()) > 20 * moved * 8 / 40
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16x3"])
+def test_gradients_of_near_pairs_keep_their_digits(precision: str, device: str):
+    x, tasks = near_rows(1e-4, 100, device)
+    centre, epsilon, tolerance = common_centre(tasks.features), 20.0, 1e-5
+    how = {"p": 1, "epsilon": epsilon, "tolerance": tolerance, "precision": precision}
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(sinkhorn_distances(x, tasks, **how).distances.sum(), x)
+    x = x.detach()
+    rows, seen = x.double(), tasks.features.double()
+    if precision in HALF_STEP:
+        rows, seen = as_rounded(x, centre, precision), as_rounded(tasks.features, centre, precision)
+    rows.requires_grad_()
+    expected = naive.sinkhorn_distances(rows, RaggedTasks(seen, tasks.offsets), epsilon=epsilon, p=1)
+    (exact,) = torch.autograd.grad(expected.sum(), rows)
+    # Two plans, of which each row has 1/10, against unit vectors. A plan is off by the tolerance, and by what costs and
+    # potentials are off by over epsilon: rows 200 from the centre are rounded to u of it each, costs up to 400 to 8 u.
+    # All of a row may go to one column: 10 times the mean over the columns.
+    moved = tolerance + (2 * 200 + 2 * 8 * 400) * U["fp32"] / epsilon
+    near = gradient_error(rows.detach(), seen) + gradient_error(rows.detach(), rows.detach())
+    allowed = (2 * moved + near * 10) / 10
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=allowed)
+    assert float(exact.abs().max()) > 1000 * allowed
 
 
 def test_self_terms_bring_their_centre_and_precision(device: str):
