@@ -43,7 +43,7 @@ class Value(NamedTuple):
         return total.div_(len(self.coefficients))
 
     def slope_(self, squares: Tensor) -> Tensor:
-        """2 dv/d(d^2), which times (x - y) is the gradient of v with respect to x; 0 where d is inf, or 0 and has none."""
+        """2 dv/d(d^2), which times (x - y) is the gradient of v with respect to x; 0 where d is inf, or 0."""
         if self.kind == "squared":
             return squares.ne_(math.inf).mul_(2.0)
         if self.kind == "distance":
