@@ -38,9 +38,9 @@ def energy_distances(
 
     `precision` is one of `engine.precision.PRECISIONS` (default: fp64 for float64 features, else fp32), the result
     float64 for fp64 and else float32. `memory` bounds, in bytes, what is held beside the inputs and what is as long as
-    T or the sum of n_t (default 256 MiB; 4 GiB on a GPU's own paths): it changes no bit of the result, and d(X, X) is
-    exactly 0. A gradient holds one array more like the target. `self_terms` spares the tasks' own part, half of the
-    work when n_t is about N. `headstart.kernels.dispatch` chooses the path.
+    T or the sum of n_t (default 256 MiB, 4 GiB on a GPU's own paths, or more where less cannot do): it changes no bit
+    of the result, and d(X, X) is exactly 0. A gradient holds one array more like the target. `self_terms` spares the
+    tasks' own part, half of the work when n_t is about N. `headstart.kernels.dispatch` chooses the path.
 
     Error: some sqrt(D) u of the mean distance in each of the three means, u = 6e-8 for fp32 and 1.1e-16 for fp64; for
     the rounded precisions kernels/README.md has the table.

@@ -46,7 +46,8 @@ def frechet_distances(
     singular values, and 2 n_t D^2 for the triangle when n_t > D; tasks of like size go together, padded with rows of 0.
     `precision` is one of `engine.precision.PRECISIONS` (default: fp64 for float64 features, else fp32). It decides the
     dtype of the result, float64 for fp64 and else float32; inside all is float64, since products are a small part here.
-    `memory` bounds, in bytes, what is held beside the inputs and what is as long as T (default 256 MiB).
+    `memory` bounds, in bytes, what is held beside the inputs and what is as long as T (default 256 MiB, or more where
+    less cannot do).
 
     Differentiable by the target, not twice: the trace's part is the polar factor of Y X^T, from singular vectors. Where
     some singular value beyond those of the means is 0 (covariances that share no direction) there is no gradient, and

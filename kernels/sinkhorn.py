@@ -83,9 +83,9 @@ def sinkhorn_distances(
     `max_iterations` at epsilon (those of the annealing, log4(largest cost / epsilon), not counted).
     `precision` is one of `engine.precision.PRECISIONS` (default: fp64 for float64 features, else fp32): that of the
     products behind the costs. Costs, potentials and distances are float64 for fp64, else float32. `memory` bounds, in
-    bytes, what is held beside the inputs and what is as long as T, N or the sum of n_t (default 256 MiB). Costs that
-    fit are held, others are computed again in every iteration; that changes the result by no more than the error.
-    `self_terms` spares the tasks' own part.
+    bytes, what is held beside the inputs and what is as long as T, N or the sum of n_t (default 256 MiB, or more where
+    less cannot do). Costs that fit are held, others are computed again in every iteration; that changes the result by
+    no more than the error. `self_terms` spares the tasks' own part.
     Differentiable by the target, not twice: at the optimum the gradient follows from the potentials, which are kept.
     Where the distance is clamped at 0, it is that of the unclamped value. It holds one array more like the target.
 

@@ -148,6 +148,7 @@ class Mirror:
             self._tell("", f"{self.url} is empty all at once; what was copied stays until something else lies there")
             return ""
         self._told.pop("", None)
+        self.folder.mkdir(mode=0o700, exist_ok=True)  # a cleaner of temporary folders may have taken it
         while self._replaced and time.monotonic() - self._replaced[0][0] >= _KEPT_S:
             shutil.rmtree(self._replaced.popleft()[1], ignore_errors=True)
         for key in itertools.chain([one for one in found if one[1] == POLICY_FILE], self._chosen(found)):
@@ -264,7 +265,7 @@ class Mirror:
         place.unlink(missing_ok=True)
         if before != place:
             self._replaced.append((time.monotonic(), before))
-        if not any(place.parent.iterdir()):
+        with contextlib.suppress(OSError):  # others are there, or the folder itself is gone
             place.parent.rmdir()
         del self._copied[key]
         if version != POLICY_FILE:

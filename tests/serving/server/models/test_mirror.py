@@ -347,19 +347,20 @@ async def test_a_url_that_is_empty_all_at_once_takes_nothing_down(remote: Path, 
         assert "empty all at once" in caplog.text
 
 
-@pytest.mark.parametrize("what", ["model.onnx", "", None])
+@pytest.mark.parametrize("what", [f".versions/1/{MODEL}", ".versions/1", ".versions", "demo", "."])
 @on_a_loop
-async def test_what_is_deleted_from_the_copy_is_copied_again(remote: Path, what: str | None):
+async def test_what_is_deleted_from_the_copy_is_copied_again(remote: Path, what: str):
     """As whoever cleans temporary folders of old files does."""
+    write_package(remote / "gone" / "1", 1)
     async with mirrored(f"file://{remote}") as (service, mirror):
-        copy = (mirror.folder / "demo" / "1").resolve()
-        if what:
-            (copy / what).unlink()
-        else:
-            shutil.rmtree(copy if what == "" else copy.parent)
+        path = mirror.folder / what
+        assert path.exists()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(remote / "gone")
         await follow(service, mirror)
         assert await served_by(service) == "1"
         assert (mirror.folder / "demo" / "1" / MODEL).is_file()
+        assert mirror.folder.stat().st_mode & 0o077 == 0
 
 
 @on_a_loop
