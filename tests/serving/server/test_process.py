@@ -53,6 +53,24 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_a_slow_client_gets_all_of_its_last_answer(certificate: Path, tls: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("headstart.serving.server.transport.connection._LINGER", 0.1)
+    files = {"tls_cert": certificate / "cert.pem", "tls_key": certificate / "key.pem"} if tls else {}
+    context = ssl.create_default_context(cafile=str(certificate / "cert.pem")) if tls else None
+    sent = np.arange(5_000_000, dtype=np.float32)  # 20 MB, of which the kernel takes some 4
+    body, length = infer_body(sent, outputs=[{"name": "x", "parameters": {"binary_data": True}}])
+    with Running(HttpSettings(port=0, header_timeout=0.4, **files)) as running, running.connect(context) as raw:
+        head = f"Connection: close\r\nInference-Header-Content-Length: {length}\r\nContent-Length: {len(body)}\r\n\r\n"
+        raw.send(f"POST /v2/models/echo/infer HTTP/1.1\r\nHost: x\r\n{head}".encode() + body)
+        received = bytearray()
+        while data := raw.socket.recv(1 << 16):
+            if len(received) // 4_000_000 != (len(received) + len(data)) // 4_000_000:
+                time.sleep(0.4)  # two seconds for all of it
+            received += data
+        assert received.endswith(sent.tobytes())
+
+
 def test_tls_carries_everything(certificate: Path):
     settings = HttpSettings(
         port=0, tls_cert=certificate / "cert.pem", tls_key=certificate / "key.pem", token="t", header_timeout=0.5
