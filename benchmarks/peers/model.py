@@ -4,6 +4,7 @@ The programs beside this file are started by path in environments of their own: 
 """
 
 import base64
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -48,9 +49,18 @@ class Model:
         found: NDArray[np.float32] = self.session.run([self.output], {self.input: batch})[0]
         return found
 
-    def from_bytes(self, data: bytes) -> NDArray[Any]:
+    def from_bytes(self, data: "bytes | memoryview") -> NDArray[Any]:
         """One row from its bytes."""
         return np.frombuffer(data, self.dtype).reshape(1, *self.shape)
+
+    def answer(self, data: "bytes | memoryview", json_length: int) -> tuple[bytes, bytes]:
+        """JSON and tensor of the protocol's binary answer to a request of so many bytes of JSON and one tensor."""
+        assert json.loads(bytes(data[:json_length]))["inputs"]
+        found = self.run(self.from_bytes(data[json_length:]))
+        tensor = {"name": self.output, "datatype": "FP32", "shape": found.shape}
+        parameters = {"binary_data_size": found.nbytes}
+        document = {"model_name": "it", "outputs": [{**tensor, "parameters": parameters}]}
+        return json.dumps(document).encode(), found.tobytes()
 
     def from_json(self, document: Mapping[str, Any]) -> NDArray[Any]:
         """A row as JSON has it: numbers under `inputs`, or an image's bytes in base64 under `image`."""

@@ -6,7 +6,6 @@ then. It trusts its client: one request after another on a connection, no limits
 python sockets.py MODEL PORT
 """
 
-import json
 import re
 import select
 import socket
@@ -30,7 +29,7 @@ class Connection:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.client, self.received = client, bytearray(ROOM)
         self.room = memoryview(self.received)
-        self.filled = self.start = self.document = self.end = 0  # bytes, and where JSON and tensor lie in them
+        self.filled = self.start = self.json_length = self.end = 0  # of a request
 
     def read(self) -> bool:
         """Take what has come and answer it where it is whole; False where the client has gone."""
@@ -46,7 +45,7 @@ class Connection:
             assert whole is not None
             assert document is not None
             self.start = end + 4
-            self.document, self.end = self.start + int(document[1]), self.start + int(whole[1])
+            self.json_length, self.end = int(document[1]), self.start + int(whole[1])
         if self.end and self.filled == self.end:
             self.answer()
             self.filled = self.end = 0
@@ -54,13 +53,9 @@ class Connection:
 
     def answer(self) -> None:
         """Run the model on the request that has come, and send what it says."""
-        assert json.loads(bytes(self.room[self.start : self.document]))["inputs"]
-        found = model.run(model.from_bytes(self.room[self.document : self.end]))
-        tensor = {"name": model.output, "datatype": "FP32", "shape": found.shape}
-        parameters = {"binary_data_size": found.nbytes}
-        document = json.dumps({"model_name": "it", "outputs": [{**tensor, "parameters": parameters}]}).encode()
+        document, tensor = model.answer(self.room[self.start : self.end], self.json_length)
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nInference-Header-Content-Length: %d\r\n\r\n"
-        self.client.sendall(head % (len(document) + found.nbytes, len(document)) + document + found.tobytes())
+        self.client.sendall(head % (len(document) + len(tensor), len(document)) + document + tensor)
 
 
 listening = socket.create_server(("127.0.0.1", int(sys.argv[2])), backlog=128)
