@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headstart.kernels.engine.classes import ClassRows, chunks, class_rows, each
 from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, chunk_bytes
-from headstart.kernels.engine.memory import DEFAULT_MEMORY
+from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.terms import needed_centre
 from headstart.kernels.engine.transport import Settings
 from headstart.kernels.engine.transport_operators import sinkhorn_gradient, transports
@@ -41,12 +41,10 @@ def sides(
 
 
 def _half(rows: Tensor, classes: RaggedTasks, how: How) -> int:
-    """Half of the memory, for label distances, or what they need where none was given."""
-    if how.settings.memory is not None:
-        return how.settings.memory // 2
+    """Half of the memory, which is for label distances. ValueError where that is less than they need."""
     bures = how.label_distance == "bures"
     least = least_bytes(rows, classes) if bures else chunk_bytes(rows, LEAST_CHUNK, how.cost)
-    return max(DEFAULT_MEMORY // 2, least)
+    return fit_memory(how.settings.memory, 2 * least) // 2
 
 
 def squares(rows: Tensor, classes: RaggedTasks, how: How) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, Points, chunk_bytes
-from headstart.kernels.engine.memory import DEFAULT_MEMORY, fit_memory
+from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.transport import Settings
 from headstart.kernels.ragged import RaggedTasks
 
@@ -55,8 +55,8 @@ def each(classes: ClassRows) -> Iterator[Tensor]:
 
 def chunks(classes: ClassRows, settings: Settings) -> Iterator[tuple[int, RaggedTasks]]:
     """Runs of classes whose rows fill an eighth of the memory, or one class; with the number of the first."""
-    memory = DEFAULT_MEMORY if settings.memory is None else settings.memory
-    most = max(1, memory // 8 // (classes.points.features.shape[1] * classes.points.features.element_size()))
+    memory, features = fit_memory(settings.memory, 0), classes.points.features
+    most = max(1, memory // 8 // (features.shape[1] * features.element_size()))
     low, num_classes = 0, len(classes.offsets) - 1
     while low < num_classes:
         high = int(torch.searchsorted(classes.offsets, classes.offsets[low] + most, right=True)) - 1

@@ -30,7 +30,7 @@ from headstart.kernels.engine.ground_cost import (
     pair_costs,
     take_near,
 )
-from headstart.kernels.engine.memory import DEFAULT_MEMORY
+from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.precision import ROUNDED
 
 _MOST = 40.0
@@ -141,8 +141,7 @@ def add_gradient(
     At the optimum only the cost moves (envelope theorem): sum_i plan_ij d C(y_i, x_j) / d x_j, with the plan of the
     rows' potentials. Of a set with itself that is half of the gradient, since it stands on both sides.
     """
-    bound = DEFAULT_MEMORY if memory is None else memory
-    Recomputed(rows, columns, cost, bound).add_gradient(out, weight, potentials[None], epsilon, masses)
+    Recomputed(rows, columns, cost, fit_memory(memory, 0)).add_gradient(out, weight, potentials[None], epsilon, masses)
 
 
 class _Held(Costs):

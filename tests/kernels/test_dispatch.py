@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from headstart.kernels import dispatch, label_distances
+from headstart.kernels import dispatch
 from headstart.kernels.energy import energy_distances
-from headstart.kernels.engine import classes, softmin
-from headstart.kernels.engine import memory as memory_
 from headstart.kernels.engine.memory import DEFAULT_MEMORY
 from headstart.kernels.ragged import RaggedTasks
 from headstart.kernels.sinkhorn import sinkhorn_distances
@@ -98,8 +96,7 @@ def test_nothing_is_too_large_for_a_bound_that_was_not_given(
     how = {"label_distance": label_distance} if name == "label-aware" else {}
     plain = FUNCTIONS[name](x, tasks, **how)
     # A default that no input fits: of wider rows, as of 25,088 numbers, 256 MiB are as few.
-    for module in (memory_, classes, label_distances, softmin):
-        monkeypatch.setattr(module, "DEFAULT_MEMORY", 2)
+    monkeypatch.setattr("headstart.kernels.engine.memory.DEFAULT_MEMORY", 2)
     found = FUNCTIONS[name](x, tasks, **how)
     plain, found = (each if isinstance(each, torch.Tensor) else each[0] for each in (plain, found))
     # Transports recompute their costs then, which moves them by what the iteration leaves: 1e-3 of costs of 100.
