@@ -9,7 +9,8 @@ from pathlib import Path
 from headstart.serving.server.errors import StartError
 from headstart.serving.server.wire.protocol import Limits
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LOOPBACK = ("127.0.0.1", "[::1]", "localhost")
+"""Names of this machine, as a URL has them, that lead here from nowhere else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class HttpSettings:
     @property
     def is_local(self) -> bool:
         """Whether the server is reached from the same machine alone."""
-        return self.host in _LOOPBACK
+        return (f"[{self.host}]" if ":" in self.host else self.host) in LOOPBACK
 
 
 def read_token(path: Path) -> str:

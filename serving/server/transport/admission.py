@@ -5,6 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from headstart.serving.server.errors import ServeError, too_large, unauthenticated
+from headstart.serving.server.settings import LOOPBACK
 from headstart.serving.server.transport.exchange import Exchange, Response, error_response
 from headstart.serving.server.transport.routes import HEALTH
 from headstart.serving.server.wire.head import Head, HeadParser
@@ -12,7 +13,7 @@ from headstart.serving.server.wire.head import Head, HeadParser
 if TYPE_CHECKING:
     from headstart.serving.server.transport.http import HttpServer
 
-_LOCAL = re.compile(rb"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
+_LOCAL = re.compile(f"({'|'.join(map(re.escape, LOOPBACK))})(:\\d+)?".encode(), re.IGNORECASE)
 _HEALTH_PATHS = tuple(f"/v2/health/{one}" for one in HEALTH)
 
 
