@@ -169,6 +169,7 @@ def open_repository(
     from headstart.serving.server.models.memory import read_size
     from headstart.serving.server.models.mirror import Mirror, is_url
     from headstart.serving.server.models.repository import Repository
+    from headstart.serving.server.scratch import sweep
 
     everywhere, by_model = _policies(policy)
     if not 0 <= max_delay_ms <= 10_000:
@@ -177,6 +178,7 @@ def open_repository(
     device = Device(provider=provider, threads=threads, options=read_options(provider_options))
     check(device)
     url = str(repository)
+    sweep()
     mirror = Mirror(url, policy_of=lambda name: by_model.get(name, everywhere)) if is_url(url) else None
     return Repository(
         mirror.folder if mirror else Path(repository),

@@ -49,6 +49,7 @@ class Bound:
             one.shape and all(isinstance(size, int) and size > 0 for size in one.shape[1:]) for one in outputs
         )
         self._plans: dict[Any, _Plan] = {}
+        self._options = _options(_NO_GRAPH)
         self._lock = threading.Lock()
 
     def run(self, names: list[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
@@ -67,8 +68,14 @@ class Bound:
         padded = {name: _padded(array, bucket) for name, array in feed.items()}
         return [array[:rows] for array in self._run_unbound(names, padded)]
 
+    def cut(self) -> None:
+        """End the runs that have begun, and all others, with an error."""
+        terminate(self._options)  # first: what is bound from now on is cut too
+        for plan in [*self._plans.values()]:
+            terminate(plan.options)
+
     def _run_unbound(self, names: list[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        found: list[NDArray[Any]] = self._session.run(names, feed, _options(_NO_GRAPH))
+        found: list[NDArray[Any]] = self._session.run(names, feed, self._options)
         return found
 
     def _bind(self, bucket: int, feed: dict[str, NDArray[Any]]) -> "_Plan":
@@ -85,7 +92,9 @@ class Bound:
             binding.bind_ortvalue_input(one.name, values[one.name])
         for one in self._outputs:
             binding.bind_ortvalue_output(one.name, values[one.name])
-        return _Plan(self._session, binding, values, bucket, str(len(self._plans) + 1))
+        plan = _Plan(self._session, binding, values, bucket, str(len(self._plans) + 1))
+        plan.options.terminate = self._options.terminate
+        return plan
 
 
 class _Plan:
@@ -95,13 +104,13 @@ class _Plan:
         self, session: onnxruntime.InferenceSession, binding: Any, values: dict[str, Any], bucket: int, graph: str
     ) -> None:
         self._session, self._binding, self._values, self._bucket = session, binding, values, bucket
-        self._options = _options(graph)
+        self.options = _options(graph)
 
     def run(self, names: list[str], feed: dict[str, NDArray[Any]], rows: int) -> list[NDArray[Any]]:
         for name, array in feed.items():
             self._values[name].update_inplace(np.ascontiguousarray(_padded(array, self._bucket)))
         self._binding.synchronize_inputs()
-        self._session.run_with_iobinding(self._binding, self._options)
+        self._session.run_with_iobinding(self._binding, self.options)
         self._binding.synchronize_outputs()
         # A copy: on the CPU the array lies in the buffer, which the next run writes.
         return [np.array(self._values[name].numpy()[:rows]) for name in names]
@@ -116,6 +125,11 @@ def _padded(array: NDArray[Any], bucket: int) -> NDArray[Any]:
     """The last row again and again, up to a batch size."""
     missing = bucket - len(array)
     return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
+
+
+def terminate(options: onnxruntime.RunOptions) -> None:
+    """End the runs that have these options, and all that will, with an error."""
+    options.terminate = True
 
 
 def _options(graph: str) -> onnxruntime.RunOptions:

@@ -1,10 +1,12 @@
 """What a repository's folder holds, read without opening a package: names, versions, policies, and what is odd."""
 
 import contextlib
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from headstart.serving.errors import PackageError
 from headstart.serving.manifest import MANIFEST
@@ -19,6 +21,20 @@ Refused = Callable[[str, list[int]], None]
 
 Snapshot = tuple[tuple[str, int, int, int], ...]
 """Path, bytes, time of change in ns and inode of every file of a folder: equal where nothing was written."""
+
+
+class Opening(NamedTuple):
+    """A version that is being opened."""
+
+    name: str
+    version: int
+    mark: str
+    """Of its files: another one where something was written."""
+
+    @classmethod
+    def of(cls, name: str, version: int, files: Snapshot) -> "Opening":
+        """With the mark of a snapshot."""
+        return cls(name, version, hashlib.sha256(repr(files).encode()).hexdigest()[:32])
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from time import monotonic
 
 from headstart.serving.errors import PackageError, first_line
 from headstart.serving.server.models.entry import Attempt, Entry, Served
+from headstart.serving.server.models.folder import Opening
 from headstart.serving.server.models.memory import Memory, Taken, resident
 from headstart.serving.server.models.model import LoadedModel, public
 from headstart.serving.server.scheduling.batching import Scheduler
@@ -16,6 +18,8 @@ from headstart.serving.server.scheduling.queueing import Budget
 from headstart.serving.server.watching.metrics import Metrics
 
 _RETRY_S = 30.0  # a failure of the machine, not of the package: no memory, no space
+_WARM_S = 600.0
+"""Seconds that a warm-up may take, in which TensorRT may build an engine; nothing else is loaded meanwhile."""
 _LOG = logging.getLogger(__name__)
 
 Loader = Callable[[Path, str, str], LoadedModel]
@@ -61,6 +65,12 @@ class Loading:
         self._root, self._load_model, self._scheduling, self._metrics = root, loader, scheduling, metrics
         self._memory = Memory(max_memory)
         self._budget = Budget(scheduling.max_queue_bytes)
+        self._warming: LoadedModel | None = None
+        self._stopping = False
+        self.suspects: set[Opening] = set()
+        """What other processes of this server ended over, and is not opened here."""
+        self.on_opening: Callable[[Opening, bool], None] = lambda opening, done: None
+        """Is told what is about to be opened, and when that is over."""
 
     async def ensure(self, entry: Entry, version: int) -> Served | None:
         """A version loaded from the files that are there now, the one that was loaded before them, or None."""
@@ -71,9 +81,19 @@ class Loading:
         if failed and failed.files == files and (failed.again_at is None or monotonic() < failed.again_at):
             return old
         entry.loading.add(version)
+        opening = Opening.of(entry.name, version, files)
         try:
+            if opening in self.suspects:
+                raise PackageError(
+                    "processes of this server ended while they opened it, for which their log and the kernel's have "
+                    "the reason; copy it again, or load it by request"
+                )
             estimated, before = self._memory.estimate(files), resident()
-            model, known = await asyncio.to_thread(self._load, entry.name, version)
+            self.on_opening(opening, False)
+            try:
+                model, known = await asyncio.to_thread(self._load, entry.name, version)
+            finally:
+                self.on_opening(opening, True)
         except PackageError as error:
             reason = public(str(error), self._root / entry.name / str(version))
             cause = error.__cause__
@@ -96,11 +116,35 @@ class Loading:
         """In a thread: everything that takes time. The error is a PackageError, whatever a damaged graph raises."""
         try:
             model = self._load_model(self._root / name / str(version), name, str(version))
-            return model, model.warm_up()
+            return model, self._warm_up(model)
         except PackageError:
             raise
         except Exception as error:
             raise PackageError(f"it does not run: {first_line(error)}") from error
+
+    def _warm_up(self, model: LoadedModel) -> list[tuple[int, int]]:
+        started, timer = monotonic(), threading.Timer(_WARM_S, model.cut)
+        timer.start()
+        self._warming = model
+        try:
+            if self._stopping:
+                model.cut()
+            return model.warm_up()
+        finally:
+            timer.cancel()
+            self._warming = None
+            if monotonic() - started >= _WARM_S:  # also one that was over just then: it is cut for good
+                raise PackageError(f"its first runs were not over after {_WARM_S:g} s, and were cut off")
+
+    def forget(self, name: str) -> None:
+        """Open all versions of a model again, whatever happened to others."""
+        self.suspects = {one for one in self.suspects if one.name != name}
+
+    def stop(self) -> None:
+        """Cut a warm-up off, so that its thread does not hold up the end."""
+        self._stopping = True
+        if model := self._warming:
+            model.cut()
 
     def _schedule(self, model: LoadedModel, known: list[tuple[int, int]], taken: Taken) -> Scheduler:
         statistics = self._metrics.track(model.name, model.version)

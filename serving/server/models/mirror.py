@@ -15,7 +15,6 @@ import itertools
 import logging
 import re
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from headstart.serving.errors import PackageError, first_line
 from headstart.serving.server.errors import StartError
 from headstart.serving.server.models.folder import NAME, POLICY_FILE
 from headstart.serving.server.models.policy import VERSION, Policy
+from headstart.serving.server.scratch import Scratch
 
 LOOK_S = 10.0
 """Seconds between two listings, which object stores charge for."""
@@ -79,8 +79,8 @@ class Mirror:
         self._files, self._root = _open(url)
         self.url = _without_secrets(url)
         """The URL, without a password in it."""
-        self._temporary = tempfile.TemporaryDirectory(prefix="headstart-mirror-", ignore_cleanup_errors=True)
-        self.folder = Path(self._temporary.name).resolve()
+        self._scratch = Scratch()
+        self.folder = self._scratch.path.resolve()
         """The copy: readable by this user alone."""
         (self.folder / _STORE).mkdir()
         self._policy_of = policy_of
@@ -128,7 +128,7 @@ class Mirror:
         self._awake.set()
         if self._thread:
             self._thread.join(_JOIN_S)
-        self._temporary.cleanup()
+        self._scratch.close()
 
     def _watch(self) -> None:
         while not self._stopping.is_set():

@@ -4,8 +4,8 @@ import hashlib
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
@@ -20,8 +20,9 @@ from headstart.serving.manifest import MANIFEST, Manifest, Tensor, load_manifest
 from headstart.serving.package import MODEL, SIGNATURE, verify
 from headstart.serving.runtime import CPU, OUTPUTS
 from headstart.serving.server.errors import bad_request, internal, unavailable
-from headstart.serving.server.models.bound import Bound, buckets
+from headstart.serving.server.models.bound import Bound, buckets, terminate
 from headstart.serving.server.models.drift import DriftGauge
+from headstart.serving.server.scratch import Scratch
 from headstart.serving.signing import verify_signature
 
 _LOG = logging.getLogger(__name__)
@@ -79,9 +80,14 @@ class LoadedModel:
         self.provider = str(session.get_providers()[0])
         self._buckets = buckets
         self._texts = [one.name for one in (*self.inputs, *self.outputs) if one.dtype == "object"]
-        self._compute: _Compute | None = session.run
+        self._cut: Callable[[], None]
+        self._compute: _Compute | None
         if buckets:
-            self._compute = Bound(session, self.inputs, outputs, buckets=buckets, device=memory).run
+            bound = Bound(session, self.inputs, outputs, buckets=buckets, device=memory)
+            self._compute, self._cut = bound.run, bound.cut
+        else:
+            options = onnxruntime.RunOptions()
+            self._compute, self._cut = partial(session.run, run_options=options), partial(terminate, options)
 
     def run(self, feed: dict[str, NDArray[Any]], outputs: list[str]) -> list[NDArray[Any]]:
         """Compute `outputs`, in their order; calls from several threads are safe.
@@ -118,6 +124,10 @@ class LoadedModel:
             self.run(feed, names)
             known.append((sum(array.nbytes for array in feed.values()), perf_counter_ns() - started))
         return known[1:_WARM_RUNS]  # a call is known when its size has been run more than once
+
+    def cut(self) -> None:
+        """End the runs that have begun, and all others, with an error."""
+        self._cut()
 
     def close(self) -> None:
         """Let go of the session; a run that has begun ends well."""
@@ -191,16 +201,17 @@ def load_package(
         PackageError: the folder is not a whole, proven and signed package, or its graph is not what its manifest says.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix="headstart-", ignore_cleanup_errors=True) as folder:
-            _copy(source, Path(folder))
+        with Scratch() as scratch:
+            folder = scratch.path
+            _copy(source, folder)
             try:
-                manifest = verify(Path(folder))
+                manifest = verify(folder)
                 if public_key is not None:
-                    verify_signature(Path(folder), public_key)
+                    verify_signature(folder, public_key)
                 key = hashlib.sha256(repr(sorted(manifest.files.items())).encode()).hexdigest()[:32]
-                session = open_on(device, Path(folder) / MODEL, key=key)
+                session = open_on(device, folder / MODEL, key=key)
             except PackageError as error:  # about the folder that the operator knows
-                raise PackageError(str(error).replace(folder, str(source))) from error
+                raise PackageError(str(error).replace(str(folder), str(source))) from error
     except OSError as error:
         raise PackageError(
             f"{source} cannot be copied: {error.strerror or error}; free space or grant access"

@@ -106,7 +106,8 @@ class Repository:
                 drift=drift,
             )
         )
-        self._loading = Loading(self.root, load, self.scheduling, self.metrics, max_memory)
+        self.loading = Loading(self.root, load, self.scheduling, self.metrics, max_memory)
+        """How versions are opened."""
         self.labels: dict[tuple[str, str], tuple[str, ...] | None] = {}
         """Class names by name and version: of what serves, and of the last that did."""
         self.unloaded: set[str] = set()
@@ -157,6 +158,7 @@ class Repository:
     async def stop(self, drain_s: float = 30.0) -> None:
         """Refuse new requests, answer those that wait for up to `drain_s` seconds, close all."""
         self.stopping = True
+        self.loading.stop()
         if self._poller:
             self._poller.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -205,6 +207,7 @@ class Repository:
             entry.unloaded = False
             self.unloaded.discard(name)
             entry.failed.clear()
+            self.loading.forget(name)
             await self._follow(entry)
             if entry.failed:
                 version, attempt = max(entry.failed.items())
@@ -253,12 +256,12 @@ class Repository:
             return
         base = canary = None
         for version in entry.policy.candidates(versions):
-            base = await self._loading.ensure(entry, version)
+            base = await self.loading.ensure(entry, version)
             if base:
                 break
         chosen = entry.policy.canary(versions)
         if chosen:
-            canary = await self._loading.ensure(entry, chosen)
+            canary = await self.loading.ensure(entry, chosen)
         refused = sorted(version for version, one in entry.failed.items() if one.again_at is None)
         if refused != entry.refused:
             entry.refused = refused
@@ -297,7 +300,7 @@ class Repository:
         try:
             await one.scheduler.drained()
         finally:
-            self._loading.release(one)
+            self.loading.release(one)
             now = self._entries.get(entry.name)
             if now is None or int(one.model.version) not in now.served:
                 self.metrics.forget(one.model.name, one.model.version)

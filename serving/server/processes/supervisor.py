@@ -14,15 +14,16 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
 from headstart.serving.server.errors import ServeError, StartError, unavailable
-from headstart.serving.server.models.folder import Refused
+from headstart.serving.server.models.folder import Opening, Refused
 from headstart.serving.server.processes.channel import Channel
+from headstart.serving.server.processes.suspects import Suspects
+from headstart.serving.server.scratch import Scratch
 from headstart.serving.server.settings import HttpSettings
 from headstart.serving.server.watching.metrics import added
 
@@ -49,6 +50,7 @@ class _Worker:
     joined: bool = False
     """Whether it takes `load` and `unload`: from the moment that it was told what is unloaded."""
     ready: bool = False
+    opening: Opening | None = None
     counts: dict[str, Any] = field(default_factory=dict)
     """What it last said that it had counted."""
 
@@ -75,6 +77,7 @@ class Supervisor:
         self._failure: str | None = None
         self._restarts = 0
         self._unloaded: set[str] = set()
+        self._suspects = Suspects()
         self._gone: dict[str, Any] = {}  # counts of workers that ended
         self._lock = asyncio.Lock()
         self._first, self._second = asyncio.Event(), asyncio.Event()
@@ -119,15 +122,14 @@ class Supervisor:
     async def _run_worker(self, number: int) -> str:
         """Start a worker and wait for its end, which is told in words."""
         ours, theirs = socket.socketpair()
-        # Its copies of packages go with it, also where it crashes while it opens one.
-        scratch = tempfile.TemporaryDirectory(prefix="headstart-worker-", ignore_cleanup_errors=True)
+        scratch = Scratch()  # its copies of packages go with it, also where it crashes while it opens one
         with theirs:
             # -P: a folder that the server is started in holds no modules for it. A group of its own: what a terminal
             # or a shell sends to the group is for the supervisor to pass on, once.
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno()), str(number), self._options,
                 pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, process_group=0,
-                env={**os.environ, "TMPDIR": scratch.name},
+                env={**os.environ, "TMPDIR": str(scratch.path)},
             )  # fmt: skip
         channel = await Channel.open(ours, lambda what, arguments: self._answer(worker, what, arguments))
         worker = self._running[number] = _Worker(number=number, pid=process.pid, channel=channel)
@@ -140,8 +142,10 @@ class Supervisor:
             await serving  # what it said last
         finally:
             cutting.cancel()
-            scratch.cleanup()
+            scratch.close()
             del self._running[number]
+            if worker.opening and not self._first.is_set():
+                self._suspects.ended(worker.opening)
             worker.counts.pop("now", None)
             self._gone = added(self._gone, worker.counts)
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
@@ -167,13 +171,21 @@ class Supervisor:
         if what == "join":
             async with self._lock:
                 worker.joined = True
-                return {"unloaded": sorted(self._unloaded), "begun": self._begun}
+                suspects = self._suspects.found()
+                return {"unloaded": sorted(self._unloaded), "suspects": suspects, "begun": self._begun}
         if what == "ready":
             return self._note_ready(worker, *arguments)
         if what == "failed":
             return self._note_failure(worker, *arguments)
         if what == "counts":
             return await self._counts()
+        if what == "open":
+            worker.opening = Opening(*arguments)
+            return None
+        if what == "opened":
+            self._suspects.opened(Opening(*arguments))
+            worker.opening = None
+            return None
         if what == "refused":
             return self._on_refused(*arguments) if self._on_refused else None
         return await self._all(what, *arguments)

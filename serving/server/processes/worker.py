@@ -13,6 +13,7 @@ from typing import Any
 
 from headstart.serving.errors import PackageError
 from headstart.serving.server.errors import ServeError, unavailable
+from headstart.serving.server.models.folder import Opening
 from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.processes.channel import Channel
 from headstart.serving.server.service import Service
@@ -53,6 +54,7 @@ class Link:
         except ServeError:  # it has gone: `first` is set
             return True
         self.service.repository.unloaded.update(joined["unloaded"])
+        self.service.repository.loading.suspects.update(Opening(*one) for one in joined["suspects"])
         return bool(joined["begun"])
 
     def ready(self, line: str) -> None:
@@ -62,6 +64,10 @@ class Link:
     def refused(self, name: str, versions: list[int]) -> None:
         """Tell the supervisor, which may keep the repository up with a URL, which versions do not load."""
         self._channel.tell("refused", name, versions)
+
+    def opening(self, opening: Opening, done: bool) -> None:
+        """Tell the supervisor what is about to be opened, and when it was: one that ends meanwhile ended over it."""
+        self._channel.tell("opened" if done else "open", *opening)
 
     def fail(self, message: str) -> None:
         """Tell the supervisor why this worker does not start: before `open`, or when the loop is over."""
@@ -95,7 +101,7 @@ class SharedService(Service):
     def __init__(self, repository: Repository, link: Link) -> None:
         super().__init__(repository)
         self._link, link.service = link, self
-        repository.on_refused = link.refused
+        repository.on_refused, repository.loading.on_opening = link.refused, link.opening
         self._started = asyncio.Event()
 
     async def start(self) -> None:

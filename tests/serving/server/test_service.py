@@ -399,7 +399,7 @@ def test_a_session_is_set_up_on_purpose(root: Path):
     async def options() -> onnxruntime.SessionOptions:
         service = Service(Repository(root, threads=1))
         await service.start()
-        session = service.repository.find("demo", None).model._compute.__self__
+        session = service.repository.find("demo", None).model._compute.func.__self__
         await service.stop()
         return session.get_session_options()
 

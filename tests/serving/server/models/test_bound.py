@@ -13,7 +13,7 @@ from headstart.serving.errors import PackageError
 from headstart.serving.server.models import bound as module
 from headstart.serving.server.models.bound import Bound, buckets
 from headstart.serving.server.models.model import LoadedModel, load_graph
-from tests.serving.server.graphs import classifier, identities, mlp
+from tests.serving.server.graphs import classifier, identities, looping, mlp
 
 BUCKETS = (1, 2, 4, 6)
 
@@ -49,6 +49,19 @@ def test_a_bound_run_is_the_plain_run_of_the_padded_batch_bit_for_bit():
         kept.append((found, plain[:rows].copy()))
     assert all(np.array_equal(found, plain) for found, plain in kept), "an answer changes when the next one is computed"
     assert sorted(bucket for bucket, *_ in bound._plans) == [1, 2, 4, 6], "one set of buffers for each size"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3], ids=["bound", "padded", "beyond the buckets"])
+def test_a_run_is_cut_off_and_so_are_all_that_follow(rows: int):
+    bound, _ = bind(looping(1 << 40), (1, 2))
+    x = {"x": np.ones((rows, 64), np.float32)}
+    cutting = threading.Timer(0.2, bound.cut)
+    cutting.start()
+    for _ in range(2):
+        with pytest.raises(Exception, match="terminate flag"):
+            bound.run(["y"], x)
+    with pytest.raises(Exception, match="terminate flag"):
+        bound.run(["y"], {"x": np.ones((3 - rows % 2, 64), np.float32)})
 
 
 def test_buffers_stay_where_they_are():

@@ -524,7 +524,7 @@ def test_the_command_serves_a_url_and_deletes_its_copy(remote: Path, tmp_path: P
         assert server.stdout is not None
         line = server.stdout.readline()
         assert re.search(rf"serves 1 of 1 versions in file://{re.escape(str(remote))}$", line.strip()), line
-        (copy,) = scratch.glob("headstart-mirror-*")
+        (copy,) = scratch.glob("headstart-serve-*")
         assert copy.stat().st_mode & 0o077 == 0
         server.send_signal(signal.SIGTERM)
         assert server.wait(30) == 0

@@ -651,6 +651,36 @@ async def test_a_model_is_warm_before_it_is_ready(root: Path, monkeypatch: pytes
     await service.stop()
 
 
+@on_a_loop
+async def test_a_package_whose_first_run_does_not_end_is_cut_off_and_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loading, "_WARM_S", 0.3)
+    write_package(root / "demo" / "1", 1)
+    async with serving(root, poll_s=NEVER) as service:
+        write_package(root / "demo" / "2", 2, graph=classifier(2, turns=1 << 40))
+        write_package(root / "other" / "1", 1)
+        await service.repository.look()
+        assert await served_by(service) == "1"
+        assert await served_by(service, "other") == "1"
+        assert rows(service)["demo", "2"] == (
+            "UNAVAILABLE", "its first runs were not over after 0.3 s, and were cut off",
+        )  # fmt: skip
+
+
+@on_a_loop
+async def test_stopping_cuts_a_first_run_off(root: Path):
+    write_package(root / "demo" / "1", 1)
+    async with serving(root, poll_s=NEVER) as service:
+        write_package(root / "demo" / "2", 2, graph=classifier(2, turns=1 << 40))
+        looking = asyncio.ensure_future(service.repository.look())
+        while service.repository.loading._warming is None:
+            await asyncio.sleep(0.01)
+        await service.stop()
+        await asyncio.wait_for(looking, 5)
+        assert not service.model_ready("demo", "2")
+
+
 def test_a_package_is_warmed_with_the_size_that_it_was_timed_with(pristine: Path, monkeypatch: pytest.MonkeyPatch):
     model = load_package(pristine, name="demo", version="1", device=Device(threads=1))
     shapes = []

@@ -24,7 +24,9 @@ import tritonclient.grpc as triton_grpc
 from headstart.serving.errors import PackageError
 from headstart.serving.server.command import serve
 from headstart.serving.server.errors import ServeError, StartError
+from headstart.serving.server.models.folder import Opening
 from headstart.serving.server.processes.supervisor import Supervisor
+from headstart.serving.server.processes.suspects import Suspects
 from headstart.serving.server.watching.metrics import added
 from tests.serving.server.graphs import classifier, logits, write_package
 from tests.serving.server.models.test_repository import IMAGE as IMAGES
@@ -340,9 +342,62 @@ def test_what_a_killed_worker_had_in_the_temporary_folder_is_deleted(tmp_path: P
     assert place.parent == scratch
     (place / "headstart-copy").mkdir()
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not place.exists() and len(list(scratch.glob("headstart-worker-*"))) == 2, 10)
+    wait_until(lambda: not place.exists() and len(list(scratch.glob("headstart-serve-*"))) == 2, 10)
     assert server.end() == 0
     assert not list(scratch.glob("headstart-*"))
+
+
+def test_a_version_that_processes_end_over_is_opened_no_more(tmp_path: Path):
+    write_package(tmp_path / "demo" / "1", 1)
+    server = Workers(tmp_path)
+    first = set(server.pids())
+    write_package(tmp_path / "demo" / "2", 2, graph=classifier(2, turns=1 << 40))
+
+    def state(client: RawClient) -> tuple[str, str]:
+        rows = client.ask("POST", "/v2/repository/index").json()
+        return next(((one["state"], one["reason"]) for one in rows if one["version"] == "2"), ("", ""))
+
+    def listens() -> bool:
+        with closing(socket.socket()) as probe:
+            return probe.connect_ex(("127.0.0.1", server.port)) == 0
+
+    with ExitStack() as stack:
+        stack.callback(server.process.kill)
+        client = RawClient(server.port)
+        stack.enter_context(closing(client.socket))
+        wait_until(lambda: state(client)[0] == "LOADING", 10)
+        time.sleep(0.5)  # all look at the folder at the same moment
+        for pid in first:  # as the kernel does when there is no memory
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: len(server.pids()) == 2 and not first & set(server.pids()), 10)
+        wait_until(listens, 20)
+        wait_until(lambda: server.metrics()["headstart_workers"] == 2, 20)
+        clients = [RawClient(server.port) for _ in range(20)]
+        for client in clients:
+            stack.enter_context(closing(client.socket))
+            assert right(ask(client))
+            assert state(client)[0] == "UNAVAILABLE"
+            assert state(client)[1].startswith("processes of this server ended while they opened it")
+        shutil.rmtree(tmp_path / "demo" / "2")
+        write_package(tmp_path / "demo" / "2", 2)
+        wait_until(lambda: state(clients[0])[0] == "READY", 10)
+        assert server.end() == 0
+
+
+def test_one_end_is_no_suspicion_and_what_was_opened_once_is_none():
+    one, again = Opening("demo", 1, "a"), Opening("demo", 1, "b")
+    suspects = Suspects()
+    suspects.ended(one)
+    assert suspects.found() == []
+    suspects.ended(again)
+    assert suspects.found() == [], "other files, from the beginning"
+    suspects.ended(again)
+    assert suspects.found() == [again]
+    suspects.opened(again)
+    assert suspects.found() == []
+    for _ in range(3):
+        suspects.ended(again)
+    assert suspects.found() == []
 
 
 def test_workers_end_when_their_supervisor_is_killed(tmp_path: Path):

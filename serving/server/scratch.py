@@ -1,0 +1,76 @@
+"""Temporary folders that go with the server, also where it was killed: the next one deletes what nobody holds."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+_PREFIX = "headstart-serve-"
+
+
+class Scratch:
+    """A new temporary folder of this user alone, held by a lock that ends with the process.
+
+        with Scratch() as scratch:
+            (scratch.path / "model.onnx").write_bytes(graph)
+
+    Raises:
+        OSError: there is no space, or no folder for temporary files.
+    """
+
+    def __init__(self) -> None:
+        while True:
+            self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True)
+            self.path = Path(self._folder.name)
+            try:
+                self._held: int | None = _hold(self.path)
+                break
+            except (BlockingIOError, FileNotFoundError):  # another server that starts took it for one that nobody holds
+                self._folder.cleanup()
+            except OSError:  # a file system without locks: nobody can take it for one
+                self._held = None
+                break
+
+    def close(self) -> None:
+        """Delete the folder and what is in it."""
+        self._folder.cleanup()
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def __enter__(self) -> "Scratch":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def sweep() -> None:
+    """Delete what servers of this user left in the temporary folder and no process holds."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # held, somebody else's, or gone meanwhile
+            held = _hold(path)
+            try:
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(held)
+
+
+def _hold(path: Path) -> int:
+    """Lock a folder; the descriptor that holds the lock.
+
+    Raises:
+        OSError: another process holds it, it is not there, or no folder.
+    """
+    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        status = os.fstat(held)
+        if status.st_uid != os.geteuid() or status.st_nlink == 0:
+            raise FileNotFoundError(f"{path} is gone, or another user's")
+    except OSError:
+        os.close(held)
+        raise
+    return held

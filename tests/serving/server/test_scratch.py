@@ -1,0 +1,76 @@
+"""Temporary folders of a server: gone with it, and kept while anybody holds them."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from headstart.serving.server.scratch import Scratch, sweep
+
+PROGRAM = """
+import sys
+from headstart.serving.server.scratch import Scratch
+scratch = Scratch()
+(scratch.path / "model.onnx").write_bytes(b"x" * 1000)
+print(scratch.path, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_what_a_killed_process_left_is_deleted_and_what_a_process_holds_is_not(place: Path):
+    with Scratch() as ours:
+        (ours.path / "kept").touch()
+        theirs = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "TMPDIR": str(place)},
+        )  # fmt: skip
+        assert theirs.stdout is not None
+        left = Path(theirs.stdout.readline().strip())
+        assert left.parent == place
+        assert left.stat().st_mode & 0o077 == 0
+        sweep()
+        assert (left / "model.onnx").exists()
+        theirs.kill()
+        theirs.communicate()
+        assert (left / "model.onnx").exists()
+        sweep()
+        assert not left.exists()
+        assert (ours.path / "kept").exists()
+    assert not ours.path.exists()
+    ours.close()  # once more is nothing
+
+
+def test_only_folders_of_a_server_are_swept(place: Path):
+    other, link, file = place / "headstart-abc", place / "headstart-serve-link", place / "headstart-serve-file"
+    other.mkdir()
+    link.symlink_to(other)
+    file.touch()
+    sweep()
+    assert other.exists()
+    assert link.is_symlink()
+    assert file.exists()
+
+
+def test_a_folder_that_is_swept_before_it_is_held_is_made_again(place: Path, monkeypatch: pytest.MonkeyPatch):
+    make, made = tempfile.mkdtemp, []
+
+    def swept_once(*arguments: object, **options: object) -> str:
+        path = make(*arguments, **options)
+        made.append(Path(path))
+        if len(made) == 1:
+            sweep()
+        return path
+
+    monkeypatch.setattr(tempfile, "mkdtemp", swept_once)
+    with Scratch() as scratch:
+        assert [path.exists() for path in made] == [False, True]
+        assert scratch.path == made[1]
