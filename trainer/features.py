@@ -3,7 +3,8 @@
 Features live in safetensors shards under `<cache>/features/<key>/`. The key is the SHA-256 of everything that
 decides a feature's value: the backbone's weights and pooling, the preprocessing, the dtype and the content of the
 samples in order. A shard appears under its name only when it is whole, so a killed extraction goes on at the first
-missing shard; the batches inside a shard are always cut alike, so it ends with the same bits.
+missing shard; the batches inside a shard are always cut alike, so it ends with the same bits. Each shard carries the
+fingerprint of its features, and one that is no longer what was written is made anew.
 """
 
 import contextlib
@@ -15,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from headstart.trainer.backbones.backbone import Backbone
+from headstart.trainer.backbones.tensors import tensors_fingerprint
 from headstart.trainer.errors import DataError, RunError
 from headstart.trainer.files import write_atomically
 from headstart.trainer.inputs.batches import pixel_batches
@@ -91,7 +93,7 @@ def extract_features(
     directory = cache / "features" / feature_key(backbone, images)
     cached = CachedFeatures(directory=directory, num_samples=len(images), num_features=backbone.num_features)
     _prepare(directory, _identity(backbone, images))
-    missing = [i for i in range(_num_shards(len(images))) if not _shard(directory, i).exists()]
+    missing = [i for i in range(_num_shards(len(images))) if not _is_sound(_shard(directory, i))]
     if not missing:
         return cached
     rows = [np.arange(i * SHARD_SIZE, min((i + 1) * SHARD_SIZE, len(images))) for i in missing]
@@ -139,7 +141,7 @@ def _shard(directory: Path, index: int) -> Path:
 def _prepare(directory: Path, identity: dict[str, object]) -> None:
     """Make the folder, or refuse one whose manifest describes other features."""
     manifest = directory / "manifest.json"
-    if manifest.exists():
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged one is written anew: the key implies it
         found = json.loads(manifest.read_text())
         if _canonical(found) != _canonical(identity):
             raise RunError(f"{manifest} describes other features than its name; delete {directory} and run again")
@@ -162,8 +164,19 @@ def _finite(features: Tensor, first: int, backbone: Backbone, images: LabelledIm
     return features
 
 
+def _is_sound(path: Path) -> bool:
+    """Say whether a shard is there and holds what was written; shards of earlier versions do not say what that was."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            written = shard.metadata().get("features")
+            return written is None or written == tensors_fingerprint({"features": shard.get_tensor("features")})
+    except (FileNotFoundError, SafetensorError):
+        return False
+
+
 def _write_shard(directory: Path, index: int, features: Tensor, tag: str) -> None:
-    content = save({"features": features.float().contiguous()}, metadata={"tag": tag})
+    tensors = {"features": features.float().contiguous()}
+    content = save(tensors, metadata={"tag": tag, "features": tensors_fingerprint(tensors)})
     try:
         write_atomically(_shard(directory, index), content)
     except OSError as error:

@@ -85,7 +85,7 @@ class Train:
     epochs: int = 10
     """Passes over the training images."""
     batch_size: int = 32
-    """Images a step, over all workers together."""
+    """Images a step, over all workers together; two or more for each."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum 0.9."""
     learning_rate: float = 3e-4
@@ -105,10 +105,11 @@ class Train:
         _require(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
         _require(self.workers >= 1, "train.workers", self.workers, "at least 1")
         _require(
-            self.batch_size >= self.workers and self.batch_size % self.workers == 0,
+            # One image a step has no variance for BatchNorm to divide by.
+            self.batch_size >= 2 * self.workers and self.batch_size % self.workers == 0,
             "train.batch_size",
             self.batch_size,
-            f"a multiple of train.workers ({self.workers})",
+            f"a multiple of train.workers ({self.workers}), with two images or more for each",
         )
         for name in ("learning_rate", "scratch_learning_rates"):
             value = getattr(self, name)

@@ -54,9 +54,10 @@ def file_digest(path: Path) -> str:
 
 
 def write_json(path: Path, document: object) -> None:
-    """Write a JSON document, whole or not at all."""
+    """Write a JSON document, whole or not at all; a byte of a file's name that is not UTF-8 becomes `\\udcXX`."""
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     try:
-        write_atomically(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+        write_atomically(path, text.encode(errors="backslashreplace"))
     except OSError as error:
         raise RunError(f"cannot write {path}: {error}. Free space there, or give --out another folder") from error
 

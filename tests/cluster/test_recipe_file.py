@@ -57,6 +57,7 @@ def test_overrides(tmp_path: Path, override: str, field: tuple[str, ...], value:
         (MINIMAL | {"train": {"epochs": True}}, "train.epochs"),
         (MINIMAL | {"train": {"epochs": 0}}, "train.epochs is 0; accepted: at least 1"),
         (MINIMAL | {"train": {"batch_size": 33}}, "accepted: a multiple of train.workers (2)"),
+        (MINIMAL | {"train": {"batch_size": 2}}, "with two images or more for each"),
         (
             MINIMAL | {"train": {"precision": "fp8"}},
             "train.precision: Input should be 'auto', 'fp32' or 'bf16'",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from headstart.cluster.stages.run_directory import RunDirectory
+from headstart.cluster.stages.run_directory import RunDirectory, write_json
 from headstart.trainer.errors import RunError
 
 IDENTITY = {"name": "x", "data": "sklearn:digits"}
@@ -141,3 +141,10 @@ def test_a_damaged_record_says_which_file(tmp_path: Path):
     record.write_text(json.dumps({"key": 1})[:-3])
     with pytest.raises(RunError, match=r"work\.json is damaged"):
         do(folder, Work(folder), {})
+
+
+def test_a_file_name_that_is_no_text_can_be_written_down(tmp_path: Path):
+    document = {"skipped": ["caf\udce9.png", "é.png"]}
+    write_json(tmp_path / "x.json", document)
+    assert "é.png" in (tmp_path / "x.json").read_text()
+    assert json.loads((tmp_path / "x.json").read_text()) == document

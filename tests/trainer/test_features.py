@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from headstart.trainer import features
@@ -110,6 +111,38 @@ def test_a_shard_of_another_shape_is_refused(tmp_path: Path):
     (other.directory / "00000.safetensors").replace(cached.directory / "00000.safetensors")
     with pytest.raises(RunError, match=r"are \[4, 54\], their manifest says \[5, 54\]"):
         cached.tensor()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "emptied"])
+def test_a_damaged_shard_is_made_anew(tmp_path: Path, damage: str):
+    net, data = backbone(), images(SHARD_SIZE + 5)
+    cached = extract_features(net, data, tmp_path)
+    expected, seen = cached.tensor().clone(), net.module.seen
+    shard = cached.directory / "00001.safetensors"
+    content = shard.read_bytes()
+    altered = content[:-2] + bytes([content[-2] ^ 0x7F]) + content[-1:]
+    shard.unlink()  # not written into: `cached` may be mapped
+    shard.write_bytes({"truncated": content[:-10], "altered": altered, "emptied": b""}[damage])
+    assert torch.equal(extract_features(net, data, tmp_path).tensor(), expected)
+    assert net.module.seen == seen + 5
+
+
+def test_a_damaged_manifest_is_written_anew(tmp_path: Path):
+    net, data = backbone(), images(5)
+    cached = extract_features(net, data, tmp_path)
+    manifest = cached.directory / "manifest.json"
+    content = manifest.read_text()
+    manifest.write_text(content[:20])
+    extract_features(net, data, tmp_path)
+    assert (net.module.seen, manifest.read_text()) == (5, content)
+
+
+def test_shards_of_earlier_versions_are_taken(tmp_path: Path):
+    net, data = backbone(), images(5)
+    cached = extract_features(net, data, tmp_path)
+    save_file({"features": cached.tensor().clone()}, cached.directory / "00000.safetensors", {"tag": ""})
+    extract_features(net, data, tmp_path)
+    assert net.module.seen == 5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -209,8 +209,8 @@ def label_images(
 ) -> LabelledImages:
     """Number the classes of N named samples and gather them.
 
-    Raises DataError for no image at all, for one class only, and for parts without training images of every
-    class.
+    Raises DataError for no image at all, for one class only, for class names that are not UTF-8, and for parts
+    without training images of every class.
     """
     classes = natural_order(names)
     if not names:
@@ -219,6 +219,12 @@ def label_images(
         raise DataError(
             f"{origin} has one class only, {classes[0]!r}; two are needed at least. A folder needs one "
             "sub-folder per class: if the classes lie deeper, point data.path at the folder just above them"
+        )
+    illegible = [ascii(name) for name in classes if re.search("[\ud800-\udfff]", name)]  # a folder's undecoded bytes
+    if illegible:
+        raise DataError(
+            f"{origin} has classes whose names are not UTF-8: {some(illegible)}; rename their folders, which no card, "
+            "manifest or picture could name"
         )
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number[name] for name in names], dtype=np.int64)

@@ -1,8 +1,9 @@
 """The index of checked image files: each is read, hashed and decoded once, and its outcome remembered.
 
 Hashing and decoding a data set takes longer than training heads on it, so a second run must not do it again.
-The index is one SQLite file in the cache, keyed on a file's absolute path, size and modification time;
-several processes may use it at once, and a process that is killed loses the files of one chunk at most.
+The index is one SQLite file in the cache, keyed on a file's absolute path, size and time of change (ctime, which
+moves whenever the content does; copying and unpacking set the modification time back). Several processes may use it
+at once, and a process that is killed loses the files of one chunk at most.
 """
 
 import contextlib
@@ -27,8 +28,8 @@ _CHUNK = 256
 # An error may be mended by another Pillow, so it is believed from this one alone; digests are good for ever.
 _DECODER = f"1/{PIL.__version__}"
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS images (
-    path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
+CREATE TABLE IF NOT EXISTS checked (
+    path BLOB PRIMARY KEY, size INTEGER NOT NULL, ctime_ns INTEGER NOT NULL,
     sha256 TEXT NOT NULL, error TEXT NOT NULL, grey INTEGER NOT NULL, decoder TEXT NOT NULL
 ) WITHOUT ROWID
 """
@@ -72,16 +73,16 @@ def _check_chunk(paths: Sequence[str], index: sqlite3.Connection, pool: ThreadPo
     ]
     if rows:
         with index:
-            index.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+            index.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
     return [checked[i] if i in checked else known[path, stamps[i]] for i, path in enumerate(paths)]
 
 
 def _look_up(paths: Sequence[str], index: sqlite3.Connection) -> dict[tuple[str, tuple[int, int]], Checked]:
     marks = ", ".join("?" * len(paths))
-    rows = index.execute(f"SELECT * FROM images WHERE path IN ({marks})", [os.fsencode(path) for path in paths])
+    rows = index.execute(f"SELECT * FROM checked WHERE path IN ({marks})", [os.fsencode(path) for path in paths])
     return {
-        (os.fsdecode(path), (size, mtime_ns)): Checked(sha256=sha256, error=error, grey=bool(grey))
-        for path, size, mtime_ns, sha256, error, grey, decoder in rows
+        (os.fsdecode(path), (size, ctime_ns)): Checked(sha256=sha256, error=error, grey=bool(grey))
+        for path, size, ctime_ns, sha256, error, grey, decoder in rows
         if not error or decoder == _DECODER
     }
 
@@ -91,7 +92,7 @@ def _stamp(path: str) -> tuple[int, int]:
         status = Path(path).stat()
     except OSError:
         return (-1, -1)  # never stored, so never found; _check says why
-    return (status.st_size, status.st_mtime_ns)
+    return (status.st_size, status.st_ctime_ns)
 
 
 def _check(path: str) -> Checked:

@@ -163,9 +163,12 @@ def _images(path: Path) -> list[Path]:
 
 
 def _images_below(path: Path) -> list[Path]:
+    def fail(error: OSError) -> None:  # os.walk passes over a folder that it may not list
+        raise error
+
     found: list[Path] = []
     seen: set[Path] = set()
-    for folder, subfolders, files in os.walk(path, followlinks=True):
+    for folder, subfolders, files in os.walk(path, onerror=fail, followlinks=True):
         real = Path(folder).resolve()
         if real in seen:  # a link to a folder above it would never end
             subfolders.clear()

@@ -151,7 +151,7 @@ def resolve(sources: Literal["all"] | tuple[str, ...], cache: Path, *, exclude_d
 
     `all` is the catalog and the registry without sources made from the data with fingerprint `exclude_data`,
     which would meet their own images again; naming such a source is a `SourceError`, as are unknown names and
-    paths.
+    paths, and two sources of one name, whose heads a run would confuse.
     """
     unreachable: set[str] = set()
     if sources == "all":
@@ -160,9 +160,14 @@ def resolve(sources: Literal["all"] | tuple[str, ...], cache: Path, *, exclude_d
         found = [(card, base) for card, base in found if not _same_data(card, exclude_data)]
     else:
         found = [_named(spec, cache) for spec in dict.fromkeys(sources)]
+        named: dict[str, str] = {}
         for spec, (card, _) in zip(dict.fromkeys(sources), found, strict=True):
             if _same_data(card, exclude_data):
                 raise SourceError(f"source {spec} was made from this run's own data; take it out of `sources`")
+            if named.setdefault(card.name, spec) != spec:
+                raise SourceError(
+                    f"{named[card.name]} and {spec} are both called {card.name}; take one out of `sources`"
+                )
     return [Candidate(card=card, base=base, unreachable=unreachable) for card, base in found]
 
 
@@ -239,14 +244,16 @@ def _file_card(spec: str) -> SourceCard:
 def _onnx_card(spec: str) -> SourceCard:
     path, _, tensor = spec.removeprefix("onnx:").partition("#")
     preprocessing = find_architecture("torchvision:resnet50").preprocessing
-    return _user_card(spec, Path(path), f"onnx:{tensor}", preprocessing)
+    return _user_card(spec, Path(path), f"onnx:{tensor}", preprocessing, suffix=f"#{tensor}")
 
 
-def _user_card(spec: str, path: Path, architecture: str, preprocessing: Preprocessing) -> SourceCard:
+def _user_card(
+    spec: str, path: Path, architecture: str, preprocessing: Preprocessing, *, suffix: str = ""
+) -> SourceCard:
     path = path.expanduser().resolve()
     sha256 = file_sha256(path)
     return SourceCard(
-        name=_file_safe(f"{path.stem}-{sha256[:8]}"),
+        name=_file_safe(f"{path.stem}-{sha256[:8]}{suffix}"),
         task=f"your own weights, {path.name}",
         architecture=architecture,
         weights=f"file:{path}",

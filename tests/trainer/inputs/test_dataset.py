@@ -168,6 +168,11 @@ def test_too_little_is_refused():
         labelled(GREY, ["a"] * 4)
 
 
+def test_class_names_that_are_no_text_are_refused():
+    with pytest.raises(DataError, match=r"not UTF-8: 'caf\\udce9'; rename their folders"):
+        labelled(GREY, ["a", "a", "caf\udce9", "caf\udce9"])
+
+
 def test_parts_need_training_images_of_every_class():
     with pytest.raises(DataError, match="no image in train: b; add training images"):
         labelled(GREY, ["a", "a", "b", "b"], parts=["train", "train", "test", "test"])

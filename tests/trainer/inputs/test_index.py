@@ -68,6 +68,15 @@ def test_a_changed_file_is_decoded_again(tmp_path, paths, decoded, make_image):
     assert after[8] == before[8]
 
 
+def test_a_change_that_keeps_size_and_modification_time_is_seen(tmp_path, paths):
+    before = check_images(paths, tmp_path)
+    file = Path(paths[3])
+    times, content = file.stat(), file.read_bytes()
+    file.write_bytes(content[:-1] + b"?")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert check_images(paths, tmp_path)[3].sha256 != before[3].sha256
+
+
 def test_a_file_that_cannot_be_opened_is_not_remembered(tmp_path, paths, make_image):
     Path(paths[0]).unlink()
     assert check_images(paths, tmp_path)[0].error == "cannot be read: No such file or directory"

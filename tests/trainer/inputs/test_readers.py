@@ -1,3 +1,4 @@
+import os
 import re
 
 import numpy as np
@@ -65,6 +66,17 @@ class TestFolder:
 
         monkeypatch.setattr("pathlib.Path.iterdir", fail)
         refused(make_folder(a=1, b=1), "Permission denied", "make it readable")
+
+    def test_a_deeper_folder_that_cannot_be_listed_is_refused(self, refused, make_folder, monkeypatch):
+        folder, scandir = make_folder({"a": 1, "a/deep": 1, "b": 1}), os.scandir
+
+        def fail(path):
+            if str(path).endswith("deep"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr("os.scandir", fail)
+        refused(folder, "Permission denied", "deep", "make it readable")
 
     @pytest.mark.parametrize("validation", ["val", "valid", "validation", "Validation"])
     def test_parts(self, load, make_folder, validation):

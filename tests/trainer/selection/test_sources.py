@@ -175,6 +175,21 @@ def test_user_files(tmp_path):
         resolve((f"file:{tmp_path}/none.pth#resnet18",), tmp_path)
 
 
+def test_tensors_of_one_graph_are_sources_of_their_own(tmp_path):
+    (tmp_path / "g.onnx").write_bytes(b"graph")
+    found = resolve(tuple(f"onnx:{tmp_path}/g.onnx{tensor}" for tensor in ("", "#/a/Relu", "#/b/Relu")), tmp_path)
+    assert [c.card.name for c in found] == [
+        f"g-{found[0].card.sha256[:8]}{tensor}" for tensor in ("", "-a-Relu", "-b-Relu")
+    ]
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    specs = tuple(f"file:{tmp_path}/w.pth#{architecture}" for architecture in ("resnet18", "resnet34"))
+    with pytest.raises(SourceError, match=r"resnet18 and .*resnet34 are both called w-.*; take one out of `sources`"):
+        resolve(specs, tmp_path)
+
+
 def test_packaged_architecture_brings_its_own_constants(tmp_path):
     (tmp_path / "w.pth").write_bytes(b"")
     (candidate,) = resolve((f"file:{tmp_path}/w.pth#headstart:english-g2",), tmp_path)
