@@ -60,6 +60,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "temperature": (lambda d: d.update(temperature=0), "temperature is 0"),
     "labels": (lambda d: d["labels"].append(d["labels"][0]), "not distinct"),
     "no model": (lambda d: d["files"].clear(), "does not list model.onnx"),
+    "last digit": (lambda d: d["files"].update({MODEL: d["files"][MODEL][:-1] + "x"}), "was changed"),
     "lost file": (lambda d: d["files"].update({"model.onnx.data": "0" * 64}), "lacks model.onnx.data"),
     "parent": (lambda d: d["files"].update({"../model.onnx": "0" * 64}), "leads out"),
     "absolute": (lambda d: d["files"].update({"/etc/hostname": "0" * 64}), "leads out"),
