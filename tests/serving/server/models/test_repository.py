@@ -238,6 +238,7 @@ async def test_a_server_starts_with_a_bad_package_and_serves_the_best_that_is_so
         assert rows(service)["demo", "1"] == ("UNAVAILABLE", "not chosen by the policy latest")
         assert await status_of(service, "other") == 503
         assert not service.model_ready("other", None)
+        assert service.metrics.counts()["loads"] == {"ready": 1, "refused": 2}
         write_package(root / "demo" / "11", 11)
         await until(lambda: service.model_ready("demo", "11"))
         assert await served_by(service) == "11"
