@@ -1,6 +1,7 @@
 """A package is whole, unchanged and proven, or it is refused; and it is written whole or not at all."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.serving.errors import PackageError
-from headstart.serving.manifest import MANIFEST, Manifest, Variant, load_manifest
+from headstart.serving.manifest import MANIFEST, Drift, Manifest, Variant, load_manifest
 from headstart.serving.package import MODEL, digest, new_package, verify
 from headstart.serving.runtime import Predictor
 
@@ -55,11 +56,13 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unknown key": (lambda d: d.update(extra=1), "manifest.extra is not known"),
     "missing key": (lambda d: d.pop("labels"), "manifest.labels is missing"),
     "wrong type": (lambda d: d.update(temperature="warm"), "manifest.temperature is 'warm'; accepted: float"),
+    "boolean": (set_row(0, num_disagreements=False), "num_disagreements is False; accepted: int"),
     "nested type": (lambda d: d["inputs"][0].update(shape=[None]), r"inputs\[0\].shape\[0\] is None"),
     "not an object": (lambda d: d.update(latency=[]), "manifest.latency"),
     "temperature": (lambda d: d.update(temperature=0), "temperature is 0"),
     "labels": (lambda d: d["labels"].append(d["labels"][0]), "not distinct"),
     "no model": (lambda d: d["files"].clear(), "does not list model.onnx"),
+    "last digit": (lambda d: d["files"].update({MODEL: d["files"][MODEL][:-1] + "x"}), "was changed"),
     "lost file": (lambda d: d["files"].update({"model.onnx.data": "0" * 64}), "lacks model.onnx.data"),
     "parent": (lambda d: d["files"].update({"../model.onnx": "0" * 64}), "leads out"),
     "absolute": (lambda d: d["files"].update({"/etc/hostname": "0" * 64}), "leads out"),
@@ -93,6 +96,13 @@ def test_a_manifest_that_cannot_be_is_refused(package: Path, name: str):
     edit(package, change)
     with pytest.raises(PackageError, match=reason):
         verify(package)
+
+
+def test_numbers_that_json_does_not_say_do_not_hold_either(pristine: Path):
+    parity = load_manifest(pristine).parity
+    row = replace(parity.rows[0], relative_difference=math.nan)
+    assert "the logits differ by nan" in replace(parity, rows=(row, *parity.rows[1:])).failure()
+    assert Drift(mean=(math.inf,), spread=1.0, num_images=9).failure()
 
 
 def test_a_package_of_schema_1_is_what_it_was(package: Path):
@@ -195,6 +205,21 @@ def test_a_package_that_does_not_verify_leaves_the_earlier_one(package: Path):
     with pytest.raises(PackageError, match="was changed"):
         write()
     assert (package / MANIFEST).read_bytes() == before
+    verify(package)
+    assert sorted(path.name for path in package.parent.iterdir()) == ["package"]
+
+
+def test_a_package_that_cannot_take_its_place_leaves_the_earlier_one(
+    package: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def rename(path: Path, target: Path, real: Callable[..., Path] = Path.rename) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError("not now")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="not now"), new_package(package) as folder:
+        fill(folder, pristine)
     verify(package)
     assert sorted(path.name for path in package.parent.iterdir()) == ["package"]
 

@@ -108,8 +108,11 @@ def test_predict_is_a_bare_session_run(predictor: Predictor, photographs: list[n
 
 
 def test_files_of_mixed_sizes_and_modes_keep_their_order(
-    predictor: Predictor, photographs: list[np.ndarray], tmp_path: Path
+    predictor: Predictor, photographs: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    batches: list[int] = []
+    predict = predictor.predict
+    monkeypatch.setattr(predictor, "predict", lambda images: batches.append(len(images)) or predict(images))
     paths = []
     for index in range(150):  # more than two windows and more than one batch of each size
         pixels = np.roll(photographs[index % 20], index, axis=1)
@@ -119,6 +122,7 @@ def test_files_of_mixed_sizes_and_modes_keep_their_order(
     order = np.random.default_rng(0).permutation(150)
     paths = [paths[index] for index in order]
     predictions = predictor.predict_files(paths)
+    assert (sum(batches), max(batches)) == (150, 16)  # the largest batch whose parity is proven
     assert [prediction.file for prediction in predictions] == [str(path) for path in paths]
     for prediction, path in zip(predictions, paths, strict=True):
         (alone,) = predictor.predict_files([str(path)])

@@ -74,7 +74,6 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._health = Health(lambda: service.ready() and not self._methods.closing)
         self._token = None if settings.token is None else token_digest(settings.token.encode())
         self._held = 0
-        self._active = 0
         self._stopping: asyncio.Task[None] | None = None
         self._server: Any = None
         self._refuse = grpc.stream_unary_rpc_method_handler(_refuse_unread)
@@ -147,25 +146,20 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
             self._streams.close()
             self._stopping = asyncio.ensure_future(self._server.stop(_FOREVER))
 
-    async def drain(self, timeout: float | None = None) -> int:
+    async def drain(self, timeout: float | None = None) -> None:
         """Wait until the calls in flight are answered.
 
         Args:
             timeout: seconds, after which what is left is cut off; None is the settings' `drain_timeout`.
-
-        Returns:
-            the number of calls that were cut off.
         """
         self.close()
         if self._stopping is None:
-            return 0
+            return
         wait = self.settings.drain_timeout if timeout is None else timeout
         await asyncio.wait((self._stopping,), timeout=wait)
-        left = 0 if self._stopping.done() else self._active
         if not self._stopping.done():
             await self._server.stop(None)
         await self._stopping
-        return left
 
     def _guarded(self, path: str, answer: Answer) -> Callable[[Any, Any], Awaitable[bytes]]:
         """A method that tells refusals as statuses, and names its request in the trailers."""
@@ -233,7 +227,6 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         refusal: ServeError | None = None
         status, data = "CANCELLED", b""
         self._held += len(body)
-        self._active += 1
         self._service.clients += 1
         try:
             if self._held > self.settings.max_held_bytes:
@@ -251,7 +244,6 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
             refusal = internal(f"the server failed; its log says why under {name}")
         finally:
             self._held -= len(body)
-            self._active -= 1
             self._service.clients -= 1
             if self._watch is not None:
                 self._tell(self._watch, seen, path, refusal.grpc if refusal else status, len(data), context)

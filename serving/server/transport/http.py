@@ -103,28 +103,22 @@ class HttpServer:
         self._tick = min(self._tick, _GRACE / 2)
         self._sweep()
 
-    async def drain(self, timeout: float | None = None) -> int:
+    async def drain(self, timeout: float | None = None) -> None:
         """Wait until the requests in flight are answered.
 
         Args:
             timeout: seconds, after which what is left is cut off; None is the settings' `drain_timeout`.
-
-        Returns:
-            the number of connections that were cut off.
         """
         self.close()
-        left = 0
         try:
             await asyncio.wait_for(self._empty.wait(), self.settings.drain_timeout if timeout is None else timeout)
         except TimeoutError:
-            left = len(self._connections)
             for connection in list(self._connections):
                 connection.abort()
             await asyncio.sleep(0)
         if self._timer is not None:
             self._timer.cancel()
         self.routes.close()
-        return left
 
     # What connections call.
 

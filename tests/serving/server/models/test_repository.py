@@ -238,6 +238,7 @@ async def test_a_server_starts_with_a_bad_package_and_serves_the_best_that_is_so
         assert rows(service)["demo", "1"] == ("UNAVAILABLE", "not chosen by the policy latest")
         assert await status_of(service, "other") == 503
         assert not service.model_ready("other", None)
+        assert service.metrics.counts()["loads"] == {"ready": 1, "refused": 2}
         write_package(root / "demo" / "11", 11)
         await until(lambda: service.model_ready("demo", "11"))
         assert await served_by(service) == "11"
@@ -416,15 +417,18 @@ async def test_the_file_of_a_model_goes_before_the_setting_and_is_followed(root:
         await looks(service)
         assert await served_by(service) == "1"  # a damaged file changes nothing
         assert "is not known; accepted: latest" in rows(service)["demo", "policy"][1]
-        (root / "demo" / "policy").write_text("latest")
-        await looks(service)
-        assert await served_by(service) == "3"
         (root / "demo" / "policy").write_text("pinned:7")  # not there: the old one stays
+        await looks(service)
+        assert await served_by(service) == "1"
+        (root / "demo" / "policy").write_text("latest")
         await looks(service)
         assert await served_by(service) == "3"
         (root / "demo" / "policy").unlink()
         await looks(service)
         assert await served_by(service) == "2"
+        shutil.rmtree(root / "demo" / "2")  # and none is served in the place of one that is pinned
+        await looks(service)
+        assert await status_of(service) == 503
 
 
 @on_a_loop
@@ -462,6 +466,17 @@ async def test_a_version_written_over_serves_what_was_verified_until_the_new_one
         np.testing.assert_allclose(response.outputs["logits"], logits(IMAGE, 5), rtol=1e-6)
         with pytest.raises(ServeError, match="taken down"):
             old.run({"images": IMAGE}, ["logits"])
+        assert service.metrics.find("demo", "1")  # of the old one and the new one
+
+
+@on_a_loop
+async def test_the_bytes_that_wait_are_bounded_over_all_models(root: Path):
+    for name in ("a", "b"):
+        write_package(root / name / "1", 1)
+    async with serving(root, scheduling=Scheduling(max_queue_bytes=8)) as service:
+        one, other = (service.repository.find(name, None).scheduler._budget for name in "ab")
+        one.held += 1
+        assert not other.has_room(8)
 
 
 @on_a_loop

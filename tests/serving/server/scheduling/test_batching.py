@@ -17,7 +17,7 @@ from headstart.serving.device import Device
 from headstart.serving.manifest import Tensor
 from headstart.serving.server.errors import ServeError
 from headstart.serving.server.models.model import LoadedModel, load_graph
-from headstart.serving.server.scheduling import batching
+from headstart.serving.server.scheduling import batching, queueing
 from headstart.serving.server.scheduling.queueing import Budget, Queue, Waiting
 from headstart.serving.server.watching.metrics import Metrics
 from headstart.serving.server.wire.protocol import InferRequest, InferResponse, RequestedOutput
@@ -369,6 +369,9 @@ async def test_a_full_queue_says_so_at_once_and_when_to_come_back():
     assert full.retry_after is not None
     assert full.retry_after > 0
     assert "3 requests wait" in full.message
+    for seconds_each, wait_s in ((0.5, 1.5), (100.0, 60.0)):
+        scheduler._seconds_per_request = seconds_each
+        assert refusal(scheduler, ask(5)).retry_after == wait_s
     waiting[1].cancelled = True  # its place is free
     await asyncio.sleep(0.02)
     given.append(scheduler.infer(ask(5)))
@@ -440,11 +443,26 @@ async def test_requests_whose_client_has_gone_are_dropped():
     assert scheduler.statistics.errors == {499: 2}
 
 
+@pytest.mark.parametrize(("value", "status"), [(1, 499), (-1, 500)])
 @on_a_loop
-async def test_larger_priorities_go_first_and_equal_ones_in_their_order():
+async def test_a_client_that_goes_while_its_request_runs_is_counted_and_holds_up_nobody(value: int, status: int):
     gate = threading.Event()
     model = Doubling(gate=gate)
     scheduler = Scheduler(model, max_batch=1, max_queue=9)
+    given = scheduler.infer(ask(value))
+    await until(lambda: model.ran)
+    given.cancel()
+    gate.set()
+    await scheduler.drained()
+    assert (scheduler.statistics.success, scheduler.statistics.errors) == (0, {status: 1})
+
+
+@pytest.mark.parametrize("max_batch", [1, 2])
+@on_a_loop
+async def test_larger_priorities_go_first_and_equal_ones_in_their_order(max_batch: int):
+    gate = threading.Event()
+    model = Doubling(gate=gate)
+    scheduler = Scheduler(model, max_batch=max_batch, max_queue=9)
     given = [scheduler.infer(ask(0))]
     await until(lambda: model.ran)
     given += [
@@ -453,7 +471,8 @@ async def test_larger_priorities_go_first_and_equal_ones_in_their_order():
     ]
     gate.set()
     await asyncio.gather(*given)
-    assert [x[0, 0] for x in model.ran] == [0, 2, 4, 1, 5, 3]
+    assert [value for x in model.ran for value in x[:, 0]] == [0, 2, 4, 1, 5, 3]
+    assert len(model.ran) == {1: 6, 2: 4}[max_batch]  # those of one width share a batch
 
 
 @on_a_loop
@@ -477,7 +496,7 @@ async def test_a_delay_waits_for_a_batch_to_fill_and_no_longer():
     assert await outcome(scheduler.infer(ask(1))) == [2]
     assert time.perf_counter() - started >= 0.045
     scheduler.close()
-    scheduler = Scheduler(model, max_batch=3, max_queue=9, max_delay_s=5)
+    scheduler = Scheduler(model, max_batch=3, max_queue=9, max_delay_s=5, known=[(12, 50_000)] * 3)
     full = []
     started = time.perf_counter()
     for value in (1, 2, 3):
@@ -495,6 +514,7 @@ async def test_a_full_batch_does_not_wait_behind_one_that_is_being_filled():
     await turns()
     full = [scheduler.infer(ask(value, width=2)) for value in (2, 3)]
     assert [await outcome(one) for one in full] == [[4], [6]]
+    assert await outcome(scheduler.infer(ask(4, 5, width=2))) == [8, 10]  # rows fill a batch, not requests
     assert not filling.done()
     scheduler.stop_accepting()
     assert await outcome(filling) == [2]
@@ -530,6 +550,17 @@ def test_the_queue_is_a_list_sorted_by_priority_and_arrival(items: list[tuple[in
         assert queue.has_room(99)
 
     asyncio.run(play())
+
+
+@on_a_loop
+async def test_a_full_queue_is_not_searched_again_within_ten_milliseconds(monkeypatch: pytest.MonkeyPatch):
+    queue = Queue(max_requests=9, budget=Budget(99))
+    gone = [Waiting(ask(1, cancelled=True), ["y"], 1, 1, 0, asyncio.Future()) for _ in range(2)]
+    for now, item, found in ((1.0, gone[0], gone[:1]), (1.005, gone[1], []), (1.02, None, gone[1:])):
+        monkeypatch.setattr(queueing, "monotonic", lambda now=now: now)
+        if item:
+            queue.push((), item)
+        assert queue.take_gone() == found
 
 
 REFUSED: dict[str, tuple[dict[str, np.ndarray], str]] = {
@@ -728,6 +759,21 @@ async def test_everything_is_counted():
     assert sample("headstart_requests_answered", "_total") == 3
     assert sample("headstart_request_errors", "_total", status="400") == 1
     assert sample("headstart_queue_depth") == 0
+
+
+@on_a_loop
+async def test_each_stage_is_counted_as_it_is_told_wherever_it_ran():
+    scheduler = Scheduler(Doubling(seconds=0.01), max_batch=1, max_queue=4)
+    responses = [await answer(scheduler.infer(ask(1)))]  # in a thread
+    scheduler._costs.below = lambda *given: True
+    responses.append(await answer(scheduler.infer(ask(1))))  # at once: counted when all is drained
+    assert scheduler.statistics.success == 1
+    await scheduler.drained()
+    statistics = scheduler.statistics
+    assert statistics.success == 2
+    assert statistics.queue_ns == sum(one.timings_ns["queue"] for one in responses)
+    assert statistics.compute_ns == sum(one.timings_ns["compute"] for one in responses)
+    assert min(one.timings_ns["compute"] for one in responses) >= 10_000_000
 
 
 @pytest.mark.parametrize("name", ["max_batch", "max_queue", "threads"])

@@ -65,8 +65,8 @@ def test_a_change_is_followed_in_time():
 def test_a_batch_that_few_wait_for_says_nothing():
     sizes = BatchSizes(16)
     for _ in range(100):
-        sizes.learn(KEY, sizes.limit(KEY), rows=8, nanoseconds=1)
-    assert sizes.limit(KEY) == 16
+        assert sizes.limit(KEY) == 16
+        sizes.learn(KEY, 16, rows=8, nanoseconds=1)
 
 
 def test_each_shape_has_its_own_and_they_are_bounded():

@@ -119,3 +119,21 @@ def test_what_is_not_sent_yet_is_waited_for_and_given_up_in_the_end(how: str):
 
     assert 60 <= asyncio.run(run(takes_it=False)) <= 62
     assert 32 <= asyncio.run(run(takes_it=True)) <= 36
+
+
+def test_a_client_that_reads_no_answer_is_given_the_time_of_a_body_and_not_that_of_a_pause():
+    async def run(reads_again: bool) -> bool:
+        server = HttpServer(TinyService(), HttpSettings(port=0, body_timeout=60, idle_timeout=300))
+        server.clock = lambda: 0.0
+        connection, transport = Connection(server), _Slow()
+        connection.connection_made(transport)
+        transport.feed(connection, b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.pause_writing()
+        if reads_again:
+            connection.resume_writing()
+        expire_at(connection, 61.0)
+        connection.connection_lost(None)
+        return transport.aborted
+
+    assert asyncio.run(run(reads_again=False))
+    assert not asyncio.run(run(reads_again=True))

@@ -23,6 +23,8 @@ from headstart.serving.server.command import serve
 from headstart.serving.server.errors import ServeError, StartError
 from headstart.serving.server.settings import HttpSettings
 from headstart.serving.server.transport.grpc import GrpcServer, serve_grpc
+from headstart.serving.server.transport.grpc_methods import Methods
+from headstart.serving.server.watching.watch import Seen
 from headstart.serving.server.wire.grpc_codec import GrpcDecoder
 from headstart.serving.server.wire.grpc_messages import MESSAGES
 from headstart.serving.server.wire.protocol import Limits
@@ -270,6 +272,27 @@ def test_a_client_that_goes_cancels_its_request(running: RunningGrpc, how: str):
         assert str(results[0].status()) == f"StatusCode.{'CANCELLED' if how == 'cancel' else 'DEADLINE_EXCEEDED'}"
 
 
+def test_a_model_is_loaded_to_the_end_where_the_client_goes():
+    class Slow(TinyService):
+        async def load(self, name: str, parameters: dict[str, Any]) -> None:
+            await self.gate.wait()
+            await super().load(name, parameters)
+
+    async def run() -> list[tuple[Any, ...]]:
+        service = Slow()
+        answer = Methods(service, HttpSettings()).document("RepositoryModelLoad")
+        body = MESSAGES["RepositoryModelLoadRequest"](model_name="echo").SerializeToString()
+        asking = asyncio.ensure_future(answer(body, None, Seen("a")))
+        await asyncio.sleep(0.01)
+        asking.cancel()
+        await asyncio.wait((asking,))
+        service.gate.set()
+        await asyncio.sleep(0.01)
+        return service.calls
+
+    assert asyncio.run(run()) == [("load", "echo", {})]
+
+
 @pytest.mark.parametrize(
     ("model", "version", "status", "words"),
     [
@@ -287,6 +310,14 @@ def test_refusals_are_statuses_and_tell_no_secrets(client: Any, model: str, vers
     assert caught.value.message().startswith(words)
     assert "passwd" not in str(caught.value)
     assert "Traceback" not in str(caught.value)
+
+
+def test_where_memory_ends_a_client_is_told_to_come_again(
+    client: Any, running: RunningGrpc, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(running.service, "infer", lambda request: bytearray(1 << 62))
+    with pytest.raises(InferenceServerException, match=r"UNAVAILABLE\] the server is out of memory"):
+        client.infer("echo", [tensor("x", np.zeros(2, np.float32))])
 
 
 def test_a_full_queue_says_when_to_come_again(call: Callable[..., Any]):
@@ -386,6 +417,11 @@ def test_without_the_token_nothing_is_told():
             for model in ("echo", "nope"):
                 with pytest.raises(InferenceServerException, match=stranger):
                     client.infer(model, array, headers=headers)
+        both = [("authorization", "Bearer t"), ("authorization", "Bearer u")]
+        with grpc.insecure_channel(running.url) as channel:
+            ask = channel.unary_unary("/inference.GRPCInferenceService/ServerMetadata")
+            with pytest.raises(grpc.RpcError, match=stranger):
+                ask(b"", metadata=both, timeout=10)
         assert not running.service.requests
         assert client.is_server_live()
         token = {"authorization": "Bearer t"}

@@ -94,7 +94,7 @@ def test_a_client_that_goes_cancels_all_of_its_requests(how: str):
         else:
             client._stream._response_iterator.cancel()
         wait_until(lambda: all(request.cancelled for request in running.service.requests))
-        wait_until(lambda: not running.grpc_server._active)
+        wait_until(lambda: not running.service.clients)
         client.close()
 
 

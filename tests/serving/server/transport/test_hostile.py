@@ -81,6 +81,7 @@ def told(running: Running, data: bytes) -> Answer:
         (b"GET / HTTP/1.1\r\nHost : x\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: a\r\nAuthorization: b\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: x\r\nA: \0\r\n\r\n", 400),
         (b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\n\r\n", 400),
@@ -93,8 +94,9 @@ def told(running: Running, data: bytes) -> Answer:
         (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 501),
         (b"POST /v2 HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", 405),
         (b"POST /nope HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", 404),
+        (b"POST /nope HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n", 404),
         (b"GET / HTTP/1.1\r\nHost: x\r\nExpect: magic\r\n\r\n", 417),
-        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 70 + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 64 + b"\r\n", 431),
         (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 20_000, 431),
         (b"GET /" + b"a" * 20_000, 431),
         (HEAD.replace(b"Content-Length: %d" % len(BODY), b"Content-Length: 100001"), 413),
@@ -168,7 +170,7 @@ def test_a_head_sent_byte_by_byte_is_cut_off_all_the_same(running: Running):
     with running.connect() as raw:
         started = time.monotonic()
         with contextlib.suppress(OSError):  # a broken pipe or a reset
-            for byte in HEAD * 20:
+            for byte in b"GET / HTTP/1.1\r\nHost: " + b"x" * 1000:
                 raw.send(bytes([byte]))
                 time.sleep(0.02)
         assert time.monotonic() - started < 5
@@ -214,6 +216,7 @@ def test_a_client_that_does_not_read_is_cut_off():
         thread.join(20)
         assert not thread.is_alive(), "the server neither read nor closed"
         assert len(running.service.requests) < 10, "answers pile up in memory"
+        wait_until(lambda: not running.server._connections)
         still_serves(running)
 
 
@@ -235,6 +238,13 @@ def test_more_connections_than_allowed_are_told_so(running: Running):
             client.socket.close()
     wait_until(lambda: not running.server._connections)
     still_serves(running)
+
+
+def test_a_connection_too_many_is_told_nothing_where_a_token_is_asked_for():
+    with Running(HttpSettings(port=0, token="t", max_connections=1)) as running, running.connect() as raw:
+        assert raw.ask("GET", "/v2", Authorization="Bearer t").status == 200
+        with running.connect() as other:
+            assert other.closed()
 
 
 def test_bodies_count_as_they_come_and_not_as_they_are_announced(running: Running):
@@ -353,6 +363,14 @@ def test_health_can_be_open_and_nothing_else_is():
         assert raw.ask("GET", "/v2/health/live").status == 200
         assert raw.ask("GET", "/v2/health/ready").status == 200
         assert raw.ask("GET", "/v2/models/echo/ready").status == 401
+
+
+def test_where_memory_ends_a_client_is_told_to_come_again(running: Running, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(running.service, "infer", lambda request: bytearray(1 << 62))
+    with running.connect() as raw:
+        answer = raw.ask("POST", "/v2/models/echo/infer", BODY, Inference_Header_Content_Length=LENGTH)
+    assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+    assert "out of memory" in answer.error
 
 
 def test_a_failure_inside_leaks_nothing(running: Running, caplog: pytest.LogCaptureFixture):

@@ -28,6 +28,7 @@ from headstart.serving.server.transport.grpc import GrpcServer, serve_grpc
 from headstart.serving.server.transport.http import serve_http
 from headstart.serving.server.wire import encoded
 from headstart.serving.server.wire.encoded import ENCODED, ImageDecoder
+from headstart.serving.server.wire.predict import prediction
 from headstart.serving.server.wire.protocol import InferRequest, InferResponse, Limits, RequestedOutput
 from tests.serving.server.graphs import logits, mlp, write_package
 from tests.serving.server.models.test_repository import Graph, serving
@@ -293,6 +294,13 @@ def test_memory_and_threads_are_bounded_over_all_requests(monkeypatch: pytest.Mo
         return statuses
 
     assert sorted(asyncio.run(play())) == [200, 200, 200, 429, 429, 429, 503, 503]
+
+
+def test_labels_that_are_not_the_columns_name_none():
+    response = InferResponse(model="m", version="1", outputs={"probabilities": np.float32([[0.25, 0.75]])})
+    found = {1: {"0": 0.25, "1": 0.75}, 2: {"cat": 0.25, "dog": 0.75}}
+    for count, probabilities in found.items():
+        assert prediction(response, ["cat", "dog"][:count])["probabilities"] == probabilities
 
 
 def test_a_model_that_takes_no_images_knows_no_files(tmp_path: Path):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import time
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -145,6 +146,7 @@ def test_strings_and_bfloat16():
         (b'{"inputs":[{"name":"x","datatype":"BYTES","shape":[1],"data":["\\ud800"]}]}', "surrogate"),
         (as_json("BF16", data=[1, 2]), "binary extension"),
         (as_json(id=7), "id"),
+        (as_json(id="i" * 1025), "at most 1024"),
         (as_json(parameters=[1]), "no object"),
         (as_json(parameters={"a": {"b": 1}}), "'a'"),
         (b'{"parameters": {"a": NaN}, "inputs": [1]}', "finite"),
@@ -153,6 +155,8 @@ def test_strings_and_bfloat16():
         (as_json(parameters={"timeout": 10**400}), "microseconds"),
         (as_json(parameters={"priority": -1}), "priority"),
         (as_json(outputs=0), "outputs is not a list"),
+        (as_json(outputs=[{"name": "y" * 257}]), "1 to 256"),
+        (as_json(outputs=[{"name": "y", "parameters": {"classification": -1}}]), "classification -1"),
         (as_json(outputs=[{"name": "y"}, {"name": "y"}]), "twice"),
         (as_json(outputs=[{"name": "y", "parameters": {"classification": 0.5}}]), "classification"),
         (as_json(outputs=[{"name": "y", "parameters": {"shared_memory_region": "r"}}]), "shared memory"),
@@ -183,6 +187,7 @@ def test_a_body_shorter_or_longer_than_declared_names_both_numbers(wrong: int):
     [
         (b"\xff\xff\xff\xff" + b"a" * 8, "element 0 says 4294967295 bytes, 8 are left"),
         (b"\x05\0\0\0hello\0\0\0", "end in element 1"),
+        (b"\x01\0\0\0a\x02\0\0\0b", "element 1 says 2 bytes, 1 are left"),
         (b"\x01\0\0\0a\x01\0\0\0bccc", "3 bytes are left"),
     ],
 )
@@ -199,9 +204,19 @@ def test_a_boolean_that_is_neither_is_refused():
 def test_limits_hold_before_anything_is_read():
     many = json.dumps({"inputs": [{**binary(4), "name": str(n)} for n in range(65)]}).encode()
     assert "65 tensors" in refused(many)
+    assert "65 parameters" in refused(as_json(parameters={str(n): n for n in range(65)}))
     assert "accepted: 4" in refused(as_json(shape=[5]), limits=Limits(max_elements=4))
     assert "accepted: 1 " in refused(as_json("BYTES", data=["a", "b"]), limits=Limits(max_strings=1))
     assert "binary extension" in refused(as_json(), limits=Limits(max_json_bytes=10), status=413)
+
+
+def test_what_is_just_within_the_limits_is_read():
+    most = {str(n): n for n in range(64)}
+    outputs = [{"name": f"{n:256}"} for n in range(64)]
+    body = as_json(shape=[1] * 16, data=[1], id="i" * 1024, parameters=most, outputs=outputs)
+    request = decode(body, limits=Limits(max_json_bytes=len(body), max_elements=1))
+    assert (len(request.id), len(request.parameters), len(request.outputs)) == (1024, 64, 64)
+    refused(body, limits=Limits(max_json_bytes=len(body) - 1), status=413)
 
 
 def test_what_is_said_beside_the_tensors_is_read():
@@ -217,6 +232,7 @@ def test_what_is_said_beside_the_tensors_is_read():
     assert request.parameters == {"own": "word"}
     assert request.priority == HIGHEST_PRIORITY
     assert request.deadline is not None
+    assert -60 < request.deadline - time.monotonic() <= 2
     assert request.outputs == (
         RequestedOutput(name="a", binary=True),
         RequestedOutput(name="b", binary=False, classification=3),
@@ -271,6 +287,8 @@ def test_classification_gives_the_largest_with_their_labels():
     document, _ = answer([[0.1, 0.7, 0.2], [3, 1, 2]], wanted)
     assert document["outputs"][0]["shape"] == [2, 2]
     assert document["outputs"][0]["data"] == ["0.700000:1:dog", "0.200000:2:eel", "3.000000:0:cat", "2.000000:2:eel"]
+    tied, _ = answer([0.5, 0.5, 0.5], wanted)
+    assert tied["outputs"][0]["data"] == ["0.500000:0:cat", "0.500000:1:dog"]
     for none in ([True], 1.0, np.zeros((2, 0))):
         with pytest.raises(ServeError, match="no row of scores"):
             answer(none, wanted)
@@ -280,6 +298,26 @@ def test_classification_gives_the_largest_with_their_labels():
 def test_an_output_that_the_model_lacks_is_refused():
     with pytest.raises(ServeError, match="no output 'z'; it has y"):
         answer([1.0], [RequestedOutput(name="z", binary=True)])
+
+
+@pytest.mark.parametrize(
+    ("output", "change"),
+    [
+        ([1.5], {"model": "n"}),
+        ([1.5], {"version": "2"}),
+        ([1.5], {"id": "i"}),
+        ([1.5], {"parameters": {"own": 1}}),
+        ([b"a"], {"outputs": {"y": np.array([b"bcd"], object)}}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_answer_is_not_taken_for_one_that_was_remembered(output: list[Any], change: dict[str, Any]):
+    encoder = ResponseEncoder()
+    dtype = object if isinstance(output[0], bytes) else np.float32
+    first: dict[str, Any] = {"model": "m", "version": "1", "outputs": {"y": np.array(output, dtype)}}
+    for values in (first, {**first, **change}, first):
+        response = InferResponse(**values)
+        assert encoder.encode(response, None, True, str) == encode_response(response, None, True)
 
 
 ANSWERS = st.fixed_dictionaries(
