@@ -155,6 +155,10 @@ def test_topk_takes_ties_by_index(device: str):
     values, indices = topk(torch.tensor([3.0, 1.0, 2.0, 1.0, 1.0], device=device), 4)
     assert values.tolist() == [1, 1, 1, 2]
     assert indices.tolist() == [1, 3, 4, 2]
+    many = torch.arange(500, device=device) * 7 % 5  # a hundred of each, which a sort of a few keeps in order by chance
+    assert torch.equal(topk(many.float(), 250)[1], many.argsort(stable=True)[:250])
     for k in (0, 6):
         with pytest.raises(ValueError, match="accepted"):
             topk(torch.arange(5.0, device=device), k)
+    with pytest.raises(ValueError, match="distance 2 is NaN"):
+        topk(torch.tensor([1.0, 0.0, float("nan"), float("nan")], device=device), 1)
