@@ -1,5 +1,7 @@
 """MMD: the statistic, its bandwidths, and what is kept of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -95,6 +97,31 @@ def test_self_terms_join_where_they_agree(device: str):
         assert bool((off <= torch.tensor(stated)).all())
     with pytest.raises(ValueError, match="centre"):
         SelfTerms.join([energy_self_terms(part, precision="bf16") for part in parts])
+
+
+def test_self_terms_that_do_not_agree_are_not_joined(device: str):
+    tasks = RaggedTasks.from_list([rows(5, 6, 1, device)])
+    first = mmd_self_terms(tasks, [1.0, 2.0])
+    for name, other in (
+        ("kind", "distance"),
+        ("precision", "fp32"),
+        ("path", "fused"),
+        ("centre", tasks.features[0]),
+        ("bandwidths", torch.tensor([1.0, 3.0])),
+    ):
+        with pytest.raises(ValueError, match=f"self terms 1 have {name} "):
+            SelfTerms.join([first, replace(first, **{name: other})])
+    with pytest.raises(ValueError, match="no self terms"):
+        SelfTerms.join([])
+
+
+@pytest.mark.parametrize(
+    "centre", [torch.zeros(5), torch.tensor([0.0, float("nan"), 0, 0, 0, 0])], ids=["short", "NaN"]
+)
+def test_a_centre_that_rows_do_not_have_is_refused(centre: torch.Tensor):
+    tasks = RaggedTasks.from_list([rows(5, 6, 1)])
+    with pytest.raises(ValueError, match=r"centre is \[[56]\]; accepted: finite, \[6\]"):
+        energy_self_terms(tasks, precision="bf16", centre=centre)
 
 
 @pytest.mark.parametrize("bad", [[], [0.0], [-1.0], [float("nan")], [float("inf")], [[1.0]]], ids=str)
