@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from headstart.kernels import naive
 from headstart.kernels.frechet import frechet_distances
 from headstart.kernels.ragged import RaggedTasks
-from tests.kernels.cases import CASES, KINDS, SIZES, Case, by_singular_values, change, picked
+from tests.kernels.cases import CASES, KINDS, SIZES, Case, by_singular_values, change, held, picked
 from tests.kernels.cases import U as HALF_STEPS
 
 U = HALF_STEPS["fp64"]
@@ -271,6 +271,14 @@ def test_gradients_are_those_of_singular_values(n: int, d: int, kind: str, devic
         assert torch.equal(x.detach(), target)
         # A polar factor turns by some sqrt(D) u over its least singular value, here .01 of the largest or more.
         torch.testing.assert_close(x.grad, exact.grad, rtol=0, atol=1e-12 * scale)
+
+
+def test_gradients_of_batches_keep_to_the_memory():
+    x, tasks = features(100, 64, 1).requires_grad_(), ragged((60,) * 200, 64)
+    memory = 12 * least_memory(x.detach(), tasks)  # room for some dozen tasks at a time
+    _, most = held(lambda: frechet_distances(x, tasks, memory=memory).sum().backward())
+    # Four arrays like the target, the result among them, and some numbers a task.
+    assert most <= memory + 4 * x.nbytes + 80 * tasks.num_tasks
 
 
 def test_a_set_is_at_rest_beside_itself(device: str):
