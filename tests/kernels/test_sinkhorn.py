@@ -287,6 +287,14 @@ def test_an_iteration_that_stands_still_by_rounding_is_reported(device: str):
     assert bool(found.distances.isfinite().all())
 
 
+def test_a_plan_that_only_rounding_puts_in_doubt_is_left_and_reported(device: str):
+    x, y = torch.zeros(1, 4, device=device), torch.full((1, 4), 50.0, device=device)  # one pair, at a cost of 5,000
+    with pytest.warns(RuntimeWarning, match="precision='fp64'"):
+        found = sinkhorn_distances(x, RaggedTasks.from_list([y]), epsilon=1e-3, max_iterations=200)
+    assert float(found.errors) == pytest.approx(2 * U["fp32"] * 5000 / 1e-3)
+    assert int(found.num_iterations) < 200
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
