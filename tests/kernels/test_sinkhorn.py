@@ -306,6 +306,7 @@ def test_a_plan_that_only_rounding_puts_in_doubt_is_left_and_reported(device: st
         ({"precision": "fp8"}, "accepted: bf16, tf32, bf16x3, fp32, fp64"),
         ({"tolerance": 0.0}, "tolerance"),
         ({"tolerance": math.nan}, "tolerance"),
+        ({"tolerance": 1.0}, "tolerance is 1.0; accepted: .* less than 1"),
         ({"max_iterations": 0}, "max_iterations"),
         ({"memory": 1}, "at least"),
     ],
