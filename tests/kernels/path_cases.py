@@ -101,6 +101,7 @@ def test_memory_changes_no_bit_and_tasks_in_pieces_agree(path: str, monkeypatch:
     cross = pair_sums(x, tasks.features, tasks.offsets, *how, False)[0]
     # On a GPU a piece is longer than all that there is here; program_cases.py has more rows.
     piece = 32 if DEVICE == "cpu" else 2**14
+    nearest = [nearest_neighbours(x, tasks, k) for k in (1, 2)]
 
     def few(self: gpu.Setting, offsets: torch.Tensor, rows: int):
         self._piece = piece
@@ -109,6 +110,8 @@ def test_memory_changes_no_bit_and_tasks_in_pieces_agree(path: str, monkeypatch:
     chunks = gpu.Setting._chunks
     monkeypatch.setattr(gpu.Setting, "_chunks", few)
     torch.testing.assert_close(energy_distances(x, tasks, precision="bf16"), whole, rtol=0, atol=1e-6)
+    for k, found in zip((1, 2), nearest, strict=True):
+        assert torch.equal(nearest_neighbours(x, tasks, k).rows, found.rows)
     if path == "streamed":  # stripes in shares of one, tasks across shares, and both of the target's units alone
         assert torch.equal(pair_sums(x, tasks.features, tasks.offsets, *how, False)[0], cross)
 
