@@ -188,6 +188,21 @@ def test_softmins_of_a_pair_that_is_not_held(precision: str, path: str):
         torch.testing.assert_close(recomputed.columns(f, epsilon), held.columns(f, epsilon), rtol=0, atol=1e-4)
 
 
+def test_softmins_that_the_programs_have_not_are_eager(path: str):
+    x, tasks = problem(20)
+    rows_, columns = Points(tasks.features, tasks.offsets), Points(x, torch.tensor([0, len(x)]))
+    cost = Cost(2, None, "bf16", common_centre(tasks.features))
+    enough = 2 * (50 + 37) * 64 * 16  # the operands, of which each row has 64 numbers, in half of it
+    for other, memory, taken in (
+        (cost, enough, path == "fused"),
+        (cost, enough - 1, False),
+        (cost._replace(p=1), enough, False),
+        (cost._replace(labels=torch.zeros(1, 1, device=DEVICE)), enough, False),
+        (cost._replace(precision="fp64"), enough, False),
+    ):
+        assert choose_path(Batch(rows_, columns, [1], None, other, memory))[0] == ("fused" if taken else "eager")
+
+
 def test_self_terms_of_another_path_are_refused(path: str):
     x, tasks = problem(3)
     kept = energy_self_terms(tasks, precision="bf16")
