@@ -203,6 +203,15 @@ def test_softmins_that_the_programs_have_not_are_eager(path: str):
         assert choose_path(Batch(rows_, columns, [1], None, other, memory))[0] == ("fused" if taken else "eager")
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # as it is refused, in the end
+def test_rows_so_far_out_that_squares_overflow_are_refused():
+    x, tasks = problem(20)
+    far = RaggedTasks(tasks.features * 1e20, tasks.offsets)
+    for call in (lambda: euclidean_distances(x, far, form="pairs"), lambda: nearest_neighbours(x, far)):
+        with pytest.raises(ValueError, match="so far that squares overflow"):
+            call()
+
+
 def test_self_terms_of_another_path_are_refused(path: str):
     x, tasks = problem(3)
     kept = energy_self_terms(tasks, precision="bf16")
