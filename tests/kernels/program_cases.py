@@ -280,7 +280,8 @@ def test_rows_beyond_two_to_the_31_numbers(path: str):
 
 def test_rows_of_another_length_are_refused():
     x, y = operand(features(3), "fp32"), operand(features(3), "fp32", pitch=100)
-    for other in (y, operand(features(3), "fp32", pitch=192)):
+    apart = x._replace(high=x.high.new_zeros(3, 2 * PITCH)[:, :PITCH])  # rows with others between them
+    for other in (y, operand(features(3), "fp32", pitch=192), apart):
         with pytest.raises(ValueError, match="multiple of 64"):
             launch.cross_sums(
                 x, other, torch.tensor([0, 3]), precision="fp32", value=Value("sqrt"), path="fused", memory=MEMORY
