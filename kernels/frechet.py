@@ -51,7 +51,8 @@ def frechet_distances(
 
     Differentiable by the target, not twice: the trace's part is the polar factor of Y X^T, from singular vectors. Where
     some singular value beyond those of the means is 0 (covariances that share no direction) there is no gradient, and
-    that of the others is given. Four float64 arrays like the target are held for it beside `memory`.
+    that of the others is given. Eight float64 arrays like the target are held for it beside `memory`, those that
+    LAPACK works in among them.
 
     Error, and the bound of d(X, X): 8 sqrt(k D) u (tr S + tr S') with k = min(r, s) and u = 1.1e-16, beside some u of
     the result and the rounding to `precision`. Products and triangles move Y X^T by some sqrt(D) u |X|_F |Y|_F, a sum

@@ -57,7 +57,7 @@ def label_aware_distances(
 
     Differentiable by the target, not twice: by the plans, as `sinkhorn_distances`, and by the label distances of what
     they move, as `frechet_distances` where they are Bures'. It takes the label distances again, and holds, beside
-    `memory`, one array like the target and four float64 ones like its largest class.
+    `memory`, one array like the target and eight float64 ones like its largest class.
 
     `epsilon` None is that of `sinkhorn_distances`, from the target's rows alone. `tolerance`, `max_iterations`,
     `precision`, `memory`, `self_terms` and the error are as there, c being the largest cost with its label term;

@@ -120,7 +120,6 @@ def pair_costs(y: Block, x: Block, cost: Cost, *, same: bool = False, transposed
     _again(costs, y, x)
     if same:
         itself.fill_(0)
-    costs.clamp_(min=0)
     if cost.p == 1:
         costs.sqrt_()
     else:

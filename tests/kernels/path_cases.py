@@ -101,6 +101,7 @@ def test_memory_changes_no_bit_and_tasks_in_pieces_agree(path: str, monkeypatch:
     cross = pair_sums(x, tasks.features, tasks.offsets, *how, False)[0]
     # On a GPU a piece is longer than all that there is here; program_cases.py has more rows.
     piece = 32 if DEVICE == "cpu" else 2**14
+    nearest = [nearest_neighbours(x, tasks, k) for k in (1, 2)]
 
     def few(self: gpu.Setting, offsets: torch.Tensor, rows: int):
         self._piece = piece
@@ -109,6 +110,8 @@ def test_memory_changes_no_bit_and_tasks_in_pieces_agree(path: str, monkeypatch:
     chunks = gpu.Setting._chunks
     monkeypatch.setattr(gpu.Setting, "_chunks", few)
     torch.testing.assert_close(energy_distances(x, tasks, precision="bf16"), whole, rtol=0, atol=1e-6)
+    for k, found in zip((1, 2), nearest, strict=True):
+        assert torch.equal(nearest_neighbours(x, tasks, k).rows, found.rows)
     if path == "streamed":  # stripes in shares of one, tasks across shares, and both of the target's units alone
         assert torch.equal(pair_sums(x, tasks.features, tasks.offsets, *how, False)[0], cross)
 
@@ -183,6 +186,30 @@ def test_softmins_of_a_pair_that_is_not_held(precision: str, path: str):
         # A cost of about 20 is off by some 20 * 2^-21, and so is its softmin.
         torch.testing.assert_close(recomputed.rows(g, epsilon), held.rows(g, epsilon), rtol=0, atol=1e-4)
         torch.testing.assert_close(recomputed.columns(f, epsilon), held.columns(f, epsilon), rtol=0, atol=1e-4)
+
+
+def test_softmins_that_the_programs_have_not_are_eager(path: str):
+    x, tasks = problem(20)
+    rows_, columns = Points(tasks.features, tasks.offsets), Points(x, torch.tensor([0, len(x)]))
+    cost = Cost(2, None, "bf16", common_centre(tasks.features))
+    enough = 2 * (50 + 37) * 64 * 16  # the operands, of which each row has 64 numbers, in half of it
+    for other, memory, taken in (
+        (cost, enough, path == "fused"),
+        (cost, enough - 1, False),
+        (cost._replace(p=1), enough, False),
+        (cost._replace(labels=torch.zeros(1, 1, device=DEVICE)), enough, False),
+        (cost._replace(precision="fp64"), enough, False),
+    ):
+        assert choose_path(Batch(rows_, columns, [1], None, other, memory))[0] == ("fused" if taken else "eager")
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # as it is refused, in the end
+def test_rows_so_far_out_that_squares_overflow_are_refused():
+    x, tasks = problem(20)
+    far = RaggedTasks(tasks.features * 1e20, tasks.offsets)
+    for call in (lambda: euclidean_distances(x, far, form="pairs"), lambda: nearest_neighbours(x, far)):
+        with pytest.raises(ValueError, match="so far that squares overflow"):
+            call()
 
 
 def test_self_terms_of_another_path_are_refused(path: str):

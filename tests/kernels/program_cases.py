@@ -280,20 +280,27 @@ def test_rows_beyond_two_to_the_31_numbers(path: str):
 
 def test_rows_of_another_length_are_refused():
     x, y = operand(features(3), "fp32"), operand(features(3), "fp32", pitch=100)
-    for other in (y, operand(features(3), "fp32", pitch=192)):
+    apart = x._replace(high=x.high.new_zeros(3, 2 * PITCH)[:, :PITCH])  # rows with others between them
+    for other in (y, operand(features(3), "fp32", pitch=192), apart):
         with pytest.raises(ValueError, match="multiple of 64"):
             launch.cross_sums(
                 x, other, torch.tensor([0, 3]), precision="fp32", value=Value("sqrt"), path="fused", memory=MEMORY
             )
 
 
-@pytest.mark.parametrize("scale", [1e20, 1e18], ids="{:g}".format)
-def test_rows_so_far_out_that_squares_overflow_are_refused(scale: float):
-    with pytest.raises(ValueError, match="overflow"):
-        launch.own_sums(
-            operand(features(3) * scale, "fp32"), torch.tensor([0, 3]), precision="fp32", value=Value("sqrt"),
-            path="fused", memory=MEMORY,
-        )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # as it is refused, in the end
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("precision", "scale"), [("fp32", 1e20), ("fp32", 1e18), ("bf16x3", math.inf)], ids=str)
+def test_rows_so_far_out_that_squares_overflow_are_refused(precision: str, scale: float, path: str):
+    n = 20 if units.INTERPRETED else 4096  # as many as are streamed
+    x = operand(features(n) * scale, precision)  # of infinite ones, squares are NaN
+    options = {"precision": precision, "value": Value("sqrt"), "path": path, "memory": MEMORY}
+    for call in (
+        lambda: launch.own_sums(x, torch.tensor([0, n]), **options),
+        lambda: launch.cross_sums(operand(features(1), precision), x, torch.tensor([0, n]), **options),
+    ):
+        with pytest.raises(ValueError, match="overflow"):
+            call()
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -125,3 +125,24 @@ def test_nothing_is_reported_outside(device: str):
         pass
     energy_distances(x, tasks)
     assert reports == []
+
+
+def test_what_fails_is_not_reported(device: str):
+    x, tasks = problem(device)
+    with dispatch.report() as reports, pytest.raises(ValueError, match="overflow"):
+        energy_distances(1e30 * x, tasks)
+    assert reports == []
+
+
+def test_an_inner_context_leaves_the_outer_one_as_it_was(device: str):
+    x, tasks = problem(device)
+    with dispatch.override("streamed"):
+        with dispatch.override("fused"):
+            pass
+        assert dispatch.choose(CUDA, "bf16", 64) == ("streamed", "asked for")
+    with dispatch.report() as outer:
+        with dispatch.report() as inner:
+            energy_distances(x, tasks)
+        assert (len(outer), len(inner)) == (0, 2)
+        energy_distances(x, tasks)
+    assert (len(outer), len(inner)) == (2, 2)

@@ -123,10 +123,11 @@ def test_self_terms_can_be_kept(device: str):
 
 def test_unbiased_is_the_u_statistic(device: str):
     target, tasks = features(63, 3, 1, device), ragged((2, 63, 257), 3, device)
-    torch.testing.assert_close(
-        energy_distances(target, tasks, unbiased=True, precision="fp64"),
-        naive.energy_distances(target.double(), double(tasks), unbiased=True), rtol=0, atol=1e-12,
-    )  # fmt: skip
+    tasks = RaggedTasks.from_list([target[::2], *(tasks.task(t) for t in range(3))])
+    found = energy_distances(target, tasks, unbiased=True, precision="fp64")
+    expected = naive.energy_distances(target.double(), double(tasks), unbiased=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert found[0] < 0  # of the target's own rows: not clamped
     with pytest.raises(ValueError, match="task 0 has one row"):
         energy_distances(target, ragged((1, 5), 3, device), unbiased=True)
 
@@ -154,6 +155,10 @@ def test_topk_takes_ties_by_index(device: str):
     values, indices = topk(torch.tensor([3.0, 1.0, 2.0, 1.0, 1.0], device=device), 4)
     assert values.tolist() == [1, 1, 1, 2]
     assert indices.tolist() == [1, 3, 4, 2]
+    many = torch.arange(500, device=device) * 7 % 5  # a hundred of each, which a sort of a few keeps in order by chance
+    assert torch.equal(topk(many.float(), 250)[1], many.argsort(stable=True)[:250])
     for k in (0, 6):
         with pytest.raises(ValueError, match="accepted"):
             topk(torch.arange(5.0, device=device), k)
+    with pytest.raises(ValueError, match="distance 2 is NaN"):
+        topk(torch.tensor([1.0, 0.0, float("nan"), float("nan")], device=device), 1)

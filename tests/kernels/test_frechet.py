@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from headstart.kernels import naive
 from headstart.kernels.frechet import frechet_distances
 from headstart.kernels.ragged import RaggedTasks
-from tests.kernels.cases import CASES, KINDS, SIZES, Case, by_singular_values, change, picked
+from tests.kernels.cases import CASES, KINDS, SIZES, Case, by_singular_values, change, held, picked
 from tests.kernels.cases import U as HALF_STEPS
 
 U = HALF_STEPS["fp64"]
@@ -271,6 +271,19 @@ def test_gradients_are_those_of_singular_values(n: int, d: int, kind: str, devic
         assert torch.equal(x.detach(), target)
         # A polar factor turns by some sqrt(D) u over its least singular value, here .01 of the largest or more.
         torch.testing.assert_close(x.grad, exact.grad, rtol=0, atol=1e-12 * scale)
+
+
+@pytest.mark.parametrize(
+    ("n", "sizes", "times"),
+    [(100, (60,) * 200, 12), (64, (64,) * 3, 1)],  # room for some dozen tasks at a time; no room but for one
+    ids=["batches", "one by one"],
+)
+def test_gradients_keep_to_the_memory(n: int, sizes: tuple[int, ...], times: int):
+    x, tasks = features(n, 64, 1).requires_grad_(), ragged(sizes, 64)
+    memory = times * least_memory(x.detach(), tasks)
+    _, most = held(lambda: frechet_distances(x, tasks, memory=memory).sum().backward())
+    # Eight arrays like the target, the result among them, and some numbers a task.
+    assert most <= memory + 8 * x.nbytes + 80 * tasks.num_tasks
 
 
 def test_a_set_is_at_rest_beside_itself(device: str):

@@ -198,6 +198,15 @@ def test_what_does_not_converge_is_reported(device: str):
     assert not bool(found.converged[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*did not converge in 1 iterations")
+def test_the_error_is_that_of_the_worst_of_three_plans(device: str):
+    many, one = labelled(50, 3, 2, 1, device), labelled(1, 3, 1, 2, device)  # with one row a plan is exact at once
+    for (x, y), other in ((many, one), (one, many)):
+        found = label_aware_distances(x, ragged([other]), labels=y, epsilon=0.1, max_iterations=1)
+        assert float(found.errors) > 1e-3
+        assert not bool(found.converged)
+
+
 def test_below_0_it_is_the_definition_that_is():
     # Two crosses, one turned by 45 degrees, an arm a class: their means agree, and the squared Bures distances of arms
     # (1 - |cos|) are not negative definite. At an epsilon far above the costs what is left is half of their mean over

@@ -1,5 +1,7 @@
 """MMD: the statistic, its bandwidths, and what is kept of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,13 +23,15 @@ def rows(n: int, d: int, seed: int, device: str = "cpu", dtype: torch.dtype = to
 @pytest.mark.parametrize("bandwidths", [None, [2.0], [0.5, 1.0, 7.0]], ids=["median", "one", "three"])
 def test_fp64_is_the_definition(bandwidths: list[float] | None, unbiased: bool, device: str):
     x = rows(63, 17, 1, device)
-    tasks = RaggedTasks.from_list([rows(n, 17, n, device) * 1.5 for n in (2, 63, 300)])
+    tasks = RaggedTasks.from_list([x[::2], *(rows(n, 17, n, device) * 1.5 for n in (2, 63, 300))])
     given = None if bandwidths is None else torch.tensor(bandwidths)
     found = mmd_distances(x, tasks, bandwidths=given, unbiased=unbiased)
     expected = naive.mmd_distances(x, tasks, found.bandwidths, unbiased=unbiased)
     # Squares from products around a centre: some 1e-15 of the norms, over 2 sigma^2.
     torch.testing.assert_close(found.distances, expected, rtol=0, atol=1e-12)
-    if not unbiased:
+    if unbiased:
+        assert found.distances[0] < 0  # of the target's own rows: not clamped
+    else:
         assert bool((found.distances >= 0).all())
 
 
@@ -43,7 +47,8 @@ def test_default_bandwidths_follow_the_target_alone_and_its_scale(device: str):
     assert torch.equal(one.bandwidths, two.bandwidths)
     assert median_bandwidths(x[:1].expand(9, 5)).tolist() == list(MULTIPLES)
     many = rows(3 * MEDIAN_ROWS, 2, 1, device)
-    torch.testing.assert_close(median_bandwidths(many), median_bandwidths(many[::3]))
+    for few in (many, many[1:]):  # of which every third, too
+        torch.testing.assert_close(median_bandwidths(few), median_bandwidths(few[::3]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,6 +97,31 @@ def test_self_terms_join_where_they_agree(device: str):
         assert bool((off <= torch.tensor(stated)).all())
     with pytest.raises(ValueError, match="centre"):
         SelfTerms.join([energy_self_terms(part, precision="bf16") for part in parts])
+
+
+def test_self_terms_that_do_not_agree_are_not_joined(device: str):
+    tasks = RaggedTasks.from_list([rows(5, 6, 1, device)])
+    first = mmd_self_terms(tasks, [1.0, 2.0])
+    for name, other in (
+        ("kind", "distance"),
+        ("precision", "fp32"),
+        ("path", "fused"),
+        ("centre", tasks.features[0]),
+        ("bandwidths", torch.tensor([1.0, 3.0])),
+    ):
+        with pytest.raises(ValueError, match=f"self terms 1 have {name} "):
+            SelfTerms.join([first, replace(first, **{name: other})])
+    with pytest.raises(ValueError, match="no self terms"):
+        SelfTerms.join([])
+
+
+@pytest.mark.parametrize(
+    "centre", [torch.zeros(5), torch.tensor([0.0, float("nan"), 0, 0, 0, 0])], ids=["short", "NaN"]
+)
+def test_a_centre_that_rows_do_not_have_is_refused(centre: torch.Tensor):
+    tasks = RaggedTasks.from_list([rows(5, 6, 1)])
+    with pytest.raises(ValueError, match=r"centre is \[[56]\]; accepted: finite, \[6\]"):
+        energy_self_terms(tasks, precision="bf16", centre=centre)
 
 
 @pytest.mark.parametrize("bad", [[], [0.0], [-1.0], [float("nan")], [float("inf")], [[1.0]]], ids=str)

@@ -21,6 +21,10 @@ def test_tasks_and_means(device: str):
     tasks = RaggedTasks(X.to(device), offsets(0, 1, 4, 6).to(device))
     assert (tasks.num_tasks, tasks.num_features, tasks.sizes.tolist()) == (3, 2, [1, 3, 2])
     assert torch.equal(tasks.task(1).cpu(), X[1:4])
+    assert torch.equal(tasks.task(-1).cpu(), X[4:])
+    for t in (3, -4):
+        with pytest.raises(IndexError, match=f"task {t} of 3"):
+            tasks.task(t)
     assert torch.equal(tasks.means().cpu().float(), torch.stack([X[:1].mean(0), X[1:4].mean(0), X[4:].mean(0)]))
 
 
@@ -57,6 +61,21 @@ def test_what_cannot_be_is_refused(features, where, labels, said: str):
 def test_a_task_of_a_list_has_two_dimensions(tasks: list):
     with pytest.raises(ValueError, match=r"task [01] is torch.float32 .*; accepted: \[n_t, D\]"):
         RaggedTasks.from_list(tasks)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "labels", "said"),
+    [
+        ([], None, "no tasks were given"),
+        ([X, X[:, :1]], None, r"task 1 is .*; accepted: \[n_t, 2\] as task 0"),
+        ([X, X.double()], None, r"task 1 is torch\.float64 .*; accepted: as task 0, torch\.float32"),
+        ([X[:2], X], [[0] * 3, [0] * 5], r"lengths \[3, 5\]; accepted: those of the tasks, \[2, 6\]"),
+        ([X], [], r"lengths \[\]; accepted: those of the tasks, \[6\]"),
+    ],
+)
+def test_tasks_of_a_list_agree(tasks: list, labels: list | None, said: str):
+    with pytest.raises(ValueError, match=said):
+        RaggedTasks.from_list(tasks, labels and [torch.tensor(y) for y in labels])
 
 
 @pytest.mark.parametrize(

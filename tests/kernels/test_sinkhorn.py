@@ -265,6 +265,18 @@ def test_what_does_not_converge_is_reported(device: str):
     assert float(found.errors[0]) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:.*did not converge in 1 iterations")
+def test_the_error_is_that_of_the_worst_of_three_plans(device: str):
+    many, one = features(63, 3, 1, device), features(1, 3, 2, device)  # with one row a plan is exact at once
+    how = {"epsilon": 0.1, "max_iterations": 1}
+    for x, y in ((many, one), (one, many)):
+        tasks = RaggedTasks.from_list([y])
+        found = sinkhorn_distances(x, tasks, **how)
+        again = sinkhorn_distances(x, tasks, self_terms=sinkhorn_self_terms(tasks, **how), max_iterations=1)
+        assert float(found.errors) == float(again.errors) > 1e-3
+        assert not bool(found.converged | again.converged)
+
+
 def test_an_iteration_that_stands_still_by_rounding_is_reported(device: str):
     # Costs of 4,000 in float32 are whole multiples of 2e-4: at an epsilon of 1e-6 potentials no longer move, and the
     # marginal seems exact where in float64 it is wrong by 0.4.
@@ -273,6 +285,14 @@ def test_an_iteration_that_stands_still_by_rounding_is_reported(device: str):
         found = sinkhorn_distances(x, RaggedTasks.from_list([y]), epsilon=1e-6, max_iterations=200)
     assert not bool(found.converged[0])
     assert bool(found.distances.isfinite().all())
+
+
+def test_a_plan_that_only_rounding_puts_in_doubt_is_left_and_reported(device: str):
+    x, y = torch.zeros(1, 4, device=device), torch.full((1, 4), 50.0, device=device)  # one pair, at a cost of 5,000
+    with pytest.warns(RuntimeWarning, match="precision='fp64'"):
+        found = sinkhorn_distances(x, RaggedTasks.from_list([y]), epsilon=1e-3, max_iterations=200)
+    assert float(found.errors) == pytest.approx(2 * U["fp32"] * 5000 / 1e-3)
+    assert int(found.num_iterations) < 200
 
 
 @pytest.mark.parametrize(
@@ -286,6 +306,7 @@ def test_an_iteration_that_stands_still_by_rounding_is_reported(device: str):
         ({"precision": "fp8"}, "accepted: bf16, tf32, bf16x3, fp32, fp64"),
         ({"tolerance": 0.0}, "tolerance"),
         ({"tolerance": math.nan}, "tolerance"),
+        ({"tolerance": 1.0}, "tolerance is 1.0; accepted: .* less than 1"),
         ({"max_iterations": 0}, "max_iterations"),
         ({"memory": 1}, "at least"),
     ],

@@ -89,6 +89,14 @@ def test_cross_and_self_terms_of_the_same_rows_agree_in_every_bit(n: int, dtype:
     assert len({float(value) for value in (*cross[[0, 2, 4]], *own[[0, 2, 4]], *itself, *alone)}) == 1
 
 
+def test_a_task_that_begins_as_the_target_does_is_not_taken_for_it(device: str):
+    x = rows(30, 8, 1, device)
+    tasks = RaggedTasks.from_list([torch.cat([x[:29], 3 * x[29:]])])
+    found = euclidean_distances(x, tasks, form="pairs").double()
+    exact = naive.euclidean_distances(x.double(), RaggedTasks(tasks.features.double(), tasks.offsets), form="pairs")
+    torch.testing.assert_close(found, exact, rtol=0, atol=allowed(x, tasks.features, "fp32") + U["fp32"] * float(exact))
+
+
 def test_a_distance_follows_from_its_own_task_alone(device: str):
     x, tasks = rows(123, 100, 0, device), [rows(n, 100, n, device) for n in (1, 300, 17, 16, 1030, 40, 31)]
     together = energy_distances(x, RaggedTasks.from_list(tasks)).double()
