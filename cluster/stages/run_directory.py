@@ -92,7 +92,7 @@ class RunDirectory:
             raise
         if fresh:
             for old in self.private.iterdir():
-                if old.name != "lock":
+                if old.name not in ("lock", "identity.json"):  # without which a killed run's folder is nobody's
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
         write_json(self.private / "identity.json", identity)
         self.attempt = self._open_attempt()
@@ -165,7 +165,7 @@ class RunDirectory:
         return attempt
 
     def _check_folder(self) -> None:
-        if (self.private / "identity.json").exists() or not self.path.exists():
+        if (self.private / "lock").exists() or not self.path.exists():  # the first file that a run makes
             return
         if not self.path.is_dir() or any(self.path.iterdir()):
             raise RunError(f"{self.path} exists and is no run directory; give --out a new or empty folder")
