@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from headstart.cluster.stages.context import Context
 from headstart.trainer.backbones.backbone import Backbone
+from headstart.trainer.files import write_atomically
 from headstart.trainer.recipe import Mode
 from headstart.trainer.selection.sources import resolve
 
@@ -43,7 +44,7 @@ def auditioned(context: Context, name: str) -> Model:
 
 def save_head(path: Path, head: nn.Linear) -> None:
     """Store a head as safetensors: weight [C, D], bias [C]."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in head.state_dict().items()}, path)
+    write_atomically(path, save({name: tensor.detach().contiguous() for name, tensor in head.state_dict().items()}))
 
 
 def load_head(path: Path) -> nn.Linear:

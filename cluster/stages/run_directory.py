@@ -7,6 +7,7 @@ A command that is killed and given again is one *attempt*: the stages it had fin
 summary of a disturbed run is that of an undisturbed one.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -26,6 +27,8 @@ from headstart.trainer.files import write_atomically
 # What a run that has finished no stage leaves behind: in its folder, and in `.stages/` there.
 _CLAIMED = frozenset({".stages", "recipe.yaml"})
 _OPENED = frozenset({"lock", "identity.json", "attempt.json"})
+# What writing meets where a disk is full, a quota is spent or a folder is not one's own.
+_NO_PLACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
 
 Result = dict[str, Any]
 T = TypeVar("T")
@@ -100,8 +103,13 @@ class RunDirectory:
     def __enter__(self) -> "RunDirectory":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._lock.close()
+        if isinstance(error, OSError) and error.errno in _NO_PLACE:
+            raise RunError(
+                f"cannot go on: {error}. Free space there, mend its permissions, or give --out another folder, and run "
+                "the same command again: what is finished is kept"
+            ) from error
 
     def stage(
         self,
