@@ -107,8 +107,8 @@ class RunDirectory:
         self._lock.close()
         if isinstance(error, OSError) and error.errno in _NO_PLACE:
             raise RunError(
-                f"cannot go on: {error}. Free space there, mend its permissions, or give --out another folder, and run "
-                "the same command again: what is finished is kept"
+                f"cannot go on in {self.path}: {error}. Free space there, mend its permissions, or give --out "
+                "another folder, and run the same command again: what is finished is kept"
             ) from error
 
     def stage(

@@ -146,9 +146,7 @@ def test_a_full_disk_in_the_middle_of_the_cache(
 
 
 @pytest.mark.parametrize("file", ["recipe.yaml", "mtcnn-onet.safetensors", "ranking.json"])
-def test_a_full_disk_under_the_run_directory(
-    headstart: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, file: str
-):
+def test_a_full_disk_under_the_run_directory(headstart: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, file: str):
     written = files.write_atomically
 
     def full(path: Path, content: bytes) -> None:

@@ -151,7 +151,7 @@ def resolve(sources: Literal["all"] | tuple[str, ...], cache: Path, *, exclude_d
 
     `all` is the catalog and the registry without sources made from the data with fingerprint `exclude_data`,
     which would meet their own images again; naming such a source is a `SourceError`, as are unknown names and
-    paths.
+    paths, and two sources of one name.
     """
     unreachable: set[str] = set()
     if sources == "all":
@@ -160,9 +160,13 @@ def resolve(sources: Literal["all"] | tuple[str, ...], cache: Path, *, exclude_d
         found = [(card, base) for card, base in found if not _same_data(card, exclude_data)]
     else:
         found = [_named(spec, cache) for spec in dict.fromkeys(sources)]
+        called: dict[str, str] = {}
         for spec, (card, _) in zip(dict.fromkeys(sources), found, strict=True):
             if _same_data(card, exclude_data):
                 raise SourceError(f"source {spec} was made from this run's own data; take it out of `sources`")
+            if card.name in called:  # which a run tells its sources apart by
+                raise SourceError(f"sources {called[card.name]} and {spec} are both called {card.name}; take one out")
+            called[card.name] = spec
     return [Candidate(card=card, base=base, unreachable=unreachable) for card, base in found]
 
 

@@ -233,3 +233,15 @@ def test_weights_on_disk_are_used_without_a_network(tmp_path, monkeypatch):
     torch.save(module.state_dict(), path)
     card = replace(candidate.card, sha256=weights.file_sha256(path)[:8])
     assert replace(candidate, card=card, unreachable={"download.pytorch.org"}).load(tmp_path).num_features == 512
+
+
+def test_two_sources_of_one_name_are_refused(finished, tmp_path):
+    run = finished("mine")
+    register(run / "source", tmp_path)
+    with pytest.raises(SourceError, match=rf"sources mine and source:{run} are both called mine"):
+        resolve(("mine", f"source:{run}"), tmp_path)
+    (tmp_path / "graph.onnx").write_bytes(b"not read here")
+    graph = f"onnx:{tmp_path}/graph.onnx"
+    with pytest.raises(SourceError, match="both called graph-"):
+        resolve((f"{graph}#one", f"{graph}#other"), tmp_path)
+    assert len(resolve(("mine", "mine"), tmp_path)) == 1
