@@ -57,9 +57,10 @@ def file_digest(path: Path) -> str:
 
 
 def write_json(path: Path, document: object) -> None:
-    """Write a JSON document, whole or not at all."""
+    """Write a JSON document, whole or not at all; bytes of a path that are no UTF-8 as JSON's escapes, `\\udcXX`."""
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     try:
-        write_atomically(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+        write_atomically(path, text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise RunError(f"cannot write {path}: {error}. Free space there, or give --out another folder") from error
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,13 @@ def test_a_folder_whose_first_run_could_write_nothing_is_no_stranger(tmp_path: P
     with pytest.raises(RunError, match="run of another recipe"):
         RunDirectory(folder, IDENTITY | {"name": "y"})
     assert not do(folder, Work(folder), {}).skipped
+
+
+def test_a_path_that_is_not_utf8_is_kept(tmp_path: Path):
+    folder, data = tmp_path / "run", os.fsdecode(b"/data/caf\xe9")
+    RunDirectory(folder, IDENTITY | {"data": data})
+    identity = json.loads((folder / ".stages/identity.json").read_text(encoding="utf-8"))
+    assert identity["data"] == data
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path):

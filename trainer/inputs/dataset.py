@@ -209,8 +209,8 @@ def label_images(
 ) -> LabelledImages:
     """Number the classes of N named samples and gather them.
 
-    Raises DataError for no image at all, for one class only, and for parts without training images of every
-    class.
+    Raises DataError for no image at all, for one class only, for names that are not UTF-8, and for parts
+    without training images of every class.
     """
     classes = natural_order(names)
     if not names:
@@ -220,6 +220,9 @@ def label_images(
             f"{origin} has one class only, {classes[0]!r}; two are needed at least. A folder needs one "
             "sub-folder per class: if the classes lie deeper, point data.path at the folder just above them"
         )
+    unwritable = [repr(name) for name in classes if name != name.encode("utf-8", "replace").decode()]
+    if unwritable:  # a package, a table or an answer of the server could not hold them
+        raise DataError(f"{origin} has classes whose names are not UTF-8: {some(unwritable)}; rename their folders")
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number[name] for name in names], dtype=np.int64)
     indices = {part: np.flatnonzero(np.array(parts) == part) for part in PARTS if part in parts}

@@ -1,3 +1,4 @@
+import os
 import re
 
 import numpy as np
@@ -129,6 +130,9 @@ class TestFolder:
         for i in range(folders.get(".", 0)):
             Image.new("L", (2, 2)).save(folder / f"{i}.png")
         refused(folder, *said)
+
+    def test_a_name_that_is_not_utf8_is_refused(self, refused, make_folder):
+        refused(make_folder({os.fsdecode(b"caf\xe9"): 1, "tea": 1}), r"not UTF-8: 'caf\udce9'", "rename")
 
 
 class TestUnreadable:
