@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from headstart.cluster.stages.context import Context
 from headstart.trainer.backbones.backbone import Backbone
+from headstart.trainer.errors import SourceError
 from headstart.trainer.files import write_atomically
 from headstart.trainer.recipe import Mode
 from headstart.trainer.selection.sources import resolve
@@ -31,9 +32,13 @@ class Model:
 
 
 def load_source(context: Context, name: str) -> Backbone:
-    """Load a source of the ranking by its name."""
+    """Load a source of the ranking by its name; raises `SourceError` where it went meanwhile."""
     candidates = resolve(context.recipe.sources, context.cache, exclude_data=context.target.images.fingerprint)
-    return next(c for c in candidates if c.card.name == name).load(context.cache)
+    for candidate in candidates:
+        if candidate.card.name == name:
+            return candidate.load(context.cache)
+    # The name of a user's own file has its digest in it.
+    raise SourceError(f"source {name} was taken away, or its file altered, during the run; run the same command again")
 
 
 def auditioned(context: Context, name: str) -> Model:
