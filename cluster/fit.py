@@ -3,6 +3,7 @@
 A fit trains one model at one or more learning rates, one after the other in the same group of workers, and keeps
 the rate that validates best. It survives two kinds of death: a worker's, from which Ray Train restarts the group at
 the last checkpoint, and the driver's, after which the same call goes on from the last checkpoint that was registered.
+What a restart would meet again, an error of the data or the code, ends it at once.
 """
 
 import copy
@@ -27,6 +28,10 @@ from headstart.trainer.transfer import Classifier
 
 Row = dict[str, float]
 STATE = "state.pt"
+
+
+class LastingError(Exception):
+    """What went wrong in a worker and would again after a restart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +72,8 @@ def fit(
     """Train `model` on `task` at each of `learning_rates` and return the best.
 
     `storage` holds the checkpoints; on a cluster it must be a folder that every worker sees. It is emptied by the
-    caller once the result is stored. `on_epoch(row, total)` is called after each epoch. Raises `RunError` when the
-    workers fail more often than Ray Train is allowed to restart them.
+    caller once the result is stored. `on_epoch(row, total)` is called after each epoch. Raises `RunError` when a worker
+    meets a `LastingError`, or the workers fail more often than Ray Train is allowed to restart them.
     """
     ray = connection.ray(num_workers=settings.workers)
     import ray.train.torch as ray_train_torch  # only once the connection has set Ray's environment
@@ -93,6 +98,7 @@ def fit(
             storage_path=str(attempt),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             failure_config=ray.train.FailureConfig(max_failures=2),
+            callbacks=[_no_restart_for_lasting_errors()],
         ),
     )
     _run(trainer, attempt / "rows.jsonl", on_epoch, settings.epochs * len(learning_rates), resume)
@@ -168,8 +174,22 @@ def _run(
         ) from failures[0]
 
 
+def _no_restart_for_lasting_errors() -> Any:
+    """Return what makes Ray Train give up: an error of a callback ends a fit, one of a worker restarts it."""
+    import ray.train
+
+    class NoRestart(ray.train.UserCallback):
+        def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                if isinstance(error, LastingError):
+                    raise error
+
+    return NoRestart()
+
+
 def _root_cause(error: BaseException) -> str:
     """Return the line that says what happened: a traceback's last, the first of Ray's own long explanations."""
+    error = getattr(error, "controller_failure", error)
     workers = getattr(error, "worker_failures", None)
     if workers:
         error = next(iter(workers.values()))
@@ -178,7 +198,22 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """Train on one rank; runs in a Ray worker process."""
+    """Train on one rank, telling what a restart can mend from what it cannot; runs in a Ray worker process."""
+    from ray.exceptions import RayError
+
+    try:
+        _train(config)
+    except (OSError, RayError):  # a network, a disk that others use too, a process of Ray's
+        raise
+    except Exception as error:
+        # Those of a rank whose peer has died: NCCL's, and gloo's, which is no kind of its own.
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            raise
+        said = (str(error).strip() or repr(error)).splitlines()[0]
+        raise LastingError(f"{type(error).__name__}: {said}") from error
+
+
+def _train(config: dict[str, Any]) -> None:
     import ray
     import ray.train
     import ray.train.torch

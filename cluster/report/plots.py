@@ -30,8 +30,10 @@ def plot_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, classe
         title=f"{name}: {np.trace(counts) / counts.sum():.1%} of {counts.sum()} test images right",
     )
     if len(classes) <= _MAX_NUMBERED:
-        axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 3 else 0)
-        axes.set_yticks(range(len(classes)), classes)
+        # Names, and no formulas: "$_$" is none, and would end the run here.
+        rotation = 90 if max(map(len, classes)) > 3 else 0
+        axes.set_xticks(range(len(classes)), classes, rotation=rotation, parse_math=False)
+        axes.set_yticks(range(len(classes)), classes, parse_math=False)
         for row, column in np.argwhere(counts):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)

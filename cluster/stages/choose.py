@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from headstart.cluster.fit import Row, fit
@@ -87,7 +87,7 @@ def _fit_stage(context: Context, name: str, mode: Mode, source: str, rates: Sequ
                 storage=storage,
                 on_epoch=on_epoch,
             )
-        save_file(fitted.weights, weights)
+        write_atomically(weights, save(fitted.weights))
         shutil.rmtree(storage, ignore_errors=True)
         return {
             "mode": mode,

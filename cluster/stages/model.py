@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from headstart.cluster.stages.context import Context
 from headstart.trainer.backbones.backbone import Backbone
+from headstart.trainer.errors import SourceError
+from headstart.trainer.files import write_atomically
 from headstart.trainer.recipe import Mode
 from headstart.trainer.selection.sources import resolve
 
@@ -30,9 +32,13 @@ class Model:
 
 
 def load_source(context: Context, name: str) -> Backbone:
-    """Load a source of the ranking by its name."""
+    """Load a source of the ranking by its name; raises `SourceError` where it went meanwhile."""
     candidates = resolve(context.recipe.sources, context.cache, exclude_data=context.target.images.fingerprint)
-    return next(c for c in candidates if c.card.name == name).load(context.cache)
+    for candidate in candidates:
+        if candidate.card.name == name:
+            return candidate.load(context.cache)
+    # The name of a user's own file has its digest in it.
+    raise SourceError(f"source {name} was taken away, or its file altered, during the run; run the same command again")
 
 
 def auditioned(context: Context, name: str) -> Model:
@@ -43,7 +49,7 @@ def auditioned(context: Context, name: str) -> Model:
 
 def save_head(path: Path, head: nn.Linear) -> None:
     """Store a head as safetensors: weight [C, D], bias [C]."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in head.state_dict().items()}, path)
+    write_atomically(path, save({name: tensor.detach().contiguous() for name, tensor in head.state_dict().items()}))
 
 
 def load_head(path: Path) -> nn.Linear:

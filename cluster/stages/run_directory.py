@@ -7,6 +7,7 @@ A command that is killed and given again is one *attempt*: the stages it had fin
 summary of a disturbed run is that of an undisturbed one.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -26,6 +27,8 @@ from headstart.trainer.files import write_atomically
 # What a run that has finished no stage leaves behind: in its folder, and in `.stages/` there.
 _CLAIMED = frozenset({".stages", "recipe.yaml"})
 _OPENED = frozenset({"lock", "identity.json", "attempt.json"})
+# What writing meets where a disk is full, a quota is spent or a folder is not one's own.
+_NO_PLACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
 
 Result = dict[str, Any]
 T = TypeVar("T")
@@ -93,7 +96,7 @@ class RunDirectory:
             raise
         if fresh:
             for old in self.private.iterdir():
-                if old.name != "lock":
+                if old.name not in ("lock", "identity.json"):  # without which a killed run's folder is nobody's
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
         write_json(self.private / "identity.json", identity)
         self.attempt = self._open_attempt()
@@ -101,8 +104,13 @@ class RunDirectory:
     def __enter__(self) -> "RunDirectory":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._lock.close()
+        if isinstance(error, OSError) and error.errno in _NO_PLACE:
+            raise RunError(
+                f"cannot go on in {self.path}: {error}. Free space there, mend its permissions, or give --out "
+                "another folder, and run the same command again: what is finished is kept"
+            ) from error
 
     def stage(
         self,
@@ -166,7 +174,7 @@ class RunDirectory:
         return attempt
 
     def _check_folder(self) -> None:
-        if (self.private / "identity.json").exists() or not self.path.exists():
+        if (self.private / "lock").exists() or not self.path.exists():  # the first file that a run makes
             return
         if not self.path.is_dir() or any(self.path.iterdir()):
             raise RunError(f"{self.path} exists and is no run directory; give --out a new or empty folder")

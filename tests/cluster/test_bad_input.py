@@ -10,7 +10,9 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from headstart.trainer import features
+from headstart.cluster import pipeline
+from headstart.cluster.stages import model, run_directory
+from headstart.trainer import features, files
 
 Run = Callable[..., Any]
 SOURCE = "sources=[mtcnn-onet]"
@@ -140,6 +142,22 @@ def test_a_full_disk_in_the_middle_of_the_cache(
     assert whole == ["00000.safetensors"]
     assert not list(cache.glob("features/*/.*.tmp"))
     monkeypatch.setattr(features, "write_atomically", written)
+    assert rank(headstart, folder).code == 0
+
+
+@pytest.mark.parametrize("file", ["recipe.yaml", "mtcnn-onet.safetensors", "ranking.json"])
+def test_a_full_disk_under_the_run_directory(headstart: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, file: str):
+    written = files.write_atomically
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == file:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written(path, content)
+
+    with monkeypatch.context() as patch:
+        for module in (pipeline, model, run_directory):
+            patch.setattr(module, "write_atomically", full)
+        refused(rank(headstart, folder), "No space left", file, "--out")
     assert rank(headstart, folder).code == 0
 
 

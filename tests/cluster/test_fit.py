@@ -42,16 +42,22 @@ def task() -> Task:
 
 
 class Network(nn.Module):
-    """A small net; with `kill` set, rank 1 kills itself once, in its third forward pass in training."""
+    """A small net; with `kill` set, rank 1 kills itself once, in its third forward pass in training.
 
-    def __init__(self, kill: str = "") -> None:
+    With `passes` set, each forward pass adds a letter to that file.
+    """
+
+    def __init__(self, kill: str = "", passes: str = "") -> None:
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
-        self.kill, self.passes = kill, 0
+        self.kill, self.passes, self.passes_file = kill, 0, passes
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         self.passes += self.training
+        if self.passes_file:
+            with Path(self.passes_file).open("a") as file:
+                file.write(".")
         if self.kill and self.passes == 8 and torch.distributed.get_rank() == 1 and not Path(self.kill).exists():
             Path(self.kill).touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -104,13 +110,15 @@ def test_a_killed_worker_changes_nothing_but_the_time(connection: Connection, tm
 
 
 def test_a_failing_fit_says_why(connection: Connection, tmp_path: Path):
-    model = Classifier(Network(), nn.Linear(7, 10))  # takes 288 features
-    with pytest.raises(RunError, match="mat1 and mat2"):
+    model = Classifier(Network(passes=str(tmp_path / "passes")), nn.Linear(7, 10))  # takes 288 features
+    with pytest.raises(RunError, match=r"fine-tuning failed: RuntimeError: .*mat1 and mat2"):
         fit(
             model, task(), replace(SETTINGS, epochs=1), learning_rates=(1e-3,), seed=0, connection=connection,
             storage=tmp_path / "failing",
         )  # fmt: skip
     assert latest_state(tmp_path / "failing") is None
+    made = len((tmp_path / "passes").read_text())
+    assert made <= SETTINGS.workers  # a pass each, and none of a restarted group
 
 
 def test_a_client_without_the_token_is_refused(connection: Connection):

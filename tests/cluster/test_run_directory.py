@@ -1,10 +1,13 @@
 """Stages: skipped when nothing changed, done again when something did, whole after being killed."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from headstart.cluster.stages import run_directory
 from headstart.cluster.stages.run_directory import RunDirectory, write_json
 from headstart.trainer.errors import RunError
 
@@ -127,6 +130,33 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
     with pytest.raises(RunError, match="is no run directory"):
         RunDirectory(tmp_path, IDENTITY)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_whose_first_run_could_write_nothing_is_no_stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "run"
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory, "write_atomically", full)
+        with pytest.raises(RunError, match="Free space"):
+            RunDirectory(folder, IDENTITY)
+    assert not do(folder, Work(folder), {}).skipped
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory, "write_atomically", full)
+        with pytest.raises(RunError, match="Free space"):
+            RunDirectory(folder, IDENTITY, fresh=True)
+    with pytest.raises(RunError, match="run of another recipe"):
+        RunDirectory(folder, IDENTITY | {"name": "y"})
+    assert not do(folder, Work(folder), {}).skipped
+
+
+def test_a_path_that_is_not_utf8_is_kept(tmp_path: Path):
+    folder, data = tmp_path / "run", os.fsdecode(b"/data/caf\xe9")
+    RunDirectory(folder, IDENTITY | {"data": data})
+    identity = json.loads((folder / ".stages/identity.json").read_text(encoding="utf-8"))
+    assert identity["data"] == data
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path):

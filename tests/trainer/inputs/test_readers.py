@@ -142,6 +142,9 @@ class TestFolder:
             Image.new("L", (2, 2)).save(folder / f"{i}.png")
         refused(folder, *said)
 
+    def test_a_name_that_is_not_utf8_is_refused(self, refused, make_folder):
+        refused(make_folder({os.fsdecode(b"caf\xe9"): 1, "tea": 1}), r"not UTF-8: 'caf\udce9'", "rename")
+
 
 class TestUnreadable:
     def test_all_are_listed_and_refused(self, refused, make_folder):

@@ -248,3 +248,11 @@ def test_weights_on_disk_are_used_without_a_network(tmp_path, monkeypatch):
     torch.save(module.state_dict(), path)
     card = replace(candidate.card, sha256=weights.file_sha256(path)[:8])
     assert replace(candidate, card=card, unreachable={"download.pytorch.org"}).load(tmp_path).num_features == 512
+
+
+def test_a_run_by_its_name_and_by_its_path_is_one_source_too_many(finished, tmp_path):
+    run = finished("mine")
+    register(run / "source", tmp_path)
+    with pytest.raises(SourceError, match=rf"mine and source:{run} are both called mine"):
+        resolve(("mine", f"source:{run}"), tmp_path)
+    assert len(resolve(("mine", "mine"), tmp_path)) == 1
