@@ -25,6 +25,7 @@ from headstart.serving.errors import PackageError
 from headstart.serving.server.command import serve
 from headstart.serving.server.errors import ServeError, StartError
 from headstart.serving.server.models.folder import Opening
+from headstart.serving.server.processes.channel import Channel
 from headstart.serving.server.processes.supervisor import Supervisor
 from headstart.serving.server.processes.suspects import Suspects
 from headstart.serving.server.watching.metrics import added
@@ -423,8 +424,6 @@ def test_counts_are_added_number_by_number():
 
 
 def test_a_refusal_is_the_same_on_both_ends_of_a_channel():
-    from headstart.serving.server.processes.channel import Channel
-
     async def answer(what: str, arguments: list[Any]) -> Any:
         if what == "refuse":
             raise ServeError(429, "full", grpc="RESOURCE_EXHAUSTED", retry_after=2.5)
@@ -452,3 +451,22 @@ def test_a_refusal_is_the_same_on_both_ends_of_a_channel():
         await asyncio.gather(*serving)
 
     asyncio.run(talk())
+
+
+def test_half_a_line_of_a_process_that_was_killed_is_its_end():
+    async def play() -> None:
+        asked: list[str] = []
+
+        async def answer(what: str, arguments: list[Any]) -> None:
+            asked.append(what)
+
+        end, other = socket.socketpair()
+        channel = await Channel.open(end, answer)
+        with other:
+            other.sendall(b'{"ask":"whole","with":[]}\n{"number":3,"result":{"models":')
+        await asyncio.wait_for(channel.serve(), 20)
+        assert asked == ["whole"]
+        with pytest.raises(ConnectionError):
+            await channel.ask("more")
+
+    asyncio.run(play())
