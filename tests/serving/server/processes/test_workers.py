@@ -1,6 +1,8 @@
 """A server of two processes on one port: spread, killed, told to load and unload, counted as one, ended."""
 
 import asyncio
+import errno
+import gc
 import os
 import re
 import shutil
@@ -8,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -25,6 +28,7 @@ from headstart.serving.errors import PackageError
 from headstart.serving.server.command import serve
 from headstart.serving.server.errors import ServeError, StartError
 from headstart.serving.server.models.folder import Opening
+from headstart.serving.server.processes import supervisor as module
 from headstart.serving.server.processes.channel import Channel
 from headstart.serving.server.processes.supervisor import Supervisor
 from headstart.serving.server.processes.suspects import Suspects
@@ -470,3 +474,33 @@ def test_half_a_line_of_a_process_that_was_killed_is_its_end():
             await channel.ask("more")
 
     asyncio.run(play())
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again_less_and_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(module, "_FIRST_DELAY", 0.01)
+    monkeypatch.setattr(module, "_LONGEST_DELAY", 0.05)
+
+    async def play() -> None:
+        supervisor, tries = Supervisor({}, 1, print), 0
+
+        async def full(*arguments: object, **options: object) -> None:
+            nonlocal tries
+            tries += 1
+            if tries == 5:
+                supervisor._first.set()
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", full)
+        gc.collect()  # what others left
+        before = len([*Path("/proc/self/fd").iterdir()])
+        await asyncio.wait_for(supervisor._keep(0), 20)
+        assert len([*Path("/proc/self/fd").iterdir()]) == before
+        assert not list(tmp_path.iterdir())
+
+    asyncio.run(play())
+    delays = [re.findall(r"in ([0-9.]+) s", record.message)[0] for record in caplog.records]
+    assert delays == ["0.01", "0.02", "0.04", "0.05"]
+    assert "cannot be started (Too many open files)" in caplog.text
