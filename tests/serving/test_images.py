@@ -66,6 +66,11 @@ PNGS = {
         grey(np.where(ROW == 20, 255, ROW)),
     ),
     "I with 8 bits": (encoded(Image.fromarray(ROW.astype(np.int32)), "TIFF"), grey(ROW)),
+    "I of the largest 8 bits": (encoded(Image.new("I", (4, 3), 255), "TIFF"), np.full((3, 4, 3), 255)),
+    "I below and beyond": (
+        encoded(Image.fromarray(np.array([[-5, 1 << 17]], np.int32)), "TIFF"),
+        grey(np.array([[0, 255]], np.uint8)),
+    ),
     "I with 16 bits": (encoded(Image.fromarray(ROW.astype(np.int32) * 257), "TIFF"), grey(ROW)),
     "CMYK": (
         encoded(Image.new("CMYK", (4, 3), (255, 0, 255, 0)), "TIFF"),
@@ -145,6 +150,15 @@ def test_a_decompression_bomb_is_refused(side: int):
     assert len(bomb) < 100_000
     with pytest.raises(PackageError, match="pixels"):
         read_image(bomb)
+
+
+def test_memory_that_is_out_is_no_fault_of_the_file(monkeypatch: pytest.MonkeyPatch):
+    def full(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", full)
+    with pytest.raises(MemoryError):
+        read_image(b"")
 
 
 def test_missing_files_and_folders(tmp_path: Path):

@@ -67,7 +67,8 @@ class Channel:
     async def serve(self) -> None:
         """Answer until the other side has gone or `close` is called."""
         try:
-            while line := await self._reader.readline():
+            # One that is killed while it writes leaves half a line.
+            while (line := await self._reader.readline()).endswith(b"\n"):
                 document = json.loads(line)
                 if "ask" in document:
                     task = asyncio.ensure_future(self._respond(**{"number": None, **document}))

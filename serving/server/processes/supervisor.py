@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -121,16 +122,21 @@ class Supervisor:
 
     async def _run_worker(self, number: int) -> str:
         """Start a worker and wait for its end, which is told in words."""
+        with Scratch() as scratch:  # its copies of packages go with it, also where it crashes while it opens one
+            return await self._run_in(scratch.path, number)
+
+    async def _run_in(self, folder: Path, number: int) -> str:
         ours, theirs = socket.socketpair()
-        scratch = Scratch()  # its copies of packages go with it, also where it crashes while it opens one
-        with theirs:
+        with theirs, contextlib.ExitStack() as unused:
+            unused.enter_context(ours)
             # -P: a folder that the server is started in holds no modules for it. A group of its own: what a terminal
             # or a shell sends to the group is for the supervisor to pass on, once.
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno()), str(number), self._options,
                 pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, process_group=0,
-                env={**os.environ, "TMPDIR": str(scratch.path)},
+                env={**os.environ, "TMPDIR": str(folder)},
             )  # fmt: skip
+            unused.pop_all()
         channel = await Channel.open(ours, lambda what, arguments: self._answer(worker, what, arguments))
         worker = self._running[number] = _Worker(number=number, pid=process.pid, channel=channel)
         serving = asyncio.ensure_future(channel.serve())
@@ -142,7 +148,6 @@ class Supervisor:
             await serving  # what it said last
         finally:
             cutting.cancel()
-            scratch.close()
             del self._running[number]
             if worker.opening and not self._first.is_set():
                 self._suspects.ended(worker.opening)

@@ -1,5 +1,6 @@
 """A serving process from start to end: what it refuses to start with, TLS, winding down, signals."""
 
+import os
 import re
 import signal
 import socket
@@ -17,8 +18,9 @@ import pytest
 import tritonclient.http as triton
 
 from headstart.serving.server.errors import StartError
+from headstart.serving.server.main import run
 from headstart.serving.server.settings import HttpSettings, read_token
-from tests.serving.server.tiny_service import RawClient, Running, infer_body, wait_until
+from tests.serving.server.tiny_service import RawClient, Running, TinyService, infer_body, wait_until
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
@@ -284,6 +286,15 @@ def test_a_signal_while_models_load_ends_the_process():
             time.sleep(0.05)
         process.terminate()
         assert process.wait(10) == 0
+
+
+def test_a_service_that_cannot_start_ends_the_process_with_its_reason():
+    class Broken(TinyService):
+        async def start(self) -> None:
+            raise StartError("the bucket is not there")
+
+    with pytest.raises(StartError, match="the bucket is not there"):
+        run(HttpSettings(port=0), Broken(), on_ready=lambda ports: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def test_the_server_loads_neither_torch_nor_ray():

@@ -1,6 +1,9 @@
 """Temporary folders of a server: gone with it, and kept while anybody holds them."""
 
+import errno
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,6 +52,32 @@ def test_what_a_killed_process_left_is_deleted_and_what_a_process_holds_is_not(p
     ours.close()  # once more is nothing
 
 
+def test_descriptors_are_given_back(place: Path):
+    before = len([*Path("/proc/self/fd").iterdir()])
+    with Scratch():
+        sweep()  # finds it held
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
+
+
+def test_another_users_folder_is_not_swept(place: Path, monkeypatch: pytest.MonkeyPatch):
+    (theirs := place / "headstart-serve-theirs").mkdir()
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    sweep()
+    assert theirs.exists()
+
+
+def test_a_file_system_without_locks_will_do(place: Path, monkeypatch: pytest.MonkeyPatch):
+    def flock(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with Scratch() as scratch:
+        sweep()
+        assert scratch.path.exists()
+    assert not scratch.path.exists()
+
+
 def test_only_folders_of_a_server_are_swept(place: Path):
     other, link, file = place / "headstart-abc", place / "headstart-serve-link", place / "headstart-serve-file"
     other.mkdir()
@@ -60,17 +89,26 @@ def test_only_folders_of_a_server_are_swept(place: Path):
     assert file.exists()
 
 
-def test_a_folder_that_is_swept_before_it_is_held_is_made_again(place: Path, monkeypatch: pytest.MonkeyPatch):
-    make, made = tempfile.mkdtemp, []
+@pytest.mark.parametrize("when", ["before it is opened", "before it is locked"])
+def test_a_folder_that_is_swept_before_it_is_held_is_made_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch, when: str
+):
+    make, made, lock = tempfile.mkdtemp, [], fcntl.flock
 
     def swept_once(*arguments: object, **options: object) -> str:
         path = make(*arguments, **options)
         made.append(Path(path))
-        if len(made) == 1:
+        if len(made) == 1 and when == "before it is opened":
             sweep()
         return path
 
+    def locked(held: int, how: int) -> None:
+        if len(made) == 1 and when == "before it is locked":
+            shutil.rmtree(made[0])
+        lock(held, how)
+
     monkeypatch.setattr(tempfile, "mkdtemp", swept_once)
+    monkeypatch.setattr(fcntl, "flock", locked)
     with Scratch() as scratch:
         assert [path.exists() for path in made] == [False, True]
         assert scratch.path == made[1]

@@ -32,7 +32,9 @@ from headstart.serving.server.errors import ServeError
 from headstart.serving.server.models.loading import Scheduling
 from headstart.serving.server.models.policy import Policy
 from headstart.serving.server.models.repository import Repository
+from headstart.serving.server.processes import supervisor
 from headstart.serving.server.service import Service
+from headstart.serving.server.settings import HttpSettings
 from tests.serving.server.graphs import LABELS, identities, logits, write_package
 from tests.serving.server.models.test_repository import IMAGE, NEVER, Graph, infer, served_by, serving
 from tests.serving.server.scheduling.test_batching import on_a_loop
@@ -321,6 +323,63 @@ def test_options_that_cannot_be_end_with_a_sentence_and_exit_code_2(root: Path, 
     with pytest.raises(PackageError, match=re.escape(words)) as caught:
         serve(root, **options)
     assert caught.value.exit_code == 2
+
+
+def test_every_option_reaches_what_it_is_for(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    given: dict[str, Any] = {}
+
+    class Kept:
+        mirror = None
+
+        def __init__(self, folder: Path, **options: Any) -> None:
+            given.update(options, folder=folder)
+
+    monkeypatch.setattr("headstart.serving.server.models.repository.Repository", Kept)
+    monkeypatch.setattr("headstart.serving.server.service.Service", lambda kept: kept)
+
+    def run(settings: HttpSettings, service: Any, **rest: Any) -> int:
+        given.update(rest, settings=settings)
+        return 5
+
+    monkeypatch.setattr("headstart.serving.server.main.run", run)
+    (tmp_path / "token").write_text("secret")
+    code = serve(
+        root, host="localhost", port=4001, grpc_port=4002, token_file=tmp_path / "token", threads=1, max_queue=7,
+        max_batch=3, max_delay_ms=250, policy=["pinned:4", "demo=pinned:2"], public_key=tmp_path / "key", drift=0.5,
+        max_memory="3M", access_log=True,
+    )  # fmt: skip
+    assert code == 5
+    settings = given["settings"]
+    assert (settings.host, settings.port, settings.grpc_port, settings.token) == ("localhost", 4001, 4002, "secret")
+    assert not settings.reuse_port
+    assert given["scheduling"] == Scheduling(max_batch=3, max_delay_s=0.25, max_queue=7)
+    assert (given["folder"], given["threads"], given["provider"]) == (root, 1, "CPUExecutionProvider")
+    assert (given["policy"], given["policies"]) == (Policy.parse("pinned:4"), {"demo": Policy.parse("pinned:2")})
+    assert (given["public_key"], given["drift"], given["max_memory"]) == (tmp_path / "key", 0.5, 3 << 20)
+    assert given["watch"] is not None
+
+
+def test_workers_have_their_shares_of_the_memory_and_of_the_cores(root: Path, monkeypatch: pytest.MonkeyPatch):
+    given: list[Any] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(supervisor, "supervise", lambda options, workers, *rest: given.append((options, workers)) or 0)
+        assert serve(root, workers=2, max_memory="4G", public_key=None, drift=0.25) == 0
+    ((options, workers),) = given
+    assert (workers, options["max_memory"], options["drift"]) == (2, str(2 << 30), 0.25)
+
+    class Stand:
+        def __init__(self, options: Any, *rest: Any) -> None:
+            given.append(options)
+
+        async def run(self) -> int:
+            return 0
+
+    monkeypatch.setattr(supervisor, "Supervisor", Stand)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(7))
+    for count, threads in ((2, 3), (7, 1), (8, 1)):
+        assert supervisor.supervise({**options, "port": 0}, count, print) == 0
+        assert given[-1]["threads"] == threads
+        assert given[-1]["port"] > 0
 
 
 def test_a_repository_that_is_not_there_is_refused(tmp_path: Path):

@@ -13,7 +13,7 @@ from headstart.serving.errors import PackageError
 from headstart.serving.server.models import bound as module
 from headstart.serving.server.models.bound import Bound, buckets
 from headstart.serving.server.models.model import LoadedModel, load_graph
-from tests.serving.server.graphs import classifier, identities, looping, mlp
+from tests.serving.server.graphs import classifier, identities, looping, mlp, model_bytes, value
 
 BUCKETS = (1, 2, 4, 6)
 
@@ -105,6 +105,23 @@ def test_images_of_many_sizes_run_without_buffers_of_their_own(monkeypatch: pyte
         ):
             assert np.array_equal(found, plain[:3])
     assert [shape[:2] for _, shape in bound._plans] == [(4, 4), (5, 5)]
+
+
+def test_buffers_are_of_the_shapes_of_all_inputs_and_no_row_is_made_up():
+    nodes = [
+        onnx.helper.make_node("ReduceMax", ["a", "across"], ["largest"]),
+        onnx.helper.make_node("ReduceSum", ["b", "across"], ["sum"]),
+        onnx.helper.make_node("Add", ["largest", "sum"], ["rows"]),
+        onnx.helper.make_node("ReduceMin", ["rows", "down"], ["least"]),
+        onnx.helper.make_node("Sub", ["rows", "least"], ["y"]),  # a row's number depends on those beside it
+    ]
+    inputs = [value("a", ["batch", "n"]), value("b", ["batch", "m"])]
+    constants = {"across": np.array([1]), "down": np.array([0])}
+    bound, session = bind(model_bytes(nodes, inputs, [value("y", ["batch", 1])], constants))
+    for width in (2, 5, 2):
+        feed = {"a": np.full((3, 4), 7, np.float32), "b": np.arange(1, 3 * width + 1, dtype=np.float32).reshape(3, -1)}
+        assert np.array_equal(bound.run(["y"], feed)[0], session.run(["y"], feed)[0])
+    assert len(bound._plans) == 2
 
 
 def test_a_batch_beyond_the_largest_runs_as_it_is():

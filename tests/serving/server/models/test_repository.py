@@ -683,17 +683,20 @@ async def test_a_package_whose_first_run_does_not_end_is_cut_off_and_refused(
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("version", ["1", "2"], ids=["of the version that serves", "of another"])
 @on_a_loop
-async def test_stopping_cuts_a_first_run_off(root: Path):
+async def test_stopping_cuts_a_first_run_off_and_nothing_serves_after_it(root: Path, version: str):
     write_package(root / "demo" / "1", 1)
     async with serving(root, poll_s=NEVER) as service:
-        write_package(root / "demo" / "2", 2, graph=classifier(2, turns=1 << 40))
+        shutil.rmtree(root / "demo" / version, ignore_errors=True)
+        write_package(root / "demo" / version, 2, graph=classifier(2, turns=1 << 40))
         looking = asyncio.ensure_future(service.repository.look())
         while service.repository.loading._warming is None:
             await asyncio.sleep(0.01)
         await service.stop()
         await asyncio.wait_for(looking, 5)
-        assert not service.model_ready("demo", "2")
+        assert not service.model_ready("demo", None)
+        assert await status_of(service) == 503
 
 
 def test_a_package_is_warmed_with_the_size_that_it_was_timed_with(pristine: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,8 @@
 """A server of two processes on one port: spread, killed, told to load and unload, counted as one, ended."""
 
 import asyncio
+import errno
+import gc
 import os
 import re
 import shutil
@@ -8,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -25,7 +28,9 @@ from headstart.serving.errors import PackageError
 from headstart.serving.server.command import serve
 from headstart.serving.server.errors import ServeError, StartError
 from headstart.serving.server.models.folder import Opening
-from headstart.serving.server.processes.supervisor import Supervisor
+from headstart.serving.server.processes import supervisor as module
+from headstart.serving.server.processes.channel import Channel
+from headstart.serving.server.processes.supervisor import Supervisor, _Worker
 from headstart.serving.server.processes.suspects import Suspects
 from headstart.serving.server.watching.metrics import added
 from tests.serving.server.graphs import classifier, logits, write_package
@@ -143,6 +148,7 @@ def test_requests_are_spread_over_workers_and_counted_as_one(server: Workers):
     assert server.line.endswith(", with 2 workers\n")
     pids = server.pids()
     assert len(pids) == 2
+    assert {os.getpgid(pid) for pid in pids} == {*pids}, "a terminal's signals are for the supervisor to pass on"
     before = [sockets(pid) for pid in pids]
     counted = server.metrics()['headstart_requests_answered_total{model="demo",version="1"}']
     with ExitStack() as stack:
@@ -182,7 +188,10 @@ def test_grpc_shares_its_port_too(server: Workers):
     assert statistics == list(range(statistics[0], statistics[0] + 24))
 
 
-def test_load_and_unload_hold_in_all_workers_and_in_those_that_start_later(server: Workers, clients: list[RawClient]):
+def test_load_and_unload_hold_in_all_workers_and_in_those_that_start_later(
+    server: Workers, clients: list[RawClient], root: Path
+):
+    assert any('model="demo"' in sample for sample in server.metrics())
     assert clients[0].ask("POST", "/v2/repository/models/demo/unload").status == 200
     assert {ask(client).status for client in clients} == {503}
     killed = server.pids()[0]
@@ -191,13 +200,29 @@ def test_load_and_unload_hold_in_all_workers_and_in_those_that_start_later(serve
     wait_until(lambda: server.metrics()["headstart_workers"] == 2, 10)
     again = [RawClient(server.port) for _ in range(20)]
     assert {ask(client).status for client in again} == {503}
+    assert not any('model="demo"' in sample for sample in server.metrics())
     assert again[0].ask("POST", "/v2/repository/models/demo/load").status == 200
     assert all(right(ask(client)) for client in again)
     assert again[0].ask("POST", "/v2/repository/models/absent/load").status == 404
     assert again[0].ask("POST", "/v2/repository/models/absent/unload").status == 404
+    assert again[0].ask("GET", "/v2/models/absent/stats").status == 404
+    write_package(root / "new" / "1", 1)
+    assert again[0].ask("POST", "/v2/repository/models/new/unload").status == 200, "also before any has looked"
+    shutil.rmtree(root / "new")
     assert again[0].ask("POST", "/v2/repository/models/demo/load", b'{"parameters":{"config":"x"}}').status == 400
     for client in again:
         client.socket.close()
+
+
+def test_what_a_killed_worker_had_counted_stays_counted(server: Workers, clients: list[RawClient]):
+    assert all(right(ask(client)) for client in clients)
+    counted = server.metrics()
+    killed = server.pids()[0]
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: server.metrics()["headstart_worker_restarts_total"] > counted["headstart_worker_restarts_total"])
+    wait_until(lambda: server.metrics()["headstart_workers"] == 2, 10)
+    answered = 'headstart_requests_answered_total{model="demo",version="1"}'
+    assert server.metrics()[answered] == counted[answered]
 
 
 def test_a_killed_worker_is_replaced_while_the_others_answer(server: Workers):
@@ -292,8 +317,9 @@ def test_at_sigterm_all_workers_drain_and_the_server_ends_with_0(tmp_path: Path)
 
 
 def test_a_second_signal_cuts_off(tmp_path: Path):
-    write_package(tmp_path / "demo" / "1", 1)
-    server = Workers(tmp_path)
+    write_package(tmp_path / "models" / "demo" / "1", 1)
+    (tmp_path / "onnxruntime.py").write_text("import os, signal; os.kill(os.getppid(), signal.SIGKILL)")  # not read
+    server = Workers(tmp_path / "models", before=f"import os; sys.path.remove(''); os.chdir({str(tmp_path)!r})")
     pids = server.pids()
     with closing(RawClient(server.port).socket) as half:
         half.sendall(b"POST /v2/models/demo/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
@@ -398,6 +424,9 @@ def test_one_end_is_no_suspicion_and_what_was_opened_once_is_none():
     for _ in range(3):
         suspects.ended(again)
     assert suspects.found() == []
+    for _ in range(2):
+        suspects.ended(one)
+    assert suspects.found() == [one], "that others were opened in its place says nothing of these files"
 
 
 def test_workers_end_when_their_supervisor_is_killed(tmp_path: Path):
@@ -423,8 +452,6 @@ def test_counts_are_added_number_by_number():
 
 
 def test_a_refusal_is_the_same_on_both_ends_of_a_channel():
-    from headstart.serving.server.processes.channel import Channel
-
     async def answer(what: str, arguments: list[Any]) -> Any:
         if what == "refuse":
             raise ServeError(429, "full", grpc="RESOURCE_EXHAUSTED", retry_after=2.5)
@@ -442,6 +469,7 @@ def test_a_refusal_is_the_same_on_both_ends_of_a_channel():
         assert (caught.value.status, caught.value.message, caught.value.retry_after) == (429, "full", 2.5)
         with pytest.raises(ServeError, match=r"failed \(RuntimeError\)"):
             await one.ask("break")
+        assert not one._waiting, "what was answered is forgotten"
         waiting = asyncio.ensure_future(one.ask("late"))
         await asyncio.sleep(0)
         other.close()
@@ -451,4 +479,180 @@ def test_a_refusal_is_the_same_on_both_ends_of_a_channel():
             await other.ask("more")
         await asyncio.gather(*serving)
 
-    asyncio.run(talk())
+    asyncio.run(asyncio.wait_for(talk(), 20))
+
+
+def test_half_a_line_of_a_process_that_was_killed_is_its_end():
+    async def play() -> None:
+        asked: list[str] = []
+
+        async def answer(what: str, arguments: list[Any]) -> None:
+            asked.append(what)
+
+        end, other = socket.socketpair()
+        channel = await Channel.open(end, answer)
+        with other:
+            other.sendall(b'{"ask":"whole","with":[]}\n{"number":3,"result":{"models":')
+        await asyncio.wait_for(channel.serve(), 20)
+        assert asked == ["whole"]
+        with pytest.raises(ConnectionError):
+            await channel.ask("more")
+
+    asyncio.run(play())
+
+
+class Other:
+    """A worker's channel, as its supervisor has it, whose answers are made here; without one it is silent."""
+
+    def __init__(self, answer: Any = None) -> None:
+        self.answer = answer
+
+    async def ask(self, what: str, *arguments: Any) -> Any:
+        if isinstance(self.answer, ServeError):
+            raise self.answer
+        if callable(self.answer):
+            return self.answer()
+        return self.answer or await asyncio.Event().wait()
+
+
+def supervised(*others: Other) -> tuple[Supervisor, list[_Worker]]:
+    said: list[str] = []
+    supervisor = Supervisor({}, len(others), said.append)
+    workers = [
+        _Worker(number=number, pid=number, channel=one, joined=True, ready=True)  # type: ignore[arg-type]
+        for number, one in enumerate(others)
+    ]
+    supervisor._running = dict(enumerate(workers))
+    return supervisor, workers
+
+
+def test_a_worker_that_does_not_answer_is_told_and_its_last_counts_stay(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "_CHANGE", 0.05)
+    monkeypatch.setattr(module, "_COUNTS", 0.05)
+
+    async def play() -> None:
+        supervisor, workers = supervised(Other({"unknown": 1}), Other())
+        workers[1].counts = {"unknown": 7}
+        with pytest.raises(ServeError, match="worker 1 does not answer") as caught:
+            await supervisor._answer(workers[0], "load", ["demo"])
+        assert caught.value.status == 503
+        found = await supervisor._answer(workers[0], "counts", [])
+        assert [one["counts"]["unknown"] for one in found["workers"]] == [1, 7]
+        workers[0].channel.answer = lambda: supervisor._running.pop(1) and None  # type: ignore[attr-defined]
+        found = await supervisor._answer(workers[0], "counts", [])
+        assert [one["number"] for one in found["workers"]] == [0], "one that ended meanwhile is among those that did"
+
+    asyncio.run(play())
+
+
+def test_a_worker_that_starts_later_is_told_what_is_unloaded_now():
+    async def play() -> None:
+        absent = ServeError(404, "there is no model", grpc="NOT_FOUND")
+        supervisor, workers = supervised(Other({"done": 1}), Other({"done": 1}))
+
+        async def told() -> list[str]:
+            found: list[str] = (await supervisor._answer(workers[0], "join", []))["unloaded"]
+            return found
+
+        for name in ("a", "b"):
+            await supervisor._answer(workers[0], "unload", [name])
+        assert await told() == ["a", "b"]
+        await supervisor._answer(workers[0], "load", ["a"])
+        assert await told() == ["b"]
+        workers[0].channel.answer = absent  # type: ignore[attr-defined]
+        with pytest.raises(ServeError, match="there is no model"):
+            await supervisor._answer(workers[0], "unload", ["c"])
+        assert await told() == ["b", "c"], "one of them had it"
+        workers[1].channel.answer = absent  # type: ignore[attr-defined]
+        with pytest.raises(ServeError, match="there is no model"):
+            await supervisor._answer(workers[0], "unload", ["d"])
+        assert await told() == ["b", "c"]
+
+    asyncio.run(play())
+
+
+def test_what_a_worker_has_opened_is_no_suspect_when_another_ends_over_it():
+    async def play() -> None:
+        supervisor, workers = supervised(Other(), Other())
+        one = Opening("demo", 1, "a")
+        supervisor._suspects.ended(one)
+        await supervisor._answer(workers[0], "open", [*one])
+        assert workers[0].opening == one
+        await supervisor._answer(workers[0], "opened", [*one])
+        assert workers[0].opening is None
+        for _ in range(2):
+            supervisor._suspects.ended(one)
+        assert (await supervisor._answer(workers[1], "join", []))["suspects"] == []
+
+    asyncio.run(play())
+
+
+def test_the_server_is_ready_once_and_what_fails_later_does_not_end_it():
+    async def play() -> None:
+        supervisor, workers = supervised(Other(), Other())
+        said: list[str] = []
+        supervisor._say = said.append
+        for worker in (workers[0], workers[0], workers[1], workers[0]):
+            await supervisor._answer(worker, "ready", ["ready: x"])
+        assert said == ["ready: x, with 2 workers"]
+        await supervisor._answer(workers[0], "failed", ["the key is gone"])
+        assert not supervisor._first.is_set()
+
+    asyncio.run(play())
+
+
+def test_a_worker_that_is_started_as_the_end_begins_is_told(monkeypatch: pytest.MonkeyPatch):
+    async def play() -> bytes:
+        supervisor, heard = Supervisor({}, 1, print), bytearray()
+
+        class Process:
+            pid = 0
+
+            def __init__(self, end: socket.socket) -> None:
+                self.end = end
+                end.setblocking(False)
+
+            async def wait(self) -> int:
+                with self.end:
+                    heard.extend(await asyncio.get_running_loop().sock_recv(self.end, 1000))
+                return 0
+
+        async def begun(*arguments: object, pass_fds: tuple[int], **options: object) -> Process:
+            supervisor._first.set()
+            return Process(socket.socket(fileno=os.dup(pass_fds[0])))
+
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", begun)
+        await asyncio.wait_for(supervisor._run_worker(0), 20)
+        return bytes(heard)
+
+    assert b'"stop"' in asyncio.run(play())
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again_less_and_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(module, "_FIRST_DELAY", 0.01)
+    monkeypatch.setattr(module, "_LONGEST_DELAY", 0.05)
+
+    async def play() -> None:
+        supervisor, tries = Supervisor({}, 1, print), 0
+
+        async def full(*arguments: object, **options: object) -> None:
+            nonlocal tries
+            tries += 1
+            if tries == 5:
+                supervisor._first.set()
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", full)
+        gc.collect()  # what others left
+        before = len([*Path("/proc/self/fd").iterdir()])
+        await asyncio.wait_for(supervisor._keep(0), 20)
+        assert len([*Path("/proc/self/fd").iterdir()]) == before
+        assert not list(tmp_path.iterdir())
+
+    asyncio.run(play())
+    delays = [re.findall(r"in ([0-9.]+) s", record.message)[0] for record in caplog.records]
+    assert delays == ["0.01", "0.02", "0.04", "0.05"]
+    assert "cannot be started (Too many open files)" in caplog.text

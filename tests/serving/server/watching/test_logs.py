@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from headstart.serving.errors import PackageError
 from headstart.serving.server.command import serve
 from headstart.serving.server.settings import HttpSettings
 from headstart.serving.server.watching.logs import configure
-from headstart.serving.server.watching.watch import RequestIds
+from headstart.serving.server.watching.watch import Outcome, RequestIds
 from tests.serving.server.graphs import model_bytes, value, write_package
 from tests.serving.server.models.test_repository import IMAGE
 from tests.serving.server.tiny_service import RawClient, Running, infer_body, wait_until
@@ -197,19 +198,45 @@ def test_lines_of_workers_bear_their_number(root: Path):
     assert {line.split()[-5] for line in lines if "headstart.access" in line} == {"worker=0", "worker=1"}
 
 
-def test_what_a_stranger_chose_cannot_begin_a_line(capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("chosen", ["a\nERROR forged", "a\rERROR=forged", "a status=forged"])
+def test_what_a_stranger_chose_begins_neither_a_line_nor_a_field(capsys: pytest.CaptureFixture[str], chosen: str):
     for log_format in ("text", "json"):
         root = logging.getLogger()
         before, root.handlers = root.handlers, []
         level = root.level
         try:
             configure(log_format)
-            logging.getLogger("headstart.x").info("it", extra={"model": "a\nERROR forged", "status": 200})
+            logging.getLogger("headstart.x").info("it", extra={"model": chosen, "status": 200})
         finally:
             root.handlers, root.level = before, level
         (line,) = capsys.readouterr().err.splitlines()
-        assert "forged" in line
+        assert json.dumps(chosen) in line
         assert "200" in line
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_times_are_utc_wherever_the_server_is(monkeypatch: pytest.MonkeyPatch, log_format: str):
+    monkeypatch.setattr(logging, "basicConfig", lambda *, handlers, **options: made.extend(handlers))
+    made: list[logging.Handler] = []
+    configure(log_format)
+    record = logging.makeLogRecord({"msg": "it", "created": 1.25, "msecs": 250.0})
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert "1970-01-01T00:00:01.250Z" in made[0].format(record)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("status", "failed"),
+    [(200, False), (404, False), (499, False), (500, True), (503, True), ("OK", False), ("NOT_FOUND", False),
+     ("CANCELLED", False), ("RESOURCE_EXHAUSTED", False), ("INTERNAL", True), ("UNAVAILABLE", True)],
+)  # fmt: skip
+def test_a_failure_is_what_was_the_servers_fault(status: int | str, failed: bool):
+    outcome = Outcome(method="POST", path="/v2", status=status, num_bytes=0, headers=dict)
+    assert outcome.failed == failed
 
 
 def test_another_format_is_refused(root: Path):

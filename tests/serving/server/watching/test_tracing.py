@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter_ns
 from typing import Any
 
 import grpc
@@ -18,6 +19,8 @@ from headstart.serving.errors import PackageError
 from headstart.serving.server.command import serve
 from headstart.serving.server.errors import StartError
 from headstart.serving.server.watching.tracing import Tracing
+from headstart.serving.server.watching.watch import Outcome, Seen
+from headstart.serving.server.wire.protocol import InferRequest
 from tests.serving.server.graphs import write_package
 from tests.serving.server.models.test_repository import IMAGE
 from tests.serving.server.tiny_service import RawClient, wait_until
@@ -150,6 +153,21 @@ def test_a_collector_that_is_not_there_neither_fails_requests_nor_holds_up_the_e
     assert ask(client) == 200
     client.socket.close()
     server.stop()
+
+
+def test_a_span_is_an_error_where_the_fault_was_the_servers(collector: Collector):
+    tracing = Tracing()
+    for status in (200, 404, 500):
+        seen = Seen(str(status), began=perf_counter_ns())
+        seen.asked(InferRequest(model="demo", inputs={}))
+        tracing.ended(seen, Outcome(method="POST", path=PATH, status=status, num_bytes=0, headers=dict))
+    tracing.close()
+    failed = {
+        attributes(one)["headstart.request_id"]
+        for one in collector.spans
+        if one.status.code == one.status.STATUS_CODE_ERROR
+    }
+    assert failed == {"500"}
 
 
 def test_another_protocol_is_refused(monkeypatch: pytest.MonkeyPatch):

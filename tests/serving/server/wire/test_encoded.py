@@ -206,6 +206,8 @@ def test_shapes_that_lie_and_other_inputs_are_refused(running: RunningRepository
         ([files, images], "has 'encoded_images' and 'images'; send one of them"),
         ([{**files, "datatype": "UINT8", "shape": [2], "data": [1, 2]}], r"is uint8 [2]; accepted: BYTES [N]"),
         ([{**files, "data": [text[:-1]]}], "base64"),
+        ([{**files, "data": [f"data:image/png;base64,{text}"]}], "base64"),
+        ([{**files, "data": [f"{text[:8]}!!!!{text[8:]}"]}], "base64"),
         ([{**files, "name": "encoded"}], "'images'"),
     ):
         with running.connect() as raw:
@@ -285,8 +287,9 @@ def test_memory_and_threads_are_bounded_over_all_requests(monkeypatch: pytest.Mo
             return 200
 
         tasks = [asyncio.ensure_future(one()) for _ in range(8)]
-        while sum(task.done() for task in tasks) < 5:
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(20):
+            while sum(task.done() for task in tasks) < 5:
+                await asyncio.sleep(0.001)
         gate.set_result(InferResponse(model="m", version="1", outputs={}))
         statuses = await asyncio.gather(*tasks)
         assert await one() == 200  # all was given back
@@ -294,6 +297,46 @@ def test_memory_and_threads_are_bounded_over_all_requests(monkeypatch: pytest.Mo
         return statuses
 
     assert sorted(asyncio.run(play())) == [200, 200, 200, 429, 429, 429, 503, 503]
+
+
+def test_one_part_that_fails_drops_the_others_and_answers_without_rows_are_refused():
+    files = strings([picture(4), picture(5), picture(4)])
+    seen: list[InferRequest] = []
+
+    def answered(*outputs: Any) -> Any:
+        decoder = ImageDecoder(Limits())
+
+        def run(parts: tuple[InferRequest, ...]) -> list[Any]:
+            seen[:] = parts
+            answers: list[Any] = []
+            for number, output in enumerate(outputs):
+                future = asyncio.get_running_loop().create_future()
+                if isinstance(output, Exception):
+                    future.set_exception(output)
+                elif output is not None:
+                    timings = {"queue": 5 + number, "compute": 9 - number}
+                    found = {"y": np.float32(output)}
+                    future.set_result(InferResponse(model="m", version="1", outputs=found, timings_ns=timings))
+                answers.append(future)
+            return answers
+
+        request = InferRequest(model="m", inputs={ENCODED: files})
+        try:
+            return asyncio.run(asyncio.wait_for(decoder.infer(request, "images", 4, run), 20))
+        finally:
+            decoder.close()
+
+    whole = answered([[1], [3]], [[2]])
+    assert whole.outputs["y"].tolist() == [[1], [2], [3]]
+    assert whole.timings_ns == {"queue": 6, "compute": 9}, "of the part that took longest"
+    assert not any(part.cancelled for part in seen)
+    with pytest.raises(ServeError, match="fails"):
+        answered(None, ServeError(500, "it fails", grpc="INTERNAL"))
+    assert [part.cancelled for part in seen] == [True, True]
+    for strange in ([[2], [2]], [[2, 2]], 2):
+        with pytest.raises(ServeError, match="'y' has no row of one size for each image") as caught:
+            answered([[1], [3]], strange)
+        assert caught.value.status == 400
 
 
 def test_labels_that_are_not_the_columns_name_none():

@@ -1,0 +1,101 @@
+"""What is counted, number by number: of one version, of a server of several processes, and as Prometheus reads it."""
+
+import json
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from headstart.serving.server.watching.metrics import Histogram, Metrics
+
+
+def counted(metrics: Metrics) -> Metrics:
+    """With two executions of 2 rows and one of 1, two requests that were answered and two that were not."""
+    one = metrics.track("demo", "1")
+    for rows, nanoseconds in ((2, 100), (2, 50), (1, 7)):
+        one.executed(rows, nanoseconds)
+    one.answered(2, 1_000_000, 20_000_000, 30_000_000, now_ms=5)
+    one.answered(3, 4_000_000, 50_000_000, 60_000_000, now_ms=9)
+    one.failed(503, 11)
+    one.failed(503, 2)
+    one.failed(400)
+    one.depth, one.drift, one.memory = (lambda: 4), (lambda: {"rows": 6}), 1000
+    metrics.loaded(ready=True)
+    metrics.loaded(ready=False)
+    metrics.unknown()
+    return metrics
+
+
+def samples(metrics: Metrics) -> dict[str, float]:
+    """Every sample, by its name and the values of its labels, in the order of their names."""
+    families = text_string_to_metric_families(metrics.metrics_text().decode())
+    return {
+        " ".join([one.name, *(label for _, label in sorted(one.labels.items()))]): one.value
+        for family in families
+        for one in family.samples
+    }
+
+
+def test_a_value_lies_in_the_first_bucket_whose_bound_is_not_below_it():
+    histogram = Histogram((1, 2, 4))
+    for value in (1, 2, 3, 5):
+        histogram.observe(value)
+    assert histogram.cumulative() == [("1.0", 1), ("2.0", 2), ("4.0", 3), ("+Inf", 4)]
+    assert histogram.total == 11
+
+
+def test_tritons_statistics_are_what_was_counted():
+    (one,) = counted(Metrics()).document("demo", None)["model_stats"]
+    assert (one["inference_count"], one["execution_count"], one["last_inference"]) == (5, 3, 9)
+    found = {name: (value["count"], value["ns"]) for name, value in one["inference_stats"].items() if value["count"]}
+    assert found == {
+        "success": (2, 90_000_000), "fail": (3, 13), "queue": (2, 5_000_000), "compute_infer": (2, 70_000_000),
+    }  # fmt: skip
+    batches = [(row["batch_size"], *row["compute_infer"].values()) for row in one["batch_stats"]]
+    assert batches == [(1, 1, 7), (2, 2, 150)]
+    assert one["memory_usage"][0]["byte_size"] == 1000
+
+
+def test_prometheus_reads_what_was_counted():
+    metrics = counted(Metrics())
+    metrics.track("demo", "1").drift = dict
+    found = samples(metrics)
+    for stage, seconds in (("queue", 0.005), ("compute", 0.07), ("total", 0.09)):
+        assert found[f"headstart_request_duration_seconds_count demo {stage} 1"] == 2
+        assert abs(found[f"headstart_request_duration_seconds_sum demo {stage} 1"] - seconds) < 1e-9
+    assert found["headstart_batch_rows_count demo 1"] == 3
+    assert found["headstart_batch_rows_sum demo 1"] == 5
+    assert found["headstart_requests_answered_total demo 1"] == 2
+    assert found["headstart_request_errors_total demo 503 1"] == 2
+    assert found["headstart_request_errors_total demo 400 1"] == 1
+    assert found["headstart_queue_depth demo 1"] == 4
+    assert found["headstart_model_memory_bytes demo 1"] == 1000
+    assert found["headstart_model_loads_total ready"] == found["headstart_model_loads_total refused"] == 1
+    assert found["headstart_unknown_model_requests_total"] == 1
+    assert not any(name.startswith("headstart_drift") for name in found)
+
+
+def test_a_version_that_is_loaded_anew_counts_on_and_one_that_is_forgotten_does_not():
+    metrics = counted(Metrics())
+    assert metrics.track("demo", "1").success == 2
+    metrics.forget("demo", "1")
+    assert metrics.find("demo", "1") == []
+    for version in ("10", "9", "2"):
+        metrics.track("demo", version)
+    assert [one.version for one in metrics.find(None, None)] == ["2", "9", "10"]
+
+
+def test_a_server_of_several_processes_is_the_sum_of_those_that_run_and_those_that_ended():
+    first, second, ended = (json.loads(json.dumps(counted(Metrics()).counts())) for _ in range(3))
+    del ended["now"]
+    whole = Metrics.summed([ended, first, second], {}, 7)
+    (one,) = whole.find("demo", "1")
+    assert (one.depth(), one.drift(), one.memory) == (8, {"rows": 12}, 2000), "of those that run"
+    one.drift = dict
+    document = one.document()
+    assert (document["inference_count"], document["execution_count"], document["last_inference"]) == (15, 9, 9)
+    assert [row["compute_infer"]["ns"] for row in document["batch_stats"]] == [21, 450]
+    found = samples(whole)
+    assert found["headstart_request_errors_total demo 503 1"] == 6
+    assert abs(found["headstart_request_duration_seconds_sum demo compute 1"] - 0.21) < 1e-9
+    assert found["headstart_batch_rows_bucket 1.0 demo 1"] == 3
+    assert found["headstart_model_loads_total refused"] == found["headstart_unknown_model_requests_total"] == 3
+    assert found["headstart_worker_restarts_total"] == 7
