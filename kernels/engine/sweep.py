@@ -291,8 +291,7 @@ class Sweep:
         for some in lost.split(max(1, self.looked_at // tiles.shape[2])):
             which, row = some.unbind(1)
             limit = self.cancelled * (x.squares[which] + y.squares[which, row, None])
-            near = (tiles[which, row] <= limit) & (limit < self.cancelled * self.far)
-            number, column = near.nonzero().unbind(1)
+            number, column = (tiles[which, row] <= limit).nonzero().unbind(1)
             for which_, row_, column_ in zip(
                 which[number].split(self.pairs), row[number].split(self.pairs), column.split(self.pairs), strict=True
             ):

@@ -9,6 +9,7 @@ from headstart.kernels import naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
 from headstart.kernels.euclidean import euclidean_distances, topk
 from headstart.kernels.ragged import RaggedTasks
+from tests.kernels.cases import held
 
 SIZES = (1, 2, 63, 123, 257)
 U = {"fp32": 2.0**-24, "fp64": 2.0**-53}
@@ -111,6 +112,16 @@ def test_the_memory_bound_changes_no_bit_and_is_refused_when_too_small(device: s
         energy_distances(target, tasks, memory=1)
     one, other = (energy_distances(target, tasks, memory=m) for m in (16 * 2**20, 256 * 2**20))
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [1, 3000], ids="n{}".format)
+def test_mean_distances_keep_to_the_memory(size: int):
+    target, tasks = features(2000, 200, 1), RaggedTasks.from_list(list(features(3000, 200, 2).split(size)))
+    with pytest.raises(ValueError, match="at least") as refused:
+        euclidean_distances(target, tasks, memory=1)
+    least = int(str(refused.value).split()[-1])
+    _, most = held(lambda: euclidean_distances(target, tasks, memory=least))
+    assert most <= least + 80 * tasks.num_tasks  # and what is as long as the tasks
 
 
 def test_self_terms_can_be_kept(device: str):

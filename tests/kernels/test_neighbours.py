@@ -5,8 +5,8 @@ import torch
 
 from headstart.kernels import naive
 from headstart.kernels.neighbours import nearest_neighbours
-from headstart.kernels.ragged import RaggedTasks
-from tests.kernels.cases import held
+from headstart.kernels.ragged import RaggedTasks, common_centre
+from tests.kernels.cases import HALF_STEP, held
 
 
 def rows(n: int, d: int, seed: int, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -41,10 +41,11 @@ def test_for_each_task(device: str):
         assert bool((found.tasks[t] == t).all())
 
 
-def test_ties_go_to_the_lowest_row(device: str):
+@pytest.mark.parametrize("k", [4, 12])  # topk keeps the first of equal values, but of 17 and more among 1,024 any
+def test_ties_go_to_the_lowest_row(k: int, device: str):
     tasks = RaggedTasks.from_list([rows(1, 8, 1, device).expand(700, 8).contiguous(), rows(1, 8, 1, device) + 1] * 2)
-    found = nearest_neighbours(rows(3, 8, 2, device), tasks, 4)
-    expected = naive.nearest_neighbours(rows(3, 8, 2, device).double(), tasks.features.double(), 4)
+    found = nearest_neighbours(rows(3, 8, 2, device), tasks, k)
+    expected = naive.nearest_neighbours(rows(3, 8, 2, device).double(), tasks.features.double(), k)
     assert torch.equal(found.rows, expected[1])
 
 
@@ -72,6 +73,34 @@ def test_more_rows_than_k_within_the_products_error(k: int, shift: float, device
     assert all(len(set(numbers)) == k for numbers in found.rows.tolist())  # none twice
     chosen = (x.double()[:, None] - y.double()[found.rows]).norm(dim=2)
     torch.testing.assert_close(chosen, distances, rtol=2 * rounding, atol=0)
+
+
+@pytest.mark.parametrize("moved", [0.0, 1.0], ids=["target at the centre", "target among the rows"])
+@pytest.mark.parametrize("count", [1, 35])
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_rows_that_are_rounded_as_far_as_can_be(precision: str, count: int, moved: float, device: str):
+    half, tiny = HALF_STEP[precision], 2.0**-16
+    # The nearest row is rounded away from the target, others, up to as many as are candidates beside it, towards it.
+    y = torch.zeros(count + 2, 65, dtype=torch.float64)
+    y[:count, :64], y[count, :64] = 1 + half - tiny - moved, 1 + half + tiny - moved
+    gap = y[count].square().sum() - y[0].square().sum()
+    y[:count, 64] = ((torch.linspace(1.1, 1.5, count) * gap).sqrt() / tiny).round() * tiny
+    y[-1, :64] = -moved * len(y)  # so that the centre, the mean of all rows, is at -moved
+    y[-1] -= y[:-1].sum(0)
+    x, tasks = torch.zeros(1, 65, device=device), RaggedTasks.from_list([y.float().to(device)])
+    assert float((common_centre(tasks.features)[:64] + moved).abs().amax()) == 0
+    assert nearest_neighbours(x, tasks, precision=precision).rows.tolist() == [[count]]
+
+
+def test_tasks_whose_centres_are_far_from_that_of_all(device: str):
+    # Eight rows 60 from the target, at distances that products of rows 1,000 from the task's centre do not tell apart.
+    x, steps = torch.zeros(1, 16, device=device), 1 + 2.0**-19 * torch.arange(8, device=device)[:, None]
+    for t in range(6):
+        far = rows(1592, 16, t, device)
+        far[:, t] += 1000.0
+        ring = torch.nn.functional.normalize(rows(8, 16, 10 + t, device)) * 60 * steps
+        tasks = RaggedTasks.from_list([torch.cat([far, ring]), torch.cat([-far, ring])])
+        assert nearest_neighbours(x, tasks, per_task=True).rows.flatten().tolist() == [1592, 1600 + 1592]
 
 
 @pytest.mark.parametrize("n", [5, 63, 1100])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from headstart.kernels import naive
 from headstart.kernels.prototype import prototype_distances
 from headstart.kernels.ragged import BLOCK_ROWS, RaggedTasks
-from tests.kernels.cases import CASES, KINDS, SIZES, Case, U, change, double
+from tests.kernels.cases import CASES, KINDS, SIZES, Case, U, change, double, held
 
 FORMS = ("assignment", "nearest")
 
@@ -143,6 +143,18 @@ def test_the_memory_bound_changes_no_bit_and_is_refused_when_too_small(form: str
         prototype_distances(target, tasks, labels=labels, form=form, memory=least - 1)
 
 
+@pytest.mark.parametrize(
+    ("d", "num_classes", "sizes", "its"),
+    [(64, 20, (9000, 1000), 15), (8, 300, (2000, 1500), 400), (64, 1700, (300,), 3)],
+)
+def test_memory_is_held_to(d: int, num_classes: int, sizes: tuple[int, ...], its: int):
+    target, labels, tasks = features(1700, d, 1), torch.arange(1700) % num_classes, ragged(sizes, d, its)
+    least = least_memory(target, tasks, labels)
+    for memory in (least, 4 * least):
+        _, most = held(lambda memory=memory: prototype_distances(target, tasks, labels=labels, memory=memory))
+        assert most <= memory + 48 * (len(target) + len(tasks.features))  # and what is as long as the rows
+
+
 def test_by_hand(device: str):
     target = torch.tensor([[0.0], [2.0], [10.0], [12.0]], device=device)  # means 1 and 11
     labels = torch.tensor([5, 5, 0, 0], device=device)
@@ -234,8 +246,8 @@ def test_bad_input_is_refused(device: str):
         (x, tasks, torch.tensor([0, -2, 1], device=device), {}, "label -2 of the target, in row 1, .* 0 or more"),
         (x, tasks, labels, {"form": "best"}, "form is 'best'; accepted: assignment, nearest"),
         (x, tasks, labels, {"precision": "double"}, "precision is 'double'; accepted: bf16, tf32, bf16x3, fp32"),
-        (far, far_tasks, labels, {}, "overflow"),
-        (far, far_tasks, labels, {"form": "nearest"}, "overflow"),
+        (far, far_tasks, labels, {}, "squared distances overflow"),
+        (far, far_tasks, labels, {"form": "nearest"}, "squared distances overflow"),
     ):
         with pytest.raises(ValueError, match=said):
             prototype_distances(target, among, labels=its, **options)

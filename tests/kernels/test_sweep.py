@@ -13,7 +13,7 @@ from headstart.kernels.engine.terms import NONE
 from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.mmd import mmd_distances
 from headstart.kernels.ragged import RaggedTasks
-from tests.kernels.cases import held
+from tests.kernels.cases import HALF_STEP, held
 
 U = {"fp32": 2.0**-24, "fp64": 2.0**-53}
 
@@ -73,6 +73,21 @@ def test_near_pairs_far_from_the_rest_keep_their_distance(gap: float, device: st
     assert float(euclidean_distances(x, tasks, form="pairs")[0]) == pytest.approx(float(exact[0]), rel=1e-6)
 
 
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 2.0**-10), ("fp64", 2.0**-20), ("bf16x3", 2.0**-10)])
+def test_pairs_whose_product_cancels_are_computed_again(precision: str, share: float, device: str):
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    x = rows(1, 64, 1, device, dtype)
+    # One pair a task, of nine tenths of that share of |x|^2 + |y|^2: the product is off by more than 1 / share u.
+    moved = torch.nn.functional.normalize(rows(50, 64, 2, device, dtype)) * (1.8 * share) ** 0.5 * x.norm()
+    y, centre = x + moved, torch.zeros(64, dtype=dtype, device=device)
+    found = pair_sums(x, y, torch.arange(51), centre, NONE, "distance", precision, None, False)[0]
+    exact = (y.double() - x.double()).norm(dim=1)
+    # From differences: rounded by u a coordinate and by the sum of D squares, and as both rows are.
+    rounded = HALF_STEP.get(precision, 0.0) * (x.double().norm() + y.double().norm(dim=1)) / exact
+    allowed = 4 * 64**0.5 * U["fp64" if precision == "fp64" else "fp32"] + float(rounded.amax())
+    torch.testing.assert_close(found, exact, rtol=allowed, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n", [1, 2, 16, 17, 200, 1024, 2100], ids="N{}".format)
 def test_cross_and_self_terms_of_the_same_rows_agree_in_every_bit(n: int, dtype: torch.dtype, device: str):
@@ -105,26 +120,37 @@ def test_a_distance_follows_from_its_own_task_alone(device: str):
     torch.testing.assert_close(together, alone, rtol=0, atol=8 * U["fp32"] * 100**0.5 * 15)
 
 
-@pytest.mark.parametrize("kind", ["plain", "near and equal rows", "half precision"])
+@pytest.mark.parametrize("kind", ["plain", "near and equal rows", "half precision", "tf32", "float64 in float32"])
 def test_memory_is_held_to(kind: str):
-    d = 40
+    d, precision = (400 if kind in ("tf32", "float64 in float32") else 40), ("tf32" if kind == "tf32" else "fp32")
     x, tasks = rows(1030, d, 1), [rows(n, d, n) for n in (1100, 1, *[300] * 10)]
     if kind == "near and equal rows":
         tasks.append(x[:1].expand(300, d).contiguous())
         tasks.append(x[:1].expand(100, d) + 1e-4 * rows(100, d, 3))
     if kind == "half precision":
         x, tasks = x.half(), [y.half() for y in tasks]
+    if kind == "float64 in float32":
+        x, tasks = x.double(), [y.double() for y in tasks]
     ragged = RaggedTasks.from_list(tasks)
-    plain = energy_distances(x, ragged)
+    plain = energy_distances(x, ragged, precision=precision)
     whole = len(x) * len(ragged.features) * 4
     with pytest.raises(ValueError, match="at least") as refused:
-        energy_distances(x, ragged, memory=1)
+        energy_distances(x, ragged, precision=precision, memory=1)
     least = int(re.search(r"at least (\d+)", str(refused.value))[1])
-    assert least < whole / 2
+    assert d > 40 or least < whole / 2
     for memory in (least, 2 * least):
-        found, most = held(lambda memory=memory: energy_distances(x, ragged, memory=memory))
+        found, most = held(lambda memory=memory: energy_distances(x, ragged, precision=precision, memory=memory))
         assert torch.equal(found, plain)
         assert most <= memory
+
+
+def test_small_tasks_beside_a_large_one_meet_themselves_within_the_memory():
+    tasks = RaggedTasks.from_list([rows(1100, 1000, 1), *rows(3000, 1000, 2).split(10)])
+    with pytest.raises(ValueError, match="at least") as refused:
+        energy_self_terms(tasks, memory=1)
+    least = int(re.search(r"at least (\d+)", str(refused.value))[1])
+    _, most = held(lambda: energy_self_terms(tasks, memory=least))
+    assert most <= least + 80 * tasks.num_tasks  # and what is as long as the tasks
 
 
 def test_many_tasks_as_long_as_the_target_are_compared_with_it_within_the_memory():
