@@ -282,7 +282,7 @@ def test_tritons_client_works_with_the_served_repository(server: Server, root: P
     assert client.is_model_ready("other")
     with pytest.raises(InferenceServerException, match="takes no parameters"):
         client.load_model("demo", config="{}")
-    with pytest.raises(InferenceServerException, match="there is no model 'absent'"):
+    with pytest.raises(InferenceServerException, match="there is no model 'absent'; POST /v2/repository/index lists"):
         client.get_model_metadata("absent")
     write_package(root / "demo" / "3", 3)
     client.load_model("demo")
