@@ -147,6 +147,8 @@ def _explain(detail: ErrorDetails) -> str:
         return f"{'.'.join(location)}: this field is required"
     # A union's error names its member behind the field ("sources.tuple[str, ...]"); the field is what the user wrote.
     names = [part for part in location if re.fullmatch(r"\w+", part) and part not in ("int", "float")]
+    if detail["type"] == "tuple_type" and isinstance(detail["input"], str | int | float):
+        return f"{'.'.join(names)}: Input should be a list, such as [{detail['input']}]; found {detail['input']!r}"
     return f"{'.'.join(names)}: {detail['msg']}; found {detail['input']!r}"
 
 

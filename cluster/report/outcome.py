@@ -48,7 +48,8 @@ def print_ranking(outcome: Outcome, console: Console) -> None:
     console.print(table)
     console.print(
         "k-NN, ridge: leaving one training image out. audition: the best of a bank of heads, on validation. "
-        f"energy, Euclidean: distance of the tasks' features under {outcome.ranking['probe']}, smaller is closer.",
+        f"energy, Euclidean: distance of the tasks' features under {outcome.ranking['probe']}, smaller is closer; "
+        "- where a source has no sketch: finished runs have one.",
         style="dim",
     )
     for entry in missing:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headstart.serving.errors import PackageError
-from headstart.serving.manifest import load_manifest
+from headstart.serving.manifest import MANIFEST, load_manifest
 from headstart.serving.package import SIGNATURE, verify
 from headstart.serving.runtime import CPU, MOST
 from headstart.serving.server.errors import StartError
@@ -140,9 +140,12 @@ def serve(
 def _tell_why(rows: list[dict[str, Any]], where: Path | str) -> None:
     """Say why nothing is served."""
     if not rows:
-        _LOG.warning("there are no packages in %s; copy one to NAME/1 there", where)
+        if Path(where, MANIFEST).is_file():
+            _LOG.warning("%s is a package itself; copy it to FOLDER/NAME/1, and serve FOLDER", where)
+        else:
+            _LOG.warning("there are no packages in %s; copy one to NAME/1 there", where)
     for row in rows:
-        _LOG.warning("%s %s is not served: %s", row["name"], row["version"], row["reason"])
+        _LOG.warning("%s is not served: %s", f"{row['name']} {row['version']}".strip(), row["reason"])
 
 
 def open_repository(

@@ -1,5 +1,6 @@
 """Recipes: read, overridden, and refused with the field and what it accepts."""
 
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,17 @@ def write(folder: Path, document: object) -> str:
 
 def test_defaults_are_those_of_the_dataclasses(tmp_path: Path):
     assert load_recipe(write(tmp_path, MINIMAL)) == Recipe(name="x", data=Data(path="sklearn:digits"))
+
+
+def test_folder_shows_every_field_with_its_default():
+    document = recipe_document(load_recipe("folder", ["data.path=sklearn:digits"]))
+    assert document == recipe_document(Recipe(name="folder", data=Data(path="sklearn:digits")))
+    shown = yaml.safe_load(files("headstart.cluster.recipes").joinpath("folder.yaml").read_text())
+    assert _keys(shown) == _keys(document)
+
+
+def _keys(document: object) -> object:
+    return {key: _keys(value) for key, value in document.items()} if isinstance(document, dict) else None
 
 
 def test_a_recipe_written_down_reads_back_the_same(tmp_path: Path):
@@ -65,6 +77,8 @@ def test_overrides(tmp_path: Path, override: str, field: tuple[str, ...], value:
         (MINIMAL | {"mode": "linear"}, "mode: Input should be"),
         (MINIMAL | {"sources": []}, "sources is ()"),
         (MINIMAL | {"sources": "mobilenet"}, "sources: Input should be 'all'"),
+        (MINIMAL | {"sources": "mobilenet"}, "sources: Input should be a list, such as [mobilenet]; found 'mobilenet'"),
+        (MINIMAL | {"export": {"variants": "fp16"}}, "export.variants: Input should be a list, such as [fp16]"),
         (MINIMAL | {"seed": -1}, "seed is -1; accepted: 0 to 2**32 - 1"),
         (MINIMAL | {"name": "a/b"}, "name is 'a/b'; accepted: letters"),
         (MINIMAL | {"export": {"opset": 17}}, "export.opset is 17; accepted: 18 to 23"),

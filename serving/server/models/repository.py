@@ -315,7 +315,7 @@ class Repository:
         if entry is None:
             if not self.started:
                 return unavailable("the server is starting; try again")
-            return not_found(f"there is no model {name[:128]!r}; GET /v2/repository/index lists those that are")
+            return not_found(f"there is no model {name[:128]!r}; POST /v2/repository/index lists those that are")
         if version is None or version == "":
             rows = entry.index()
             return unavailable(f"{name} is not ready: {rows[-1]['reason'] or 'it is being loaded'}")

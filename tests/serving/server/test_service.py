@@ -284,7 +284,7 @@ def test_tritons_client_works_with_the_served_repository(server: Server, root: P
     assert client.is_model_ready("other")
     with pytest.raises(InferenceServerException, match="takes no parameters"):
         client.load_model("demo", config="{}")
-    with pytest.raises(InferenceServerException, match="there is no model 'absent'"):
+    with pytest.raises(InferenceServerException, match="there is no model 'absent'; POST /v2/repository/index lists"):
         client.get_model_metadata("absent")
     write_package(root / "demo" / "3", 3)
     client.load_model("demo")
@@ -391,21 +391,25 @@ def test_a_repository_that_is_not_there_is_refused(tmp_path: Path):
     ("copy_to", "options", "words"),
     [
         ("", [], "there are no packages in {root}; copy one to NAME/1 there"),
-        ("1", [], "1  is not served: the package lies in 1/; copy it to 1/1/, or serve the folder above"),
+        (".", [], "{root} is a package itself; copy it to FOLDER/NAME/1, and serve FOLDER"),
+        ("1", [], "1 is not served: the package lies in 1/; copy it to 1/1/, or serve the folder above"),
         ("demo/1", ["--policy", "pinned:7"], "demo 1 is not served: not chosen by the policy pinned:7"),
     ],
 )
 def test_a_server_that_serves_nothing_says_why(tmp_path: Path, copy_to: str, options: list[str], words: str):
+    root = tmp_path / "served"
     if copy_to:
-        write_package(tmp_path / copy_to, 1)
-    command = [sys.executable, "-m", "headstart.cluster.cli", "serve", str(tmp_path), "--port", "0", "--threads", "1"]
+        write_package(root / copy_to, 1)
+    else:
+        root.mkdir()
+    command = [sys.executable, "-m", "headstart.cluster.cli", "serve", str(root), "--port", "0", "--threads", "1"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert " serves 0 of " in process.stdout.readline()
         process.terminate()
         _, log = process.communicate(timeout=30)
     assert process.returncode == 0
-    assert f"WARNING headstart.serving.server.command: {words.format(root=tmp_path)}\n" in log
+    assert f"WARNING headstart.serving.server.command: {words.format(root=root)}\n" in log
 
 
 @pytest.mark.parametrize("provider", [CUDA, "TensorrtExecutionProvider"])
