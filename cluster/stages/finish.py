@@ -15,9 +15,10 @@ from headstart.cluster.stages.rank import load_probe
 from headstart.cluster.stages.run_directory import Result, Stage, write_json
 from headstart.trainer.errors import SourceError
 from headstart.trainer.evaluation import (
-    bootstrap_interval,
+    accuracy_interval,
     expected_calibration_error,
     fit_temperature,
+    mcnemar_p_value,
     paired_interval,
     raw_pixels_control,
     verdict,
@@ -37,11 +38,14 @@ from headstart.trainer.selection.sources import (
 )
 
 RAW_SIDE = 16
+EVALUATION_SCHEMA = 2
+"""2: Wilson's intervals of the accuracies, and `verdict_p_value`."""
 
 
 def evaluate(context: Context, model: Model, chosen: Stage, control: Stage | None, tuned: Stage | None) -> Stage:
     """Measure the chosen model and its controls on the test images; writes evaluation.json and two pictures."""
     inputs = {
+        "schema": EVALUATION_SCHEMA,
         "model": chosen.key,
         "control": control.key if control else None,
         "tuned": tuned.key if tuned else None,
@@ -119,25 +123,27 @@ def _conclude(
     controls: dict[str, np.ndarray],
 ) -> Result:
     """Compare with the stronger control, so that `transfer` means better than both."""
-    seed, test = context.recipe.seed, context.target.part("test")
-    difference, against = None, None
+    test = context.target.part("test")
+    difference, p_value, against = None, None, None
     if choice["mode"] != "scratch":  # which takes nothing over, so that there is nothing to judge
         against = max(controls, key=lambda name: controls[name].mean())
-        difference = paired_interval(correct, controls[against], seed=seed)
+        difference = paired_interval(correct, controls[against], seed=context.recipe.seed)
+        p_value = mcnemar_p_value(correct, controls[against])
     probabilities = torch.softmax(logits / temperature, dim=1)
     known, tests = (
         np.concatenate([context.target.parts[p] for p in ("train", "validation")]),
         context.target.parts["test"],
     )
     return {
-        "schema": 1,
+        "schema": EVALUATION_SCHEMA,
         "choice": choice,
-        "test": _accuracy(correct, seed) | {"num_samples": len(test)},
+        "test": _accuracy(correct) | {"num_samples": len(test)},
         "controls": {
-            name: _accuracy(controls[name], seed) if name in controls else None for name in ("scratch", "raw_pixels")
+            name: _accuracy(controls[name]) if name in controls else None for name in ("scratch", "raw_pixels")
         },
-        "verdict": verdict(difference) if difference else None,
+        "verdict": None if difference is None or p_value is None else verdict(difference, p_value),
         "verdict_interval": list(difference) if difference else None,
+        "verdict_p_value": p_value,
         "verdict_control": against,
         "temperature": temperature,
         "calibration_error": expected_calibration_error(probabilities.numpy(), test.labels),
@@ -148,8 +154,8 @@ def _conclude(
     }
 
 
-def _accuracy(correct: np.ndarray, seed: int) -> dict[str, Any]:
-    return {"accuracy": float(correct.mean()), "interval": list(bootstrap_interval(correct, seed=seed))}
+def _accuracy(correct: np.ndarray) -> dict[str, Any]:
+    return {"accuracy": float(correct.mean()), "interval": list(accuracy_interval(correct))}
 
 
 def register_source(context: Context, model: Model, chosen: Stage) -> Stage:

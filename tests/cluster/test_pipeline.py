@@ -75,7 +75,7 @@ def test_the_summary_says_everything(house: House, summary: Any):
     assert json.loads((house.run_directory / "summary.json").read_text()) == summary
     assert set(summary) == {
         "schema", "name", "target", "source", "mode", "ranking", "test", "controls", "verdict", "verdict_interval",
-        "package", "variants", "stages", "num_backbone_images",
+        "verdict_p_value", "package", "variants", "stages", "num_backbone_images",
     }  # fmt: skip
     assert summary["schema"] == 1
     assert summary["mode"] in ("feature", "finetune")
@@ -86,6 +86,8 @@ def test_the_summary_says_everything(house: House, summary: Any):
     for control in ("scratch", "raw_pixels"):
         assert 0 <= summary["controls"][control]["accuracy"] <= 1
     assert summary["verdict"] in ("transfer", "no transfer", "unclear")
+    assert 0 < summary["verdict_p_value"] <= 1
+    assert summary["verdict"] == "unclear" or summary["verdict_p_value"] <= 0.05
     for entry in summary["ranking"]:
         assert set(entry) == {
             "source", "distance", "score", "audition_accuracy", "seconds", "available", "reason", "licence",
