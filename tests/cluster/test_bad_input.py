@@ -170,3 +170,24 @@ def test_predict_refuses_what_is_no_package(headstart: Run, tmp_path: Path):
 
 def test_evaluate_refuses_what_is_no_run(headstart: Run, tmp_path: Path):
     refused(headstart("evaluate", tmp_path), "recipe.yaml")
+
+
+def test_a_damaged_entry_of_the_registry_stops_only_who_names_it(
+    headstart: Run, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from headstart.trainer.selection import sources
+
+    few = {"mtcnn-onet": sources.catalog()["mtcnn-onet"]}
+    monkeypatch.setattr(sources, "catalog", lambda: few)
+    (cache / "sources/broken").mkdir(parents=True)
+    (cache / "sources/broken/card.yaml").write_text("name: [cut")
+    ended = headstart("rank", "folder", "--set", f"data.path={folder}", "--set", "sources=all", "--json")
+    assert ended.code == 0, ended.stderr
+    best, broken = ended.json()["ranking"]
+    assert (best["source"], best["available"]) == ("mtcnn-onet", True)
+    assert (broken["source"], broken["available"], broken["task"]) == ("broken", False, None)
+    assert "broken/card.yaml cannot be used" in broken["reason"]
+    refused(
+        headstart("rank", "folder", "--set", f"data.path={folder}", "--set", "sources=[broken]"),
+        "broken/card.yaml cannot be used",
+    )

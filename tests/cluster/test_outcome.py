@@ -39,3 +39,8 @@ def test_the_p_value_stands_beside_the_interval(p_value: float, shown: str):
         "num_test_images_also_in_training": 0,
     }
     assert f"image by image: [+0.0333, +0.2500] at 95%, McNemar's exact {shown}." in told([], evaluation)
+
+
+def test_a_source_that_is_passed_over_is_told_with_its_reason():
+    entry = {"source": "broken", "available": False, "reason": "card.yaml cannot be read [here]"}
+    assert "unavailable: broken: card.yaml cannot be read [here]" in told([entry])

@@ -89,11 +89,16 @@ def write_source(
 
 
 def read_card(directory: Path) -> SourceCard:
-    """Return the card of a source folder; raises `SourceError` where there is none."""
+    """Return the card of a source folder; raises `SourceError` where there is none that can be read."""
     path = directory / CARD
     if not path.is_file():
         raise SourceError(f"{directory} has no {CARD}; name the source/ folder of a finished run, or the run's own")
-    return card_from_yaml(path.read_text(), path)
+    try:
+        return card_from_yaml(path.read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(
+            f"the source card {path} cannot be read: {error}; remove {directory} and run its recipe again"
+        ) from error
 
 
 def read_head(directory: Path) -> dict[str, Tensor]:
@@ -108,8 +113,8 @@ def read_head(directory: Path) -> dict[str, Tensor]:
 def read_sketch(directory: Path, *, probe: str = "") -> Sketch | None:
     """Return the sketch of a source folder, None where it has none.
 
-    Raises `SourceError` where the sketch was made under another probe than the fingerprint `probe`, if one is
-    given.
+    Raises `SourceError` where the sketch is damaged, or was made under another probe than the fingerprint
+    `probe`, if one is given.
     """
     path = directory / SKETCH
     if not path.is_file():
@@ -126,7 +131,7 @@ def read_sketch(directory: Path, *, probe: str = "") -> Sketch | None:
             precision=metadata["precision"],
             centre=metadata["centre"],
         )
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise SourceError(f"{path} is no sketch ({error}); run its recipe again with --fresh") from error
     if probe and sketch.probe != probe:
         raise SourceError(

@@ -45,6 +45,7 @@ __all__ = [
     "registered",
     "registered_name",
     "resolve",
+    "survey",
     "write_source",
 ]
 
@@ -91,23 +92,24 @@ def catalog() -> dict[str, SourceCard]:
     return {card.name: card for card in cards}
 
 
-def registered(cache: Path) -> dict[str, SourceCard]:
-    """Return the cards of the finished runs in `cache`, by name."""
-    folders = sorted((cache / "sources").glob(f"[!.]*/{CARD}"))
-    return {path.parent.name: read_card(path.parent) for path in folders}
+def registered(cache: Path) -> dict[str, Path]:
+    """Return the folders of the finished runs in `cache`, by name; what is in them has not been read."""
+    return {path.parent.name: path.parent for path in sorted((cache / "sources").glob(f"[!.]*/{CARD}"))}
 
 
 def registered_name(name: str, data_fingerprint: str, cache: Path) -> str:
     """Return the name under which a run is registered: its own, or with a suffix where another task has that
     one.
 
-    A run of the same name on the same data replaces the earlier one.
+    A run of the same name on the same data replaces the earlier one; one whose card cannot be read is left.
     """
-    taken = catalog().get(name)
-    if taken is None and (cache / "sources" / name / CARD).is_file():
-        taken = read_card(cache / "sources" / name)
-    if taken is None or (data_fingerprint != "" and taken.data_fingerprint == data_fingerprint):
-        return name
+    folder = registered(cache).get(name)
+    if name not in catalog():
+        try:
+            if folder is None or _same_data(read_card(folder), data_fingerprint):
+                return name
+        except SourceError:
+            pass  # nobody knows whose it is
     return f"{name}-{data_fingerprint[:8]}"
 
 
@@ -147,28 +149,44 @@ def register(source: Path, cache: Path) -> Path:
 
 
 def resolve(sources: Literal["all"] | tuple[str, ...], cache: Path, *, exclude_data: str = "") -> list[Candidate]:
-    """Return the candidates of a recipe's `sources`, none of them loaded.
+    """Return the candidates of a recipe's `sources`, none of them loaded; `survey` has the rules."""
+    return survey(sources, cache, exclude_data=exclude_data)[0]
+
+
+def survey(
+    sources: Literal["all"] | tuple[str, ...], cache: Path, *, exclude_data: str = ""
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Return the candidates of a recipe's `sources`, none of them loaded, and by name why others are passed over.
 
     `all` is the catalog and the registry without sources made from the data with fingerprint `exclude_data`,
-    which would meet their own images again; naming such a source is a `SourceError`, as are unknown names and
-    paths, and two sources of one name, whose heads a run would confuse.
+    which would meet their own images again; damaged ones are passed over. Naming one of either is a
+    `SourceError`, as are unknown names and paths, and two sources of one name, whose heads a run would confuse.
     """
     unreachable: set[str] = set()
     if sources == "all":
-        found: list[tuple[SourceCard, Path | None]] = [(card, None) for card in catalog().values()]
-        found += [(card, cache / "sources" / name) for name, card in registered(cache).items()]
-        found = [(card, base) for card, base in found if not _same_data(card, exclude_data)]
-    else:
-        found = [_named(spec, cache) for spec in dict.fromkeys(sources)]
-        named: dict[str, str] = {}
-        for spec, (card, _) in zip(dict.fromkeys(sources), found, strict=True):
-            if _same_data(card, exclude_data):
-                raise SourceError(f"source {spec} was made from this run's own data; take it out of `sources`")
-            if named.setdefault(card.name, spec) != spec:
-                raise SourceError(
-                    f"{named[card.name]} and {spec} are both called {card.name}; take one out of `sources`"
-                )
-    return [Candidate(card=card, base=base, unreachable=unreachable) for card, base in found]
+        found = [Candidate(card=card, unreachable=unreachable) for card in catalog().values()]
+        passed_over: dict[str, str] = {}
+        for name, folder in registered(cache).items():
+            try:
+                candidate = Candidate(card=read_card(folder), base=folder, unreachable=unreachable)
+                if not _same_data(candidate.card, exclude_data):
+                    candidate.sketch()  # a damaged one is told here
+                    found.append(candidate)
+            except SourceError as error:
+                passed_over[name] = str(error)
+        return found, passed_over
+    found = []
+    named: dict[str, str] = {}
+    for spec in dict.fromkeys(sources):
+        card, base = _named(spec, cache)
+        candidate = Candidate(card=card, base=base, unreachable=unreachable)
+        if _same_data(card, exclude_data):
+            raise SourceError(f"source {spec} was made from this run's own data; take it out of `sources`")
+        if named.setdefault(card.name, spec) != spec:
+            raise SourceError(f"{named[card.name]} and {spec} are both called {card.name}; take one out of `sources`")
+        candidate.sketch()  # a damaged one is told here
+        found.append(candidate)
+    return found, {}
 
 
 def find_source(name: str, sources: Literal["all"] | tuple[str, ...], cache: Path) -> SourceCard:

@@ -1,5 +1,6 @@
 """Which sources a recipe gets: the catalog, finished runs, and everything it can name."""
 
+import re
 from dataclasses import replace
 from importlib.resources import files
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from headstart.trainer.backbones import weights
 from headstart.trainer.backbones.architectures import build_architecture, find_architecture
 from headstart.trainer.errors import SourceError
+from headstart.trainer.selection.source_folder import read_card
 from headstart.trainer.selection.sources import (
     Sketch,
     catalog,
@@ -19,6 +21,7 @@ from headstart.trainer.selection.sources import (
     registered,
     registered_name,
     resolve,
+    survey,
     write_source,
 )
 
@@ -81,9 +84,9 @@ def test_registry(finished, tmp_path):
     entry = register(finished("mine") / "source", cache)
     assert entry == cache / "sources" / "mine"
     assert {path.name for path in entry.iterdir()} == {"card.yaml", "weights.safetensors", "sketch.safetensors"}
-    first = registered(cache)["mine"]
+    first = read_card(registered(cache)["mine"])
     register(finished("mine", seed=1) / "source", cache)
-    assert registered(cache)["mine"].sha256 != first.sha256
+    assert read_card(registered(cache)["mine"]).sha256 != first.sha256
     assert sorted(registered(cache)) == ["mine"]
     assert (
         len([p for p in (cache / "sources").rglob("card.yaml") if not p.parent.is_symlink()]) == 1
@@ -104,7 +107,7 @@ def test_registering_again_when_killed_before(finished, tmp_path):
     (left / "link").symlink_to("0")
     assert registered(cache) == {}
     register(run / "source", cache)
-    assert registered(cache)["mine"].data_fingerprint == OTHERS
+    assert read_card(registered(cache)["mine"]).data_fingerprint == OTHERS
     assert len(list(left.iterdir())) == 1
 
 
@@ -135,6 +138,45 @@ def test_all_leaves_out_what_was_made_from_the_same_data(finished, tmp_path):
     assert [c.card.name for c in resolve("all", cache)] == [*catalog(), "mine", "others"]
     with pytest.raises(SourceError, match="source mine was made from this run's own data; take it out"):
         resolve(("mine",), cache, exclude_data=MINE)
+
+
+def cut(path, share):
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+DAMAGE = {
+    "sketch cut": (lambda entry: cut(entry / "sketch.safetensors", 0.9), "is no sketch"),
+    "sketch cut in its header": (lambda entry: cut(entry / "sketch.safetensors", 0.1), "is no sketch"),
+    "sketch empty": (lambda entry: cut(entry / "sketch.safetensors", 0), "is no sketch"),
+    "card cut": (lambda entry: cut(entry / "card.yaml", 0.5), "cannot be used"),
+    "card empty": (lambda entry: cut(entry / "card.yaml", 0), "cannot be used"),
+    "card no YAML": (lambda entry: (entry / "card.yaml").write_text("a: [b"), "cannot be used"),
+    "card not UTF-8": (lambda entry: (entry / "card.yaml").write_bytes(b"name: \xff"), "cannot be read: .*; remove"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_entry_is_passed_over_with_all_and_refused_by_name(damage, message, finished, tmp_path):
+    cache = tmp_path / "cache"
+    for name in ("broken", "whole"):
+        register(finished(name) / "source", cache)
+    damage(cache / "sources" / "broken")
+    candidates, passed_over = survey("all", cache)
+    assert [c.card.name for c in candidates] == [*catalog(), "whole"] == [c.card.name for c in resolve("all", cache)]
+    assert list(passed_over) == ["broken"]
+    assert re.search(message, passed_over["broken"])
+    assert find_source("whole", "all", cache).name == "whole"
+    with pytest.raises(SourceError, match=message):
+        resolve(("broken",), cache)
+    with pytest.raises(SourceError, match="did you mean broken"):
+        resolve(("brokenn",), cache)
+
+
+def test_an_entry_whose_card_cannot_be_read_keeps_its_name(finished, tmp_path):
+    cache = tmp_path / "cache"
+    register(finished("mine", data=MINE) / "source", cache)
+    (cache / "sources" / "mine" / "card.yaml").write_bytes(b"\xff")
+    assert registered_name("mine", MINE, cache) == "mine-abababab"
 
 
 def test_earlier_runs_by_path(finished, tmp_path):
