@@ -32,6 +32,7 @@ from headstart.trainer.selection.ranking import make_sketch, sketched
 from headstart.trainer.selection.sources import (
     SourceCard,
     find_source,
+    image_id,
     register,
     registered_name,
     write_source,
@@ -161,8 +162,17 @@ def _accuracy(correct: np.ndarray) -> dict[str, Any]:
 def register_source(context: Context, model: Model, chosen: Stage) -> Stage:
     """Write the run's `source/` folder and put a copy into the cache's list of sources."""
     folder = context.run.path / "source"
-    card = _card(context, model)
-    inputs = {"model": chosen.key, "data": context.data_key, "name": card.name}
+    origin = find_source(model.source, context.recipe.sources, context.cache)
+    # From scratch nothing is taken over, and so nothing that the source has seen.
+    earlier = frozenset() if model.mode == "scratch" or origin.base is None else origin.seen()
+    seen = frozenset(map(image_id, context.target.known().digests)) | (earlier or frozenset())
+    card = _card(context, model, origin.card, earlier_known=earlier is not None)
+    inputs = {
+        "model": chosen.key,
+        "data": context.data_key,
+        "name": card.name,
+        "seen": sorted(map(bytes.hex, seen)),
+    }
 
     def make() -> tuple[Result, list[CachedFeatures]]:
         try:
@@ -173,7 +183,7 @@ def register_source(context: Context, model: Model, chosen: Stage) -> Stage:
             images = sketched(context.target, context.recipe.seed)
             sketch, cached = make_sketch(probe, images, context.cache, tag=context.tag, progress=progress)
         state = model.backbone.module.state_dict() if model.backbone.module is not None else None
-        write_source(folder, card, state, model.head.state_dict(), sketch)
+        write_source(folder, card, state, model.head.state_dict(), sketch, seen=seen)
         return {"name": card.name}, [cached]
 
     stage = context.run.stage("register", inputs, lambda: sorted(folder.iterdir()), make)
@@ -181,8 +191,7 @@ def register_source(context: Context, model: Model, chosen: Stage) -> Stage:
     return stage
 
 
-def _card(context: Context, model: Model) -> SourceCard:
-    source = find_source(model.source, context.recipe.sources, context.cache)
+def _card(context: Context, model: Model, source: SourceCard, *, earlier_known: bool) -> SourceCard:
     images = context.target.images
     return SourceCard(
         name=registered_name(context.recipe.name, images.fingerprint, context.cache),
@@ -194,5 +203,6 @@ def _card(context: Context, model: Model) -> SourceCard:
         preprocessing=source.preprocessing,
         classes=images.classes,
         data_fingerprint=images.fingerprint,
-        notes=f"made by Headstart from {model.source} in mode {model.mode}",
+        notes=f"made by Headstart from {model.source} in mode {model.mode}"
+        + ("" if earlier_known else "; which images that one learned from is not known"),
     )

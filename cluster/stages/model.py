@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from headstart.cluster.stages.context import Context
 from headstart.trainer.backbones.backbone import Backbone
 from headstart.trainer.recipe import Mode
-from headstart.trainer.selection.sources import resolve
+from headstart.trainer.selection.sources import find_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,7 @@ class Model:
 
 def load_source(context: Context, name: str) -> Backbone:
     """Load a source of the ranking by its name."""
-    candidates = resolve(context.recipe.sources, context.cache, exclude_data=context.target.images.fingerprint)
-    return next(c for c in candidates if c.card.name == name).load(context.cache)
+    return find_source(name, context.recipe.sources, context.cache).load(context.cache)
 
 
 def auditioned(context: Context, name: str) -> Model:

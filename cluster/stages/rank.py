@@ -26,7 +26,10 @@ def load_probe(context: Context) -> Backbone:
 def rank(context: Context) -> Stage:
     """Rank the sources; writes ranking.json and each source's best head."""
     recipe = context.recipe
-    candidates, passed_over = survey(recipe.sources, context.cache, exclude_data=context.target.images.fingerprint)
+    target = context.target
+    candidates, passed_over = survey(
+        recipe.sources, context.cache, exclude_data=target.images.fingerprint, judged_on=target.judged_on
+    )
     document = recipe_document(recipe)
     inputs = {
         "data": context.data_key,
@@ -38,6 +41,7 @@ def rank(context: Context) -> Stage:
     heads = context.run.private / "heads"
 
     def make() -> tuple[Result, list[CachedFeatures]]:
+        _tell_unknown(context, candidates)
         used: list[CachedFeatures] = []
         entries = [_audition(context, candidate, heads, used) for candidate in candidates]
         entries += [_entry(name, None, reason) for name, reason in passed_over.items()]
@@ -58,6 +62,15 @@ def rank(context: Context) -> Stage:
     return context.run.stage(
         "rank", inputs, lambda: [context.run.path / "ranking.json", *heads.glob("*.safetensors")], make, nothing_new
     )
+
+
+def _tell_unknown(context: Context, candidates: Sequence[Candidate]) -> None:
+    """Say which finished runs keep no list of the images they learned from, as earlier versions kept none."""
+    unknown = [c.card.name for c in candidates if c.base is not None and c.seen() is None]
+    if unknown:
+        context.reporter.say(
+            f"not known which images these sources learned from, this run's may be among them: {', '.join(unknown)}"
+        )
 
 
 def _loads(context: Context, candidate: Candidate) -> bool:

@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,19 @@ def test_a_damaged_entry_of_the_registry_stops_only_who_names_it(
         headstart("rank", "folder", "--set", f"data.path={folder}", "--set", "sources=[broken]"),
         "broken/card.yaml cannot be used",
     )
+
+
+def test_a_source_of_an_earlier_version_is_used_and_told(headstart: Run, folder: Path, cache: Path, tmp_path: Path):
+    from headstart.trainer.selection import sources
+
+    sketch = sources.Sketch(
+        features=torch.zeros(2, 2), labels=torch.arange(2), mean=torch.zeros(2), probe="of another version"
+    )
+    card = replace(sources.catalog()["mtcnn-onet"], name="old")
+    sources.write_source(tmp_path / "source", card, None, {"bias": torch.zeros(2)}, sketch)
+    sources.register(tmp_path / "source", cache)
+    ended = headstart("rank", "folder", "--set", f"data.path={folder}", "--set", "sources=[old]", "--json")
+    assert ended.code == 0, ended.stderr
+    assert ended.json()["ranking"][0]["available"]
+    told = " ".join(ended.stderr.split())
+    assert told.count("not known which images these sources learned from, this run's may be among them: old") == 1

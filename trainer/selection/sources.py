@@ -1,6 +1,6 @@
 """Which source tasks there are: the catalog, the registry of finished runs, and what a recipe names.
 
-    for candidate in resolve("all", cache, exclude_data=images.fingerprint):
+    for candidate in resolve("all", cache):
         backbone = candidate.load(cache)  # SourceError: not available here, and what would make it so
 
 The registry is the folder `<cache>/sources/`; NAME there is a copy of a run's `source/` folder.
@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -29,7 +29,9 @@ from headstart.trainer.selection.source_folder import (
     CARD,
     SKETCH_PRECISION,
     Sketch,
+    image_id,
     read_card,
+    read_seen,
     read_sketch,
     write_source,
 )
@@ -41,6 +43,7 @@ __all__ = [
     "SourceCard",
     "catalog",
     "find_source",
+    "image_id",
     "register",
     "registered",
     "registered_name",
@@ -83,6 +86,10 @@ class Candidate:
     def sketch(self) -> Sketch | None:
         """Return the task's sketch, under whichever probe it was made; None where it has none."""
         return read_sketch(self.base) if self.base is not None else None
+
+    def seen(self) -> frozenset[bytes] | None:
+        """Return the `image_id` of all that it learned from; None where that is not known, as of others' models."""
+        return read_seen(self.base, self.card) if self.base is not None else None
 
 
 def catalog() -> dict[str, SourceCard]:
@@ -148,19 +155,20 @@ def register(source: Path, cache: Path) -> Path:
     return entry
 
 
-def resolve(sources: Literal["all"] | tuple[str, ...], cache: Path, *, exclude_data: str = "") -> list[Candidate]:
+def resolve(sources: Literal["all"] | tuple[str, ...], cache: Path) -> list[Candidate]:
     """Return the candidates of a recipe's `sources`, none of them loaded; `survey` has the rules."""
-    return survey(sources, cache, exclude_data=exclude_data)[0]
+    return survey(sources, cache)[0]
 
 
 def survey(
-    sources: Literal["all"] | tuple[str, ...], cache: Path, *, exclude_data: str = ""
+    sources: Literal["all"] | tuple[str, ...], cache: Path, *, exclude_data: str = "", judged_on: Collection[str] = ()
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Return the candidates of a recipe's `sources`, none of them loaded, and by name why others are passed over.
 
     `all` is the catalog and the registry without sources made from the data with fingerprint `exclude_data`,
-    which would meet their own images again; damaged ones are passed over. Naming one of either is a
-    `SourceError`, as are unknown names and paths, and two sources of one name, whose heads a run would confuse.
+    which would meet their own images again; damaged ones are passed over, and those that learned from images of
+    the digests `judged_on`. Naming one of these is a `SourceError`, as are unknown names and paths, and two sources
+    of one name, whose heads a run would confuse.
     """
     unreachable: set[str] = set()
     if sources == "all":
@@ -169,8 +177,12 @@ def survey(
         for name, folder in registered(cache).items():
             try:
                 candidate = Candidate(card=read_card(folder), base=folder, unreachable=unreachable)
-                if not _same_data(candidate.card, exclude_data):
-                    candidate.sketch()  # a damaged one is told here
+                if _same_data(candidate.card, exclude_data):
+                    continue
+                candidate.sketch()  # a damaged one is told here
+                if leak := _leak(candidate, judged_on):
+                    passed_over[name] = f"it {leak}"
+                else:
                     found.append(candidate)
             except SourceError as error:
                 passed_over[name] = str(error)
@@ -185,20 +197,30 @@ def survey(
         if named.setdefault(card.name, spec) != spec:
             raise SourceError(f"{named[card.name]} and {spec} are both called {card.name}; take one out of `sources`")
         candidate.sketch()  # a damaged one is told here
+        if leak := _leak(candidate, judged_on):
+            raise SourceError(f"source {spec} {leak}; take it out of `sources`")
         found.append(candidate)
     return found, {}
 
 
-def find_source(name: str, sources: Literal["all"] | tuple[str, ...], cache: Path) -> SourceCard:
-    """Return the card called `name` among a recipe's `sources`; raises `SourceError` where it is not."""
+def find_source(name: str, sources: Literal["all"] | tuple[str, ...], cache: Path) -> Candidate:
+    """Return the candidate called `name` among a recipe's `sources`; raises `SourceError` where it is not."""
     for candidate in resolve(sources, cache):
         if candidate.card.name == name:
-            return candidate.card
+            return candidate
     raise SourceError(f"there is no source {name!r} among the recipe's; `headstart sources list` shows them all")
 
 
 def _same_data(card: SourceCard, fingerprint: str) -> bool:
     return fingerprint != "" and card.data_fingerprint == fingerprint
+
+
+def _leak(candidate: Candidate, judged_on: Collection[str]) -> str:
+    """Say what is wrong where the candidate learned from images that a run judges by; empty where it did not."""
+    seen = candidate.seen() or frozenset()
+    known = sum(image_id(digest) in seen for digest in judged_on)
+    images = f"{known} of the {len(judged_on)} images that this run validates and tests on"
+    return f"has learned from {images}, which would flatter it" if known else ""
 
 
 def _named(spec: str, cache: Path) -> tuple[SourceCard, Path | None]:
