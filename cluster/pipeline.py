@@ -146,6 +146,7 @@ def _outcome(
         "controls": evaluation.get("controls"),
         "verdict": evaluation.get("verdict"),
         "verdict_interval": evaluation.get("verdict_interval"),
+        "verdict_p_value": evaluation.get("verdict_p_value"),
         "package": "package" if exported else None,
         "variants": {name: _variant(name, stage.result) for name, stage in (variants or {}).items()},
         "stages": {

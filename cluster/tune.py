@@ -26,7 +26,7 @@ from headstart.trainer.inputs.readers import load_images
 from headstart.trainer.inputs.split import split_images
 from headstart.trainer.recipe import Recipe
 from headstart.trainer.selection.ranking import Target
-from headstart.trainer.selection.sources import resolve
+from headstart.trainer.selection.sources import survey
 
 Trials = dict[str, Any]
 
@@ -62,7 +62,8 @@ def _features(recipe: Recipe, target: Target, cache: Path) -> dict[str, torch.Te
     """Return every available source's features of the known images, [N, D] each."""
     reporter, known = Reporter(), target.known()
     features: dict[str, torch.Tensor] = {}
-    for candidate in resolve(recipe.sources, cache, exclude_data=target.images.fingerprint):
+    candidates, _ = survey(recipe.sources, cache, exclude_data=target.images.fingerprint, judged_on=target.judged_on)
+    for candidate in candidates:
         try:
             backbone = candidate.load(cache)
         except SourceError:

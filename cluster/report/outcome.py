@@ -76,7 +76,8 @@ def _print_evaluation(outcome: Outcome, console: Console) -> None:
         against = names[evaluation["verdict_control"]].removeprefix("control: ")
         console.print(
             f"[bold]Verdict: {evaluation['verdict']}[/bold]. Difference to the stronger control ({against}), image by "
-            f"image: {_interval(evaluation['verdict_interval'], signed=True)} at 95%."
+            f"image: {_interval(evaluation['verdict_interval'], signed=True)} at 95%, McNemar's exact "
+            f"{_p_value(evaluation['verdict_p_value'])}."
         )
     console.print(
         f"Temperature {evaluation['temperature']:.3f}, calibration error {evaluation['calibration_error']:.4f}; "
@@ -126,6 +127,10 @@ def _share(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def _p_value(value: float) -> str:
+    return "p < 0.0001" if value < 0.0001 else f"p = {value:.4f}"
 
 
 def _interval(interval: list[float], *, signed: bool = False) -> str:

@@ -1,7 +1,7 @@
 """The source tasks that a run can start from, listed and shown."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from rich.console import Console
@@ -10,14 +10,20 @@ from rich.table import Table
 
 from headstart.cluster.stages.context import Reporter, cache_root
 from headstart.trainer.backbones.weights import fetch_weights
-from headstart.trainer.selection.sources import Candidate, resolve
+from headstart.trainer.selection.sources import Candidate, SourceCard, resolve, survey
 
 Description = dict[str, Any]
 
 
 def describe_sources() -> list[Description]:
-    """Return the cards of the catalog and of the finished runs, each with `made_here`."""
-    return [_describe(candidate) for candidate in resolve("all", cache_root())]
+    """Return the cards of the catalog and of the finished runs, each with `made_here`.
+
+    Of a damaged one there is its name and the `reason`, which is None for all others.
+    """
+    candidates, passed_over = survey("all", cache_root())
+    nothing: Description = dict.fromkeys(field.name for field in fields(SourceCard))
+    damaged = [nothing | {"name": name, "made_here": True, "reason": reason} for name, reason in passed_over.items()]
+    return [_describe(candidate) for candidate in candidates] + damaged
 
 
 def describe_source(name: str) -> Description:
@@ -45,6 +51,8 @@ def print_sources(found: list[Description], console: Console | None = None) -> N
     for column in ("task", *(("architecture",) if wide else ()), "pixels", "licence"):
         table.add_column(column)
     for source in found:
+        if source["reason"] is not None:
+            continue
         style = "green" if source["made_here"] else None
         side = str(source["preprocessing"]["crop"])
         architecture = (source["architecture"],) if wide else ()
@@ -52,13 +60,16 @@ def print_sources(found: list[Description], console: Console | None = None) -> N
     console.print(table)
     if any(source["made_here"] for source in found):
         console.print("green: made here, by runs that are finished", style="dim")
+    for source in found:
+        if source["reason"] is not None:
+            console.print(f"unavailable: [bold]{source['name']}[/bold]: {escape(source['reason'])}")
 
 
 def print_source(found: Description) -> None:
     """Print one card, a field a line."""
     console = Console()
     for field, value in found.items():
-        if value in ("", (), []):
+        if value in (None, "", (), []):
             continue
         if isinstance(value, dict):
             value = ", ".join(f"{name} {inner}" for name, inner in value.items())
@@ -69,4 +80,4 @@ def print_source(found: Description) -> None:
 
 
 def _describe(candidate: Candidate) -> Description:
-    return {**asdict(candidate.card), "made_here": candidate.base is not None}
+    return {**asdict(candidate.card), "made_here": candidate.base is not None, "reason": None}

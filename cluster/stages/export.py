@@ -40,7 +40,7 @@ def export(context: Context, model: Model, chosen: Stage, evaluated: Stage) -> S
         "export": {name: getattr(recipe.export, name) for name in ("opset", "tolerance", "features")},
         "name": recipe.name,
     }
-    card = find_source(model.source, recipe.sources, context.cache)
+    card = find_source(model.source, recipe.sources, context.cache).card
 
     def reference(images: np.ndarray) -> np.ndarray:
         pixels = to_pixels(list(images), model.backbone.preprocess)

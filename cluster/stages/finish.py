@@ -15,9 +15,10 @@ from headstart.cluster.stages.rank import load_probe
 from headstart.cluster.stages.run_directory import Result, Stage, write_json
 from headstart.trainer.errors import SourceError
 from headstart.trainer.evaluation import (
-    bootstrap_interval,
+    accuracy_interval,
     expected_calibration_error,
     fit_temperature,
+    mcnemar_p_value,
     paired_interval,
     raw_pixels_control,
     verdict,
@@ -31,17 +32,21 @@ from headstart.trainer.selection.ranking import make_sketch, sketched
 from headstart.trainer.selection.sources import (
     SourceCard,
     find_source,
+    image_id,
     register,
     registered_name,
     write_source,
 )
 
 RAW_SIDE = 16
+EVALUATION_SCHEMA = 2
+"""2: Wilson's intervals of the accuracies, and `verdict_p_value`."""
 
 
 def evaluate(context: Context, model: Model, chosen: Stage, control: Stage | None, tuned: Stage | None) -> Stage:
     """Measure the chosen model and its controls on the test images; writes evaluation.json and two pictures."""
     inputs = {
+        "schema": EVALUATION_SCHEMA,
         "model": chosen.key,
         "control": control.key if control else None,
         "tuned": tuned.key if tuned else None,
@@ -119,25 +124,27 @@ def _conclude(
     controls: dict[str, np.ndarray],
 ) -> Result:
     """Compare with the stronger control, so that `transfer` means better than both."""
-    seed, test = context.recipe.seed, context.target.part("test")
-    difference, against = None, None
+    test = context.target.part("test")
+    difference, p_value, against = None, None, None
     if choice["mode"] != "scratch":  # which takes nothing over, so that there is nothing to judge
         against = max(controls, key=lambda name: controls[name].mean())
-        difference = paired_interval(correct, controls[against], seed=seed)
+        difference = paired_interval(correct, controls[against], seed=context.recipe.seed)
+        p_value = mcnemar_p_value(correct, controls[against])
     probabilities = torch.softmax(logits / temperature, dim=1)
     known, tests = (
         np.concatenate([context.target.parts[p] for p in ("train", "validation")]),
         context.target.parts["test"],
     )
     return {
-        "schema": 1,
+        "schema": EVALUATION_SCHEMA,
         "choice": choice,
-        "test": _accuracy(correct, seed) | {"num_samples": len(test)},
+        "test": _accuracy(correct) | {"num_samples": len(test)},
         "controls": {
-            name: _accuracy(controls[name], seed) if name in controls else None for name in ("scratch", "raw_pixels")
+            name: _accuracy(controls[name]) if name in controls else None for name in ("scratch", "raw_pixels")
         },
-        "verdict": verdict(difference) if difference else None,
+        "verdict": None if difference is None or p_value is None else verdict(difference, p_value),
         "verdict_interval": list(difference) if difference else None,
+        "verdict_p_value": p_value,
         "verdict_control": against,
         "temperature": temperature,
         "calibration_error": expected_calibration_error(probabilities.numpy(), test.labels),
@@ -148,15 +155,24 @@ def _conclude(
     }
 
 
-def _accuracy(correct: np.ndarray, seed: int) -> dict[str, Any]:
-    return {"accuracy": float(correct.mean()), "interval": list(bootstrap_interval(correct, seed=seed))}
+def _accuracy(correct: np.ndarray) -> dict[str, Any]:
+    return {"accuracy": float(correct.mean()), "interval": list(accuracy_interval(correct))}
 
 
 def register_source(context: Context, model: Model, chosen: Stage) -> Stage:
     """Write the run's `source/` folder and put a copy into the cache's list of sources."""
     folder = context.run.path / "source"
-    card = _card(context, model)
-    inputs = {"model": chosen.key, "data": context.data_key, "name": card.name}
+    origin = find_source(model.source, context.recipe.sources, context.cache)
+    # From scratch nothing is taken over, and so nothing that the source has seen.
+    earlier = frozenset() if model.mode == "scratch" or origin.base is None else origin.seen()
+    seen = frozenset(map(image_id, context.target.known().digests)) | (earlier or frozenset())
+    card = _card(context, model, origin.card, earlier_known=earlier is not None)
+    inputs = {
+        "model": chosen.key,
+        "data": context.data_key,
+        "name": card.name,
+        "seen": sorted(map(bytes.hex, seen)),
+    }
 
     def make() -> tuple[Result, list[CachedFeatures]]:
         try:
@@ -167,7 +183,7 @@ def register_source(context: Context, model: Model, chosen: Stage) -> Stage:
             images = sketched(context.target, context.recipe.seed)
             sketch, cached = make_sketch(probe, images, context.cache, tag=context.tag, progress=progress)
         state = model.backbone.module.state_dict() if model.backbone.module is not None else None
-        write_source(folder, card, state, model.head.state_dict(), sketch)
+        write_source(folder, card, state, model.head.state_dict(), sketch, seen=seen)
         return {"name": card.name}, [cached]
 
     stage = context.run.stage("register", inputs, lambda: sorted(folder.iterdir()), make)
@@ -175,8 +191,7 @@ def register_source(context: Context, model: Model, chosen: Stage) -> Stage:
     return stage
 
 
-def _card(context: Context, model: Model) -> SourceCard:
-    source = find_source(model.source, context.recipe.sources, context.cache)
+def _card(context: Context, model: Model, source: SourceCard, *, earlier_known: bool) -> SourceCard:
     images = context.target.images
     return SourceCard(
         name=registered_name(context.recipe.name, images.fingerprint, context.cache),
@@ -188,5 +203,6 @@ def _card(context: Context, model: Model) -> SourceCard:
         preprocessing=source.preprocessing,
         classes=images.classes,
         data_fingerprint=images.fingerprint,
-        notes=f"made by Headstart from {model.source} in mode {model.mode}",
+        notes=f"made by Headstart from {model.source} in mode {model.mode}"
+        + ("" if earlier_known else "; which images that one learned from is not known"),
     )

@@ -12,7 +12,7 @@ from headstart.trainer.backbones.backbone import Backbone
 from headstart.trainer.errors import SourceError
 from headstart.trainer.files import write_atomically
 from headstart.trainer.recipe import Mode
-from headstart.trainer.selection.sources import resolve
+from headstart.trainer.selection.sources import find_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,13 @@ class Model:
 
 def load_source(context: Context, name: str) -> Backbone:
     """Load a source of the ranking by its name; raises `SourceError` where it went meanwhile."""
-    candidates = resolve(context.recipe.sources, context.cache, exclude_data=context.target.images.fingerprint)
-    for candidate in candidates:
-        if candidate.card.name == name:
-            return candidate.load(context.cache)
-    # The name of a user's own file has its digest in it.
-    raise SourceError(f"source {name} was taken away, or its file altered, during the run; run the same command again")
+    try:
+        candidate = find_source(name, context.recipe.sources, context.cache)
+    except SourceError as error:  # the name of a user's own file has its digest in it
+        raise SourceError(
+            f"source {name} was taken away, or its file altered, during the run; run the same command again"
+        ) from error
+    return candidate.load(context.cache)
 
 
 def auditioned(context: Context, name: str) -> Model:

@@ -12,7 +12,7 @@ from headstart.trainer.backbones.backbone import Backbone
 from headstart.trainer.errors import SourceError
 from headstart.trainer.features import CachedFeatures
 from headstart.trainer.selection.ranking import assess, make_sketch, sketch_distances, sketched
-from headstart.trainer.selection.sources import Candidate, catalog, resolve
+from headstart.trainer.selection.sources import Candidate, SourceCard, catalog, survey
 
 PROBE = "mobilenet-v2-imagenet"
 """The one backbone under which tasks are compared: small, packaged, and of a broad source task."""
@@ -26,11 +26,14 @@ def load_probe(context: Context) -> Backbone:
 def rank(context: Context) -> Stage:
     """Rank the sources; writes ranking.json and each source's best head."""
     recipe = context.recipe
-    candidates = resolve(recipe.sources, context.cache, exclude_data=context.target.images.fingerprint)
+    target = context.target
+    candidates, passed_over = survey(
+        recipe.sources, context.cache, exclude_data=target.images.fingerprint, judged_on=target.judged_on
+    )
     document = recipe_document(recipe)
     inputs = {
         "data": context.data_key,
-        "sources": [candidate.fingerprint for candidate in candidates],
+        "sources": [*(candidate.fingerprint for candidate in candidates), *passed_over.items()],
         "search": document["search"],
         "optimizer": recipe.train.optimizer,
         "seed": recipe.seed,
@@ -38,8 +41,10 @@ def rank(context: Context) -> Stage:
     heads = context.run.private / "heads"
 
     def make() -> tuple[Result, list[CachedFeatures]]:
+        _tell_unknown(context, candidates)
         used: list[CachedFeatures] = []
         entries = [_audition(context, candidate, heads, used) for candidate in candidates]
+        entries += [_entry(name, None, reason) for name, reason in passed_over.items()]
         if not any(entry["available"] for entry in entries):
             reasons = "\n".join(f"  {entry['source']}: {entry['reason']}" for entry in entries)
             raise SourceError(f"no source can be used here:\n{reasons}")
@@ -59,6 +64,15 @@ def rank(context: Context) -> Stage:
     )
 
 
+def _tell_unknown(context: Context, candidates: Sequence[Candidate]) -> None:
+    """Say which finished runs keep no list of the images they learned from, as earlier versions kept none."""
+    unknown = [c.card.name for c in candidates if c.base is not None and c.seen() is None]
+    if unknown:
+        context.reporter.say(
+            f"not known which images these sources learned from, this run's may be among them: {', '.join(unknown)}"
+        )
+
+
 def _loads(context: Context, candidate: Candidate) -> bool:
     """Say whether a source that was unavailable has become available."""
     try:
@@ -68,16 +82,16 @@ def _loads(context: Context, candidate: Candidate) -> bool:
     return True
 
 
-def _audition(context: Context, candidate: Candidate, heads: Path, used: list[CachedFeatures]) -> dict[str, Any]:
-    card = candidate.card
-    entry: dict[str, Any] = {
-        "source": card.name,
-        "task": card.task,
-        "licence": card.licence,
-        "architecture": card.architecture,
+def _entry(name: str, card: SourceCard | None, reason: str | None = None) -> dict[str, Any]:
+    """An entry of the ranking without figures; of a source that is passed over there is no card either."""
+    return {
+        "source": name,
+        "task": card.task if card else None,
+        "licence": card.licence if card else None,
+        "architecture": card.architecture if card else None,
         "available": False,
         "tunable": False,
-        "reason": None,
+        "reason": reason,
         "distance": None,
         "distances": None,
         "score": None,
@@ -86,6 +100,10 @@ def _audition(context: Context, candidate: Candidate, heads: Path, used: list[Ca
         "audition_accuracy": None,
         "seconds": None,
     }
+
+
+def _audition(context: Context, candidate: Candidate, heads: Path, used: list[CachedFeatures]) -> dict[str, Any]:
+    card = candidate.card
     try:
         with context.reporter.bar(f"audition {card.name}") as progress:
             backbone = candidate.load(context.cache)
@@ -93,11 +111,11 @@ def _audition(context: Context, candidate: Candidate, heads: Path, used: list[Ca
     except SourceError as error:
         if context.recipe.sources != "all":
             raise
-        return entry | {"reason": str(error)}
+        return _entry(card.name, card, str(error))
     used.append(found.features)
     heads.mkdir(exist_ok=True)
     save_head(heads / f"{card.name}.safetensors", found.head)
-    return entry | {
+    return _entry(card.name, card) | {
         "available": True,
         "tunable": backbone.tunable,
         "score": found.score,

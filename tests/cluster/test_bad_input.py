@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,40 @@ def test_predict_refuses_what_is_no_package(headstart: Run, tmp_path: Path):
 
 def test_evaluate_refuses_what_is_no_run(headstart: Run, tmp_path: Path):
     refused(headstart("evaluate", tmp_path), "recipe.yaml")
+
+
+def test_a_damaged_entry_of_the_registry_stops_only_who_names_it(
+    headstart: Run, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from headstart.trainer.selection import sources
+
+    few = {"mtcnn-onet": sources.catalog()["mtcnn-onet"]}
+    monkeypatch.setattr(sources, "catalog", lambda: few)
+    (cache / "sources/broken").mkdir(parents=True)
+    (cache / "sources/broken/card.yaml").write_text("name: [cut")
+    ended = headstart("rank", "folder", "--set", f"data.path={folder}", "--set", "sources=all", "--json")
+    assert ended.code == 0, ended.stderr
+    best, broken = ended.json()["ranking"]
+    assert (best["source"], best["available"]) == ("mtcnn-onet", True)
+    assert (broken["source"], broken["available"], broken["task"]) == ("broken", False, None)
+    assert "broken/card.yaml cannot be used" in broken["reason"]
+    refused(
+        headstart("rank", "folder", "--set", f"data.path={folder}", "--set", "sources=[broken]"),
+        "broken/card.yaml cannot be used",
+    )
+
+
+def test_a_source_of_an_earlier_version_is_used_and_told(headstart: Run, folder: Path, cache: Path, tmp_path: Path):
+    from headstart.trainer.selection import sources
+
+    sketch = sources.Sketch(
+        features=torch.zeros(2, 2), labels=torch.arange(2), mean=torch.zeros(2), probe="of another version"
+    )
+    card = replace(sources.catalog()["mtcnn-onet"], name="old")
+    sources.write_source(tmp_path / "source", card, None, {"bias": torch.zeros(2)}, sketch)
+    sources.register(tmp_path / "source", cache)
+    ended = headstart("rank", "folder", "--set", f"data.path={folder}", "--set", "sources=[old]", "--json")
+    assert ended.code == 0, ended.stderr
+    assert ended.json()["ranking"][0]["available"]
+    told = " ".join(ended.stderr.split())
+    assert told.count("not known which images these sources learned from, this run's may be among them: old") == 1

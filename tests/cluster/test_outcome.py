@@ -1,20 +1,53 @@
-"""What a run prints at its end."""
+"""What a terminal is told of a run."""
 
 import io
-from types import SimpleNamespace
-from typing import cast
+from pathlib import Path
+from typing import Any
 
+import pytest
 from rich.console import Console
 
 from headstart.cluster.pipeline import Outcome
-from headstart.cluster.report.outcome import print_ranking
+from headstart.cluster.report.outcome import print_outcome
+
+
+def told(ranking: list[dict[str, Any]], evaluation: dict[str, Any] | None = None) -> str:
+    """What is printed of a run, in one line."""
+    console = Console(file=io.StringIO(), record=True, width=200)
+    outcome = Outcome(
+        path=Path("runs/mine"),
+        summary={"name": "mine"},
+        ranking={"ranking": ranking, "probe": "probe"},
+        evaluation=evaluation,
+    )
+    print_outcome(outcome, console)
+    return " ".join(console.export_text().split())
+
+
+@pytest.mark.parametrize(("p_value", "shown"), [(3e-14, "p < 0.0001"), (0.125, "p = 0.1250")])
+def test_the_p_value_stands_beside_the_interval(p_value: float, shown: str):
+    figures = {"accuracy": 0.9, "interval": [0.7, 1.0]}
+    evaluation = {
+        "test": figures | {"num_samples": 30},
+        "controls": {"scratch": None, "raw_pixels": figures},
+        "verdict": "unclear",
+        "verdict_interval": [0.0333, 0.25],
+        "verdict_p_value": p_value,
+        "verdict_control": "raw_pixels",
+        "temperature": 1.0,
+        "calibration_error": 0.0,
+        "num_test_images_also_in_training": 0,
+    }
+    assert f"image by image: [+0.0333, +0.2500] at 95%, McNemar's exact {shown}." in told([], evaluation)
+
+
+def test_a_source_that_is_passed_over_is_told_with_its_reason():
+    entry = {"source": "broken", "available": False, "reason": "card.yaml cannot be read [here]"}
+    assert "unavailable: broken: card.yaml cannot be read [here]" in told([entry])
 
 
 def test_a_ranking_says_what_a_dash_in_the_place_of_a_distance_means():
     entry = {"source": "a", "available": True, "distances": None, "seconds": 1.0, "licence": "MIT"}
-    entry |= dict.fromkeys(("knn", "ridge", "score", "audition_accuracy"), 0.5)
-    outcome = SimpleNamespace(summary={"name": "x"}, ranking={"ranking": [entry], "probe": "p"})
-    text = io.StringIO()
-    print_ranking(cast(Outcome, outcome), Console(file=text, width=300))
-    assert " - │" in text.getvalue()
-    assert "- where a source has no sketch: finished runs have one" in text.getvalue()
+    text = told([entry | dict.fromkeys(("knn", "ridge", "score", "audition_accuracy"), 0.5)])
+    assert "│ - │" in text
+    assert "- where a source has no sketch: finished runs have one" in text

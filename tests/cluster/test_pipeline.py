@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,7 +76,7 @@ def test_the_summary_says_everything(house: House, summary: Any):
     assert json.loads((house.run_directory / "summary.json").read_text()) == summary
     assert set(summary) == {
         "schema", "name", "target", "source", "mode", "ranking", "test", "controls", "verdict", "verdict_interval",
-        "package", "variants", "stages", "num_backbone_images",
+        "verdict_p_value", "package", "variants", "stages", "num_backbone_images",
     }  # fmt: skip
     assert summary["schema"] == 1
     assert summary["mode"] in ("feature", "finetune")
@@ -86,6 +87,8 @@ def test_the_summary_says_everything(house: House, summary: Any):
     for control in ("scratch", "raw_pixels"):
         assert 0 <= summary["controls"][control]["accuracy"] <= 1
     assert summary["verdict"] in ("transfer", "no transfer", "unclear")
+    assert 0 < summary["verdict_p_value"] <= 1
+    assert summary["verdict"] == "unclear" or summary["verdict_p_value"] <= 0.05
     for entry in summary["ranking"]:
         assert set(entry) == {
             "source", "distance", "score", "audition_accuracy", "seconds", "available", "reason", "licence",
@@ -142,7 +145,7 @@ def test_the_run_directory_holds_what_it_should(house: House, summary: Any):
     }  # fmt: skip
     assert {path.name for path in (house.run_directory / "package").iterdir()} >= {"model.onnx", "manifest.json"}
     assert {path.name for path in (house.run_directory / "source").iterdir()} == {
-        "card.yaml", "weights.safetensors", "sketch.safetensors"
+        "card.yaml", "weights.safetensors", "sketch.safetensors", "seen.bin"
     }  # fmt: skip
     for picture in ("confusion.png", "learning.png"):
         with Image.open(house.run_directory / picture) as image:
@@ -193,6 +196,35 @@ def test_the_finished_run_is_a_source_for_another_task(house: House, summary: An
     assert entries["digits"]["audition_accuracy"] > 0.8
     assert 0 < entries["digits"]["distances"]["energy"] < 20
     assert entries["mobilenet-v2-imagenet"]["distances"] is None
+
+
+@pytest.mark.timeout(KILL_TIMEOUT + 60)
+def test_a_source_made_from_a_source_has_seen_its_images_too(house: House, summary: Any, write_digits: Run):
+    digits = house.run_directory / "source/seen.bin"
+    assert digits.stat().st_size == 16 * 260
+    house(
+        "run", "folder", "--set", f"data.path={write_digits(house.root / 'more', 20, num_classes=2, start=120)}",
+        "--set", "name=more", "--set", "sources=[digits]", "--set", "mode=feature", "--set", "search.epochs=2",
+        "--set", "train.epochs=1", "--set", "train.batch_size=8", "--set", "export.variants=[]",
+    )  # fmt: skip
+    parts = json.loads((house.root / "runs/more/.stages/data.json").read_text())["result"]["parts"]
+    seen = (house.root / "runs/more/source/seen.bin").read_bytes()
+    images = {seen[start : start + 16] for start in range(0, len(seen), 16)}
+    assert len(images) == 260 + parts["train"] + parts["validation"]
+    assert images >= {digits.read_bytes()[start : start + 16] for start in range(0, 16 * 260, 16)}
+    assert "not known" not in (house.root / "runs/more/source/card.yaml").read_text()
+
+
+def test_a_run_never_judges_by_images_that_a_source_learned_from(house: House, summary: Any):
+    grown = shutil.copytree(house.root / "images", house.root / "grown")
+    Image.new("RGB", (24, 24), (1, 2, 3)).save(grown / "0" / "one-more.png")
+    process = house.start(
+        "rank", "recipe.yaml", "--set", f"data.path={grown}", "--set", "sources=[digits]",
+        "--out", house.root / "runs/grown",
+    )  # fmt: skip
+    _, err = process.communicate(timeout=KILL_TIMEOUT)
+    assert process.returncode == 2
+    assert re.search(r"digits has learned from \d+ of the 141\s+images that this run validates and tests on", err)
 
 
 def test_a_run_never_ranks_what_was_made_from_its_own_data(house: House, summary: Any):

@@ -71,3 +71,21 @@ def test_an_unknown_name_is_refused_with_a_suggestion(headstart: Run, command: s
     assert ended.code == 2
     assert ended.stdout == ""
     assert "'english-g3'; did you mean english-g2?" in ended.stderr
+
+
+def test_a_damaged_entry_of_the_registry_is_listed_with_its_reason(headstart: Run, cache: Path):
+    (cache / "sources/broken").mkdir(parents=True)
+    (cache / "sources/broken/card.yaml").write_bytes(b"name: \xff")
+    ended = headstart("sources", "list", "--json")
+    assert ended.code == 0, ended.stderr
+    *whole, broken = ended.json()
+    assert [source["name"] for source in whole] == list(catalog())
+    assert {source["reason"] for source in whole} == {None}
+    assert (broken["name"], broken["made_here"], broken["task"]) == ("broken", True, None)
+    assert set(broken) == set(whole[0])
+    assert "card.yaml cannot be read" in broken["reason"]
+    assert "unavailable: broken: the source card" in headstart("sources", "list").stdout
+    ended = headstart("sources", "show", "broken")
+    assert ended.code == 2
+    assert "cannot be read" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -1,5 +1,5 @@
 import math
-import time
+from functools import cache
 
 import numpy as np
 import pytest
@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from headstart.trainer.evaluation import (
-    bootstrap_interval,
+    accuracy_interval,
     choose_mode,
     expected_calibration_error,
     fit_temperature,
+    mcnemar_p_value,
     paired_interval,
     raw_pixels_control,
     verdict,
@@ -41,15 +42,13 @@ def drawn_labels(logits, rng):
     return (logits + rng.gumbel(size=logits.shape)).argmax(1)
 
 
-@pytest.mark.parametrize(("n", "accuracy"), [(300, 0.8), (1000, 0.93)])
+@pytest.mark.parametrize(("n", "accuracy"), [(3, 0.7), (10, 0.9), (300, 0.8), (1000, 0.93)])
 def test_interval_covers_the_true_accuracy_in_95_of_100_samples(n, accuracy):
-    rng = np.random.default_rng(n)
-    covered = 0
-    for trial in range(1000):
-        low, high = bootstrap_interval(rng.random(n) < accuracy, seed=trial, num_resamples=2000)
-        covered += low <= accuracy <= high
-    # 1,000 trials: one standard error is 0.7 points. A percentile interval of a proportion lies a little low.
-    assert 0.925 <= covered / 1000 <= 0.97
+    covered = 0.0
+    for right in range(n + 1):
+        low, high = accuracy_interval(outcomes(right, n - right))
+        covered += scipy.stats.binom.pmf(right, n, accuracy) * (low <= accuracy <= high)
+    assert 0.925 <= covered <= 0.975
 
 
 def test_paired_interval_covers_the_true_difference():
@@ -62,41 +61,44 @@ def test_paired_interval_covers_the_true_difference():
     assert 0.925 <= covered / 1000 <= 0.97
 
 
-def test_interval_is_that_of_resampled_indices():
-    correct = outcomes(130, 20)
+def test_paired_interval_is_that_of_resampled_indices():
+    a, b = pairs(both=100, only_a=25, only_b=10, neither=15)
     peer = scipy.stats.bootstrap(
-        (correct,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
+        (a.astype(int) - b,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
     ).confidence_interval
-    # Accuracies come in steps of 1/150; the ends of two independent bootstraps may be a step apart.
-    assert bootstrap_interval(correct, seed=0) == pytest.approx((peer.low, peer.high), abs=1.01 / 150)
+    # Differences come in steps of 1/150; the ends of two independent bootstraps may be a step apart.
+    assert paired_interval(a, b, seed=0) == pytest.approx((peer.low, peer.high), abs=1.01 / 150)
 
 
-def test_interval_of_ten_thousand_takes_milliseconds():
-    correct = outcomes(9000, 1000)
-    start = time.perf_counter()
-    low, high = bootstrap_interval(correct, seed=0)
-    assert time.perf_counter() - start < 0.5
-    assert (low, high) == pytest.approx((0.9 - 0.00588, 0.9 + 0.00588), abs=5e-4)
+def test_interval_of_ten_thousand():
+    assert accuracy_interval(outcomes(9000, 1000)) == pytest.approx((0.9 - 0.00588, 0.9 + 0.00588), abs=2e-4)
 
 
-def test_intervals_are_seeded_and_widen_with_the_level():
+def test_intervals_widen_with_the_level():
     correct = outcomes(700, 300)
-    assert bootstrap_interval(correct, seed=3) == bootstrap_interval(correct, seed=3)
-    narrow = bootstrap_interval(correct, seed=3, level=0.5)
-    wide = bootstrap_interval(correct, seed=3, level=0.99)
+    narrow, wide = accuracy_interval(correct, level=0.5), accuracy_interval(correct, level=0.99)
     assert wide[0] < narrow[0] < 0.7 < narrow[1] < wide[1]
+    a, b = pairs(both=600, only_a=150, only_b=50, neither=200)
+    assert paired_interval(a, b, seed=3) == paired_interval(a, b, seed=3)
+    narrow, wide = paired_interval(a, b, seed=3, level=0.5), paired_interval(a, b, seed=3, level=0.99)
+    assert wide[0] < narrow[0] < 0.1 < narrow[1] < wide[1]
 
 
-def test_all_right_gives_an_interval_of_no_width():
-    assert bootstrap_interval(outcomes(50, 0), seed=0) == (1, 1)
+def test_the_interval_of_an_accuracy_has_a_width_where_all_images_are_right():
+    assert accuracy_interval(outcomes(3, 0)) == pytest.approx((0.4385, 1), abs=1e-4)
+    assert accuracy_interval(outcomes(0, 3)) == pytest.approx((0, 0.5615), abs=1e-4)
+
+
+def test_models_that_never_disagree_differ_by_nothing():
     assert paired_interval(outcomes(50, 0), outcomes(50, 0), seed=0) == (0, 0)
+    assert mcnemar_p_value(outcomes(50, 0), outcomes(50, 0)) == 1
 
 
 def test_paired_interval_is_narrower_than_the_unpaired_where_outcomes_agree():
     a, b = pairs(both=800, only_a=40, only_b=10, neither=150)
     low, high = paired_interval(a, b, seed=0)
-    low_a, high_a = bootstrap_interval(a, seed=0)
-    low_b, high_b = bootstrap_interval(b, seed=1)
+    low_a, high_a = accuracy_interval(a)
+    low_b, high_b = accuracy_interval(b)
     assert low > 0
     assert high - low < 0.5 * ((high_a - low_b) - (low_a - high_b))
     swapped = paired_interval(b, a, seed=0)
@@ -104,18 +106,65 @@ def test_paired_interval_is_narrower_than_the_unpaired_where_outcomes_agree():
 
 
 @pytest.mark.parametrize(
-    ("interval", "expected"),
+    ("interval", "p_value", "expected"),
     [
-        ((0.001, 0.2), "transfer"),
-        ((0.0, 0.2), "unclear"),
-        ((-0.1, 0.1), "unclear"),
-        ((-0.2, 0.0), "unclear"),
-        ((0.0, 0.0), "unclear"),
-        ((-0.2, -0.001), "no transfer"),
+        ((0.001, 0.2), 0.05, "transfer"),
+        ((0.001, 0.2), 0.051, "unclear"),
+        ((0.0, 0.2), 0.04, "unclear"),
+        ((-0.1, 0.1), 0.5, "unclear"),
+        ((-0.2, 0.0), 0.04, "unclear"),
+        ((0.0, 0.0), 1, "unclear"),
+        ((-0.2, -0.001), 0.051, "unclear"),
+        ((-0.2, -0.001), 0.05, "no transfer"),
     ],
 )
-def test_verdict_at_its_boundaries(interval, expected):
-    assert verdict(interval) == expected
+def test_verdict_at_its_boundaries(interval, p_value, expected):
+    assert verdict(interval, p_value) == expected
+
+
+@cache
+def judged(gains, losses, num_samples):
+    """The verdict on N images of which one model alone gets `gains` right, the other alone `losses`."""
+    a, b = pairs(only_a=gains, only_b=losses, neither=num_samples - gains - losses)
+    return verdict(paired_interval(a, b, seed=0, num_resamples=1000), mcnemar_p_value(a, b))
+
+
+@pytest.mark.parametrize(
+    ("gains", "losses", "num_samples", "expected"),
+    [
+        (2, 0, 2, "unclear"),
+        (4, 0, 30, "unclear"),
+        (5, 0, 30, "unclear"),
+        (6, 0, 30, "transfer"),
+        (0, 6, 30, "no transfer"),
+        (250, 77, 4400, "transfer"),
+    ],
+)
+def test_a_few_images_decide_nothing(gains, losses, num_samples, expected):
+    assert judged(gains, losses, num_samples) == expected
+    assert judged(losses, gains, num_samples) == {"transfer": "no transfer", "no transfer": "transfer"}.get(
+        expected, expected
+    )
+
+
+@pytest.mark.parametrize("disagreement", [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1])
+def test_equal_models_get_a_verdict_in_at_most_5_of_100_runs(disagreement):
+    for num_samples in range(2, 31):
+        wrong = sum(
+            scipy.stats.binom.pmf(n, num_samples, disagreement) * scipy.stats.binom.pmf(gains, n, 0.5)
+            for n in range(num_samples + 1)
+            for gains in range(n + 1)
+            if judged(gains, n - gains, num_samples) != "unclear"
+        )
+        assert wrong <= 0.05, num_samples
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40))
+def test_p_value_counts_the_splits_at_least_as_uneven(gains, losses, rest):
+    n = gains + losses
+    ways = sum(math.comb(n, k) for k in range(n + 1) if abs(2 * k - n) >= abs(gains - losses))
+    a, b = pairs(both=rest, only_a=gains, only_b=losses, neither=1)
+    assert mcnemar_p_value(a, b) == pytest.approx(ways / 2**n, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -237,10 +286,11 @@ def test_raw_pixels_control_of_one_class_or_constant_pixels():
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"float64 \(3,\); accepted: bool"):
-        bootstrap_interval(np.ones(3), seed=0)
+        accuracy_interval(np.ones(3))
     with pytest.raises(ValueError, match="2 and 3 images do not pair"):
         paired_interval(outcomes(1, 1), outcomes(2, 1), seed=0)
-    with pytest.raises(ValueError, match="level is 95; accepted: above 0 and below 1"):
-        bootstrap_interval(outcomes(1, 1), seed=0, level=95)
+    for interval in (accuracy_interval, lambda right, level: paired_interval(right, right, seed=0, level=level)):
+        with pytest.raises(ValueError, match="level is 95; accepted: above 0 and below 1"):
+            interval(outcomes(1, 1), level=95)
     with pytest.raises(ValueError, match=r"logits \(2, 2\) and labels \(3,\) do not fit"):
         fit_temperature(np.zeros((2, 2)), np.zeros(3))

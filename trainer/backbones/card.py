@@ -49,6 +49,8 @@ class SourceCard:
     """The labels of the source task, where its head is kept."""
     data_fingerprint: str = ""
     """Of the labelled data it was made from; empty for other people's models."""
+    seen_sha256: str = ""
+    """SHA-256 of the `seen.bin` beside the card; empty where it is not known which images it learned from."""
     notes: str = ""
     """Anything else a user should know."""
 

@@ -44,6 +44,11 @@ class Target:
         """Return the images of one part."""
         return self.images.subset(self.parts[name])
 
+    @property
+    def judged_on(self) -> tuple[str, ...]:
+        """Digests of the validation and the test images: what a candidate must not have learned from."""
+        return tuple(self.images.digests[i] for name in ("validation", "test") for i in self.parts[name])
+
     def known(self) -> LabelledImages:
         """Return the training images and behind them the validation images: all that a candidate may see."""
         return self.images.subset(np.concatenate([self.parts["train"], self.parts["validation"]]))

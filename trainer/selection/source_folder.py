@@ -1,11 +1,13 @@
 """The `source/` folder of a run: what the next run needs to start from it.
 
-`card.yaml`, `weights.safetensors` (tensors `backbone.*` and `head.*`) and `sketch.safetensors`. The card is
-written last, so a folder with a card is whole.
+`card.yaml`, `weights.safetensors` (tensors `backbone.*` and `head.*`), `sketch.safetensors`, and `seen.bin`: the
+images that it and the sources before it learned from, 16 bytes each. The card is written last, so a folder with a
+card is whole.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from headstart.trainer.files import write_atomically
 CARD = "card.yaml"
 WEIGHTS = "weights.safetensors"
 SKETCH = "sketch.safetensors"
+SEEN = "seen.bin"
+ID_BYTES = 16
 MAX_SKETCH = 1000
 SKETCH_PRECISION = "float32"
 
@@ -63,8 +67,12 @@ def write_source(
     backbone_state: Mapping[str, Tensor] | None,
     head_state: Mapping[str, Tensor],
     sketch: Sketch,
+    *,
+    seen: Set[bytes] = frozenset(),
 ) -> SourceCard:
     """Write a run's `source/` folder and return the card as written.
+
+    `seen` has the `image_id` of all that it learned from; empty where that is not known.
 
     With a `backbone_state` the card's weights become the file beside it; without one, for a source that is a
     graph, the card keeps saying where that graph comes from and the file holds the head alone. Raises
@@ -80,6 +88,10 @@ def write_source(
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(directory / WEIGHTS, save(own))
         write_atomically(directory / SKETCH, save(columns, metadata))
+        if seen:
+            content = b"".join(sorted(seen))
+            write_atomically(directory / SEEN, content)
+            card = dataclasses.replace(card, seen_sha256=hashlib.sha256(content).hexdigest())
         if backbone_state is not None:
             card = dataclasses.replace(card, weights=WEIGHTS, sha256=file_sha256(directory / WEIGHTS))
         write_atomically(directory / CARD, card_to_yaml(card).encode())
@@ -89,11 +101,16 @@ def write_source(
 
 
 def read_card(directory: Path) -> SourceCard:
-    """Return the card of a source folder; raises `SourceError` where there is none."""
+    """Return the card of a source folder; raises `SourceError` where there is none that can be read."""
     path = directory / CARD
     if not path.is_file():
         raise SourceError(f"{directory} has no {CARD}; name the source/ folder of a finished run, or the run's own")
-    return card_from_yaml(path.read_text(), path)
+    try:
+        return card_from_yaml(path.read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(
+            f"the source card {path} cannot be read: {error}; remove {directory} and run its recipe again"
+        ) from error
 
 
 def read_head(directory: Path) -> dict[str, Tensor]:
@@ -105,11 +122,33 @@ def read_head(directory: Path) -> dict[str, Tensor]:
     return {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
 
 
+def image_id(digest: str) -> bytes:
+    """Return what `seen.bin` knows an image by: the first 16 bytes of the SHA-256 of its content."""
+    return bytes.fromhex(digest)[:ID_BYTES]
+
+
+def read_seen(directory: Path, card: SourceCard) -> frozenset[bytes] | None:
+    """Return the `image_id` of all that a source and those before it learned from, None where that is not known.
+
+    Raises `SourceError` for a file that is not the one on the card.
+    """
+    if not card.seen_sha256:
+        return None
+    path = directory / SEEN
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error}; run its recipe again with --fresh") from error
+    if hashlib.sha256(content).hexdigest() != card.seen_sha256:
+        raise SourceError(f"{path} is not the file that its card names; run its recipe again with --fresh")
+    return frozenset(content[start : start + ID_BYTES] for start in range(0, len(content), ID_BYTES))
+
+
 def read_sketch(directory: Path, *, probe: str = "") -> Sketch | None:
     """Return the sketch of a source folder, None where it has none.
 
-    Raises `SourceError` where the sketch was made under another probe than the fingerprint `probe`, if one is
-    given.
+    Raises `SourceError` where the sketch is damaged, or was made under another probe than the fingerprint
+    `probe`, if one is given.
     """
     path = directory / SKETCH
     if not path.is_file():
@@ -126,7 +165,7 @@ def read_sketch(directory: Path, *, probe: str = "") -> Sketch | None:
             precision=metadata["precision"],
             centre=metadata["centre"],
         )
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise SourceError(f"{path} is no sketch ({error}); run its recipe again with --fresh") from error
     if probe and sketch.probe != probe:
         raise SourceError(

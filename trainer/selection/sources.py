@@ -1,6 +1,6 @@
 """Which source tasks there are: the catalog, the registry of finished runs, and what a recipe names.
 
-    for candidate in resolve("all", cache, exclude_data=images.fingerprint):
+    for candidate in resolve("all", cache):
         backbone = candidate.load(cache)  # SourceError: not available here, and what would make it so
 
 The registry is the folder `<cache>/sources/`; NAME there is a copy of a run's `source/` folder.
@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -29,7 +29,9 @@ from headstart.trainer.selection.source_folder import (
     CARD,
     SKETCH_PRECISION,
     Sketch,
+    image_id,
     read_card,
+    read_seen,
     read_sketch,
     write_source,
 )
@@ -41,10 +43,12 @@ __all__ = [
     "SourceCard",
     "catalog",
     "find_source",
+    "image_id",
     "register",
     "registered",
     "registered_name",
     "resolve",
+    "survey",
     "write_source",
 ]
 
@@ -83,6 +87,10 @@ class Candidate:
         """Return the task's sketch, under whichever probe it was made; None where it has none."""
         return read_sketch(self.base) if self.base is not None else None
 
+    def seen(self) -> frozenset[bytes] | None:
+        """Return the `image_id` of all that it learned from; None where that is not known, as of others' models."""
+        return read_seen(self.base, self.card) if self.base is not None else None
+
 
 def catalog() -> dict[str, SourceCard]:
     """Return the cards that come with Headstart, by name."""
@@ -91,23 +99,24 @@ def catalog() -> dict[str, SourceCard]:
     return {card.name: card for card in cards}
 
 
-def registered(cache: Path) -> dict[str, SourceCard]:
-    """Return the cards of the finished runs in `cache`, by name."""
-    folders = sorted((cache / "sources").glob(f"[!.]*/{CARD}"))
-    return {path.parent.name: read_card(path.parent) for path in folders}
+def registered(cache: Path) -> dict[str, Path]:
+    """Return the folders of the finished runs in `cache`, by name; what is in them has not been read."""
+    return {path.parent.name: path.parent for path in sorted((cache / "sources").glob(f"[!.]*/{CARD}"))}
 
 
 def registered_name(name: str, data_fingerprint: str, cache: Path) -> str:
     """Return the name under which a run is registered: its own, or with a suffix where another task has that
     one.
 
-    A run of the same name on the same data replaces the earlier one.
+    A run of the same name on the same data replaces the earlier one; one whose card cannot be read is left.
     """
-    taken = catalog().get(name)
-    if taken is None and (cache / "sources" / name / CARD).is_file():
-        taken = read_card(cache / "sources" / name)
-    if taken is None or (data_fingerprint != "" and taken.data_fingerprint == data_fingerprint):
-        return name
+    folder = registered(cache).get(name)
+    if name not in catalog():
+        try:
+            if folder is None or _same_data(read_card(folder), data_fingerprint):
+                return name
+        except SourceError:
+            pass  # nobody knows whose it is
     return f"{name}-{data_fingerprint[:8]}"
 
 
@@ -146,41 +155,72 @@ def register(source: Path, cache: Path) -> Path:
     return entry
 
 
-def resolve(sources: Literal["all"] | tuple[str, ...], cache: Path, *, exclude_data: str = "") -> list[Candidate]:
-    """Return the candidates of a recipe's `sources`, none of them loaded.
+def resolve(sources: Literal["all"] | tuple[str, ...], cache: Path) -> list[Candidate]:
+    """Return the candidates of a recipe's `sources`, none of them loaded; `survey` has the rules."""
+    return survey(sources, cache)[0]
+
+
+def survey(
+    sources: Literal["all"] | tuple[str, ...], cache: Path, *, exclude_data: str = "", judged_on: Collection[str] = ()
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Return the candidates of a recipe's `sources`, none of them loaded, and by name why others are passed over.
 
     `all` is the catalog and the registry without sources made from the data with fingerprint `exclude_data`,
-    which would meet their own images again; naming such a source is a `SourceError`, as are unknown names and
-    paths, and two sources of one name, whose heads a run would confuse.
+    which would meet their own images again; damaged ones are passed over, and those that learned from images of
+    the digests `judged_on`. Naming one of these is a `SourceError`, as are unknown names and paths, and two sources
+    of one name, whose heads a run would confuse.
     """
     unreachable: set[str] = set()
     if sources == "all":
-        found: list[tuple[SourceCard, Path | None]] = [(card, None) for card in catalog().values()]
-        found += [(card, cache / "sources" / name) for name, card in registered(cache).items()]
-        found = [(card, base) for card, base in found if not _same_data(card, exclude_data)]
-    else:
-        found = [_named(spec, cache) for spec in dict.fromkeys(sources)]
-        named: dict[str, str] = {}
-        for spec, (card, _) in zip(dict.fromkeys(sources), found, strict=True):
-            if _same_data(card, exclude_data):
-                raise SourceError(f"source {spec} was made from this run's own data; take it out of `sources`")
-            if named.setdefault(card.name, spec) != spec:
-                raise SourceError(
-                    f"{named[card.name]} and {spec} are both called {card.name}; take one out of `sources`"
-                )
-    return [Candidate(card=card, base=base, unreachable=unreachable) for card, base in found]
+        found = [Candidate(card=card, unreachable=unreachable) for card in catalog().values()]
+        passed_over: dict[str, str] = {}
+        for name, folder in registered(cache).items():
+            try:
+                candidate = Candidate(card=read_card(folder), base=folder, unreachable=unreachable)
+                if _same_data(candidate.card, exclude_data):
+                    continue
+                candidate.sketch()  # a damaged one is told here
+                if leak := _leak(candidate, judged_on):
+                    passed_over[name] = f"it {leak}"
+                else:
+                    found.append(candidate)
+            except SourceError as error:
+                passed_over[name] = str(error)
+        return found, passed_over
+    found = []
+    named: dict[str, str] = {}
+    for spec in dict.fromkeys(sources):
+        card, base = _named(spec, cache)
+        candidate = Candidate(card=card, base=base, unreachable=unreachable)
+        if _same_data(card, exclude_data):
+            raise SourceError(f"source {spec} was made from this run's own data; take it out of `sources`")
+        if named.setdefault(card.name, spec) != spec:
+            raise SourceError(f"{named[card.name]} and {spec} are both called {card.name}; take one out of `sources`")
+        candidate.sketch()  # a damaged one is told here
+        if leak := _leak(candidate, judged_on):
+            raise SourceError(f"source {spec} {leak}; take it out of `sources`")
+        found.append(candidate)
+    return found, {}
 
 
-def find_source(name: str, sources: Literal["all"] | tuple[str, ...], cache: Path) -> SourceCard:
-    """Return the card called `name` among a recipe's `sources`; raises `SourceError` where it is not."""
+def find_source(name: str, sources: Literal["all"] | tuple[str, ...], cache: Path) -> Candidate:
+    """Return the candidate called `name` among a recipe's `sources`; raises `SourceError` where it is not."""
     for candidate in resolve(sources, cache):
         if candidate.card.name == name:
-            return candidate.card
+            return candidate
     raise SourceError(f"there is no source {name!r} among the recipe's; `headstart sources list` shows them all")
 
 
 def _same_data(card: SourceCard, fingerprint: str) -> bool:
     return fingerprint != "" and card.data_fingerprint == fingerprint
+
+
+def _leak(candidate: Candidate, judged_on: Collection[str]) -> str:
+    """Say what is wrong where the candidate learned from images that a run judges by; empty where it did not."""
+    seen = candidate.seen() or frozenset()
+    known = sum(image_id(digest) in seen for digest in judged_on)
+    images = f"{known} of the {len(judged_on)} images that this run validates and tests on"
+    return f"has learned from {images}, which would flatter it" if known else ""
 
 
 def _named(spec: str, cache: Path) -> tuple[SourceCard, Path | None]:

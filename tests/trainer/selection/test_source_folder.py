@@ -1,5 +1,6 @@
 """What a run writes into `source/` comes back bit for bit; a sketch of another probe does not."""
 
+import hashlib
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,15 @@ from headstart.trainer.backbones.architectures import build_architecture
 from headstart.trainer.backbones.backbone import load_backbone
 from headstart.trainer.errors import RunError, SourceError
 from headstart.trainer.selection import source_folder
-from headstart.trainer.selection.source_folder import Sketch, read_card, read_head, read_sketch, write_source
+from headstart.trainer.selection.source_folder import (
+    Sketch,
+    image_id,
+    read_card,
+    read_head,
+    read_seen,
+    read_sketch,
+    write_source,
+)
 from headstart.trainer.selection.sources import catalog
 
 HEAD = {"weight": torch.randn(4, 1152), "bias": torch.randn(4)}
@@ -74,6 +83,25 @@ def test_changed_weights_are_refused(tmp_path, cache):
     for use in (lambda: read_head(tmp_path), lambda: load_backbone(written, cache, base=tmp_path)):
         with pytest.raises(SourceError, match=r"has SHA-256 .*, the card says"):
             use()
+
+
+def test_the_list_of_images_is_small_and_held_to_its_digest(tmp_path):
+    digests = [hashlib.sha256(bytes([i])).hexdigest() for i in range(100)]
+    seen = frozenset(map(image_id, digests))
+    written = write_source(tmp_path, card(), None, HEAD, sketch(), seen=seen)
+    path = tmp_path / "seen.bin"
+    content = path.read_bytes()
+    assert len(content) == 16 * 100
+    assert written.seen_sha256 == hashlib.sha256(content).hexdigest()
+    assert read_card(tmp_path) == written
+    assert read_seen(tmp_path, written) == seen
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(SourceError, match=r"seen.bin is not the file that its card names; run its recipe again"):
+        read_seen(tmp_path, written)
+    path.unlink()
+    with pytest.raises(SourceError, match=r"seen.bin cannot be read"):
+        read_seen(tmp_path, written)
+    assert read_seen(tmp_path, card()) is None
 
 
 def test_sketch_of_another_probe(tmp_path):

@@ -1,5 +1,8 @@
 """Which sources a recipe gets: the catalog, finished runs, and everything it can name."""
 
+import hashlib
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 
@@ -11,14 +14,17 @@ from safetensors.torch import save_file
 from headstart.trainer.backbones import weights
 from headstart.trainer.backbones.architectures import build_architecture, find_architecture
 from headstart.trainer.errors import SourceError
+from headstart.trainer.selection.source_folder import read_card
 from headstart.trainer.selection.sources import (
     Sketch,
     catalog,
     find_source,
+    image_id,
     register,
     registered,
     registered_name,
     resolve,
+    survey,
     write_source,
 )
 
@@ -29,14 +35,15 @@ MINE, OTHERS = "ab" * 32, "cd" * 32
 def finished(tmp_path):
     """Writes a run's source/ folder and returns the run's."""
 
-    def make(name: str, data: str = OTHERS, seed: int = 0):
+    def make(name: str, data: str = OTHERS, seed: int = 0, seen: Sequence[str] = ()):
         torch.manual_seed(seed)
         module, _ = build_architecture("headstart:mtcnn-onet")
         card = replace(catalog()["mtcnn-onet"], name=name, data_fingerprint=data)
         sketch = Sketch(features=torch.randn(4, 2), labels=torch.arange(4), mean=torch.zeros(2), probe=MINE)
         write_source(
-            tmp_path / f"run-{name}-{seed}" / "source", card, module.state_dict(), {"bias": torch.zeros(2)}, sketch
-        )
+            tmp_path / f"run-{name}-{seed}" / "source", card, module.state_dict(), {"bias": torch.zeros(2)}, sketch,
+            seen=frozenset(map(image_id, seen)),
+        )  # fmt: skip
         return tmp_path / f"run-{name}-{seed}"
 
     return make
@@ -81,9 +88,9 @@ def test_registry(finished, tmp_path):
     entry = register(finished("mine") / "source", cache)
     assert entry == cache / "sources" / "mine"
     assert {path.name for path in entry.iterdir()} == {"card.yaml", "weights.safetensors", "sketch.safetensors"}
-    first = registered(cache)["mine"]
+    first = read_card(registered(cache)["mine"])
     register(finished("mine", seed=1) / "source", cache)
-    assert registered(cache)["mine"].sha256 != first.sha256
+    assert read_card(registered(cache)["mine"]).sha256 != first.sha256
     assert sorted(registered(cache)) == ["mine"]
     assert (
         len([p for p in (cache / "sources").rglob("card.yaml") if not p.parent.is_symlink()]) == 1
@@ -104,7 +111,7 @@ def test_registering_again_when_killed_before(finished, tmp_path):
     (left / "link").symlink_to("0")
     assert registered(cache) == {}
     register(run / "source", cache)
-    assert registered(cache)["mine"].data_fingerprint == OTHERS
+    assert read_card(registered(cache)["mine"]).data_fingerprint == OTHERS
     assert len(list(left.iterdir())) == 1
 
 
@@ -130,11 +137,83 @@ def test_all_leaves_out_what_was_made_from_the_same_data(finished, tmp_path):
     cache = tmp_path / "cache"
     register(finished("mine", data=MINE) / "source", cache)
     register(finished("others", data=OTHERS) / "source", cache)
-    names = [candidate.card.name for candidate in resolve("all", cache, exclude_data=MINE)]
+    names = [candidate.card.name for candidate in survey("all", cache, exclude_data=MINE)[0]]
     assert names == [*catalog(), "others"]
     assert [c.card.name for c in resolve("all", cache)] == [*catalog(), "mine", "others"]
     with pytest.raises(SourceError, match="source mine was made from this run's own data; take it out"):
-        resolve(("mine",), cache, exclude_data=MINE)
+        survey(("mine",), cache, exclude_data=MINE)
+
+
+IMAGES = [hashlib.sha256(bytes([i])).hexdigest() for i in range(20)]
+
+
+def test_what_learned_from_an_image_that_a_run_judges_by_is_left_out_with_the_reason(finished, tmp_path):
+    cache = tmp_path / "cache"
+    run = finished("flattered", seen=IMAGES[:10])
+    register(run / "source", cache)
+    register(finished("of-an-earlier-version") / "source", cache)
+    candidates, passed_over = survey("all", cache, judged_on=IMAGES[8:])
+    assert [c.card.name for c in candidates] == [*catalog(), "of-an-earlier-version"]
+    told = "has learned from 2 of the 12 images that this run validates and tests on, which would flatter it"
+    assert passed_over == {"flattered": f"it {told}"}
+    for spec in ("flattered", f"source:{run}"):
+        with pytest.raises(SourceError, match=f"source {spec} {told}; take it out of `sources`"):
+            survey((spec,), cache, judged_on=IMAGES[8:])
+    for judged_on in (IMAGES[10:], ()):
+        candidates, passed_over = survey("all", cache, judged_on=judged_on)
+        assert "flattered" in [c.card.name for c in candidates]
+        assert passed_over == {}
+
+
+def test_what_others_learned_from_is_not_known(finished, tmp_path):
+    (catalogued, old, new) = (
+        resolve((spec,), tmp_path)[0]
+        for spec in ("mtcnn-onet", f"source:{finished('old')}", f"source:{finished('new', seen=IMAGES)}")
+    )
+    assert catalogued.seen() is None
+    assert old.seen() is None
+    assert new.seen() == frozenset(map(image_id, IMAGES))
+
+
+def cut(path, share):
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+DAMAGE = {
+    "list of images cut": (lambda entry: cut(entry / "seen.bin", 0.5), "is not the file that its card names"),
+    "list of images gone": (lambda entry: (entry / "seen.bin").unlink(), "seen.bin cannot be read"),
+    "sketch cut": (lambda entry: cut(entry / "sketch.safetensors", 0.9), "is no sketch"),
+    "sketch cut in its header": (lambda entry: cut(entry / "sketch.safetensors", 0.1), "is no sketch"),
+    "sketch empty": (lambda entry: cut(entry / "sketch.safetensors", 0), "is no sketch"),
+    "card cut": (lambda entry: cut(entry / "card.yaml", 0.5), "cannot be used"),
+    "card empty": (lambda entry: cut(entry / "card.yaml", 0), "cannot be used"),
+    "card no YAML": (lambda entry: (entry / "card.yaml").write_text("a: [b"), "cannot be used"),
+    "card not UTF-8": (lambda entry: (entry / "card.yaml").write_bytes(b"name: \xff"), "cannot be read: .*; remove"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_entry_is_passed_over_with_all_and_refused_by_name(damage, message, finished, tmp_path):
+    cache = tmp_path / "cache"
+    for name in ("broken", "whole"):
+        register(finished(name, seen=IMAGES) / "source", cache)
+    damage(cache / "sources" / "broken")
+    candidates, passed_over = survey("all", cache)
+    assert [c.card.name for c in candidates] == [*catalog(), "whole"] == [c.card.name for c in resolve("all", cache)]
+    assert list(passed_over) == ["broken"]
+    assert re.search(message, passed_over["broken"])
+    assert find_source("whole", "all", cache).card.name == "whole"
+    with pytest.raises(SourceError, match=message):
+        resolve(("broken",), cache)
+    with pytest.raises(SourceError, match="did you mean broken"):
+        resolve(("brokenn",), cache)
+
+
+def test_an_entry_whose_card_cannot_be_read_keeps_its_name(finished, tmp_path):
+    cache = tmp_path / "cache"
+    register(finished("mine", data=MINE) / "source", cache)
+    (cache / "sources" / "mine" / "card.yaml").write_bytes(b"\xff")
+    assert registered_name("mine", MINE, cache) == "mine-abababab"
 
 
 def test_earlier_runs_by_path(finished, tmp_path):
@@ -168,7 +247,7 @@ def test_user_files(tmp_path):
     assert card.name == f"my-weights-{card.sha256[:8]}"
     assert (card.preprocessing.resize, card.preprocessing.crop, card.licence) == (256, 224, "not stated")
     assert candidate.load(tmp_path).num_features == 512
-    assert find_source(card.name, (spec,), tmp_path) == card
+    assert find_source(card.name, (spec,), tmp_path).card == card
     with pytest.raises(SourceError, match="does not name its architecture; accepted: file:PATH#ARCH"):
         resolve((f"file:{tmp_path}/my weights.safetensors",), tmp_path)
     with pytest.raises(SourceError, match="no weights file"):
