@@ -7,7 +7,7 @@ Each stage is a function of the recipe and of the stages before it, and is skipp
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,8 +57,9 @@ def run(
     reporter: Reporter | None = None,
     fresh: bool = False,
     until: Until = "register",
+    settled: bool = False,
 ) -> Outcome:
-    """Take `recipe` through the stages up to and with `until`.
+    """Take `recipe` through the stages up to and with `until`; `settled` is that of `Context`.
 
     The summary of a run that ends early has null for what is not known yet; summary.json is written at the end
     alone. Raises the errors of the rooms, each with the next step; what is finished stays and is not done again.
@@ -66,7 +67,7 @@ def run(
     cache, reporter = cache or cache_root(), reporter or Reporter()
     with RunDirectory(out, {"name": recipe.name, "data": recipe.data.path}, fresh=fresh) as directory:
         write_atomically(directory.path / "recipe.yaml", recipe_yaml(recipe).encode())
-        context = _prepare(recipe, directory, cache, connection, reporter)
+        context = replace(_prepare(recipe, directory, cache, connection, reporter), settled=settled)
         outcome = _stages(context, until)
         if until == "register":
             write_json(directory.path / "summary.json", outcome.summary)

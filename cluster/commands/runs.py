@@ -146,6 +146,8 @@ def _run(
     address: str | None,
     fresh: bool,
     until: "Until",
+    *,
+    settled: bool = False,
 ) -> "Outcome":
     from headstart.cluster.connect import Connection
     from headstart.cluster.pipeline import run as run_pipeline
@@ -154,7 +156,7 @@ def _run(
     with Connection(address) as connection:
         if address is not None:
             connection.ray()  # a cluster that does not answer is told before any work is done
-        return run_pipeline(loaded, target, connection=connection, fresh=fresh, until=until)
+        return run_pipeline(loaded, target, connection=connection, fresh=fresh, until=until, settled=settled)
 
 
 def _recipe_and_directory(recipe: str, overrides: list[str] | None, out: Path | None) -> "tuple[Recipe, Path]":
@@ -175,7 +177,7 @@ def _again(run_directory: Path, address: str | None, until: "Until", variant: st
     if variant is not None:  # the run's recipe keeps it
         known = load_recipe(str(recipe), ()).export.variants
         overrides = [f"export.variants={json.dumps(list(dict.fromkeys([*known, variant])))}"]
-    return _run(str(recipe), overrides, run_directory, address, False, until)
+    return _run(str(recipe), overrides, run_directory, address, False, until, settled=True)
 
 
 def _show(outcome: "Outcome", as_json: bool, document: Any = None) -> None:

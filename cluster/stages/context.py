@@ -73,6 +73,8 @@ class Context:
     cache: Path
     connection: Connection
     reporter: Reporter
+    settled: bool = False
+    """Whether a ranking that is there stays, whatever sources have come since."""
 
     @property
     def tag(self) -> str:

@@ -30,6 +30,11 @@ def rank(context: Context) -> Stage:
     candidates, passed_over = survey(
         recipe.sources, context.cache, exclude_data=target.images.fingerprint, judged_on=target.judged_on
     )
+    ranked = context.run.result("rank") if context.settled else None
+    if ranked is not None:  # an evaluation or an export beside others must not be of another source
+        names = {entry["source"] for entry in ranked["ranking"]}
+        candidates = [candidate for candidate in candidates if candidate.card.name in names]
+        passed_over = {name: reason for name, reason in passed_over.items() if name in names}
     document = recipe_document(recipe)
     inputs = {
         "data": context.data_key,
@@ -56,6 +61,8 @@ def rank(context: Context) -> Stage:
         return result, used
 
     def nothing_new(result: Result) -> bool:
+        if context.settled:
+            return True
         lacking = {entry["source"] for entry in result["ranking"] if not entry["available"]}
         return not any(_loads(context, candidate) for candidate in candidates if candidate.card.name in lacking)
 

@@ -147,6 +147,11 @@ class RunDirectory:
         self.stages[name] = stage
         return stage
 
+    def result(self, name: str) -> Result | None:
+        """Return what a stage came to when it was last run; None where it never was."""
+        record = _read_json(self.private / f"{name}.json")
+        return None if record is None else record["result"]
+
     def num_backbone_images(self) -> int:
         """Count the images that this attempt's stages passed through a backbone."""
         images: dict[str, int] = {}

@@ -19,7 +19,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from headstart.cluster.connect import Connection
+from headstart.cluster.pipeline import run
+from headstart.cluster.recipe_file import load_recipe
 from headstart.serving.runtime import Predictor
+from headstart.trainer.selection import sources
 
 Run = Callable[..., Any]
 KILL_TIMEOUT = 240
@@ -196,6 +200,32 @@ def test_the_finished_run_is_a_source_for_another_task(house: House, summary: An
     assert entries["digits"]["audition_accuracy"] > 0.8
     assert 0 < entries["digits"]["distances"]["energy"] < 20
     assert entries["mobilenet-v2-imagenet"]["distances"] is None
+
+
+def test_a_run_that_finished_in_between_is_ranked_by_run_and_not_by_evaluate(
+    house: House, summary: Any, write_digits: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cards = {"mtcnn-onet": sources.catalog()["mtcnn-onet"]}
+    monkeypatch.setattr(sources, "catalog", lambda: cards)
+    other = write_digits(tmp_path / "other", 20, num_classes=4, start=100)
+    recipe = load_recipe("folder", [f"data.path={other}", "search.epochs=2"])
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/weights").symlink_to(house.cache / "weights")
+
+    def rank(*, settled: bool) -> tuple[bool, list[str]]:
+        with Connection(None) as connection:
+            found = run(
+                recipe, tmp_path / "run", connection=connection, cache=tmp_path / "cache", until="rank", settled=settled
+            )
+        return found.summary["stages"]["rank"]["skipped"], [one["source"] for one in found.summary["ranking"]]
+
+    assert rank(settled=True) == (False, ["mtcnn-onet"])
+    (tmp_path / "cache/sources").symlink_to(house.cache / "sources")
+    assert rank(settled=True) == (True, ["mtcnn-onet"])
+    skipped, names = rank(settled=False)
+    assert not skipped
+    assert {"mtcnn-onet", "digits"} <= set(names)
+    assert rank(settled=True) == (True, names)
 
 
 @pytest.mark.timeout(KILL_TIMEOUT + 60)
