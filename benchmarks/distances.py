@@ -1,5 +1,6 @@
 """What the benchmarks of task distances share: ragged workloads, timing in turn, floors, correctness in each row."""
 
+import argparse
 import math
 import sys
 import time
@@ -29,6 +30,13 @@ FAILED: list[str] = []
 
 deadline = math.inf
 """The reading of time.monotonic() from which on no further workload is begun."""
+
+
+def is_quick(description: str) -> bool:
+    """Read the command line, where --quick is all there is."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer workloads")
+    return bool(parser.parse_args().quick)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 python -m benchmarks.energy [--quick]
 """
 
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.distances import Workload, cross_floor, measure
+from benchmarks.distances import Workload, cross_floor, is_quick, measure
 from headstart.kernels import dispatch, naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
 from headstart.kernels.engine.terms import SelfTerms
@@ -177,4 +176,4 @@ def main(*, quick: bool = False) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(quick="--quick" in sys.argv)
+    main(quick=is_quick(__doc__))

@@ -3,7 +3,6 @@
 python -m benchmarks.mmd [--quick]
 """
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.distances import Workload, cross_floor, measure
+from benchmarks.distances import Workload, cross_floor, is_quick, measure
 from headstart.kernels import naive
 from headstart.kernels.mmd import median_bandwidths, mmd_distances, mmd_self_terms
 from headstart.kernels.ragged import RaggedTasks
@@ -60,4 +59,4 @@ def main(*, quick: bool = False) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(quick="--quick" in sys.argv)
+    main(quick=is_quick(__doc__))

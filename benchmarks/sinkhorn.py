@@ -3,14 +3,13 @@
 python -m benchmarks.sinkhorn [--quick]
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.distances import Workload, measure
+from benchmarks.distances import Workload, is_quick, measure
 from headstart.kernels import naive
 from headstart.kernels.ragged import RaggedTasks
 from headstart.kernels.sinkhorn import default_epsilon, sinkhorn_distances, sinkhorn_self_terms
@@ -56,4 +55,4 @@ def main(*, quick: bool = False) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(quick="--quick" in sys.argv)
+    main(quick=is_quick(__doc__))

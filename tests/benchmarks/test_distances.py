@@ -2,6 +2,7 @@
 
 import csv
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import distances, gpu, rows
-from benchmarks.distances import Workload, kept_going, measure
+from benchmarks.distances import Workload, is_quick, kept_going, measure
 from headstart.kernels import naive
 from headstart.kernels.energy import energy_distances
 
@@ -48,6 +49,19 @@ def test_a_workload_that_fails_on_a_gpu_is_named_and_the_others_are_kept(
     (said,) = distances.FAILED
     assert said.startswith("speed, Workload(num_tasks=3, rows=4, dim=3")
     assert said.endswith("RuntimeError: out of memory")
+
+
+def test_what_is_not_known_on_the_command_line_measures_nothing(monkeypatch: pytest.MonkeyPatch):
+    found = []
+    for arguments in ([], ["--quick"]):
+        monkeypatch.setattr(sys, "argv", ["energy", *arguments])
+        found.append(is_quick("Speed."))
+    assert found == [False, True]
+    for argument, code in (("--help", 0), ("--quik", 2)):
+        monkeypatch.setattr(sys, "argv", ["energy", argument])
+        with pytest.raises(SystemExit) as caught:
+            is_quick("Speed.")
+        assert caught.value.code == code
 
 
 def test_no_workload_is_begun_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch):
