@@ -125,12 +125,13 @@ def choose_mode(feature_correct: np.ndarray, finetune_correct: np.ndarray) -> Ch
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature T, 0.05 to 20, that makes softmax(logits / T) [N, C] likeliest for labels [N].
+    """The temperature T, 0.05 to 10,000, that makes softmax(logits / T) [N, C] likeliest for labels [N].
 
     Minimises the mean negative log-likelihood (Guo et al. 2017), a convex function of 1/T. As in Platt
     (1999) the targets are smoothed by one pseudo-sample, 1 / (N + 2) of each spread over all classes: where
     every label has the top logit the likelihood itself would grow until T = 0 and the model would claim
-    certainty. 1 where no T is better, as with equal logits.
+    certainty. 1 where no T is better, as with equal logits. Heads of a large learning rate have logits in the hundreds
+    and need a T above 20.
     """
     scores = np.asarray(logits, dtype=np.float64)
     truth = np.asarray(labels, dtype=np.int64)
@@ -144,7 +145,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         inverse = math.exp(-log_temperature)
         return float((scipy.special.logsumexp(scores * inverse, axis=1) - aim * inverse).mean())
 
-    bounds = (math.log(0.05), math.log(20.0))
+    bounds = (math.log(0.05), math.log(10_000.0))
     found = scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded")
     return math.exp(found.x) if found.fun < loss(0.0) - 1e-12 else 1.0
 

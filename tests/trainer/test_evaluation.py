@@ -236,13 +236,13 @@ def test_temperature_of_perfect_separation_claims_no_certainty():
     odds = np.exp(logits[0] / temperature)
     # One pseudo-sample in 202 is spread over the four classes: 1 - 3/4/202 is the confidence that fits.
     assert odds.max() / odds.sum() == pytest.approx(1 - 0.75 / 202, abs=1e-4)
-    assert fit_temperature(1e6 * logits, labels) == pytest.approx(20, rel=1e-3)
+    assert fit_temperature(1e3 * logits, labels) == pytest.approx(1e3 * temperature, rel=1e-3)
 
 
 def test_temperature_of_equal_logits_is_one_and_of_wrong_ones_the_highest():
     assert fit_temperature(np.zeros((10, 3)), np.arange(10) % 3) == 1
-    assert fit_temperature(5 * np.eye(3), np.array([1, 2, 0])) == pytest.approx(20, rel=1e-3)
-    assert 0.05 <= fit_temperature(np.array([[3.0, 1.0]]), np.array([0])) <= 20
+    assert fit_temperature(5 * np.eye(3), np.array([1, 2, 0])) == pytest.approx(10_000, rel=1e-3)
+    assert 0.05 <= fit_temperature(np.array([[3.0, 1.0]]), np.array([0])) <= 10_000
 
 
 @pytest.mark.parametrize(
