@@ -108,8 +108,9 @@ def verify_package(
     else:
         parity, variant = found["parity"], found["variant"]
         plain = variant["name"] == "fp32"
+        files = "1 file has its digest" if found["files"] == 1 else f"{found['files']} files have their digests"
         typer.echo(
-            f"{package} holds: {found['files']} files have their digests, and "
+            f"{package} holds: {files}, and "
             f"{'PyTorch and ONNX Runtime' if plain else 'fp32 and ' + variant['name']} agree to "
             f"{parity['relative_difference']:.2g} (tolerance {parity['tolerance']:g})"
             + ("" if plain else f", with accuracies {variant['fp32_accuracy']:.4f} and {variant['accuracy']:.4f}")
