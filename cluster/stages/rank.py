@@ -73,7 +73,7 @@ def rank(context: Context) -> Stage:
 
 def _tell_unknown(context: Context, candidates: Sequence[Candidate]) -> None:
     """Say which finished runs keep no list of the images they learned from, as earlier versions kept none."""
-    unknown = [c.card.name for c in candidates if c.base is not None and c.seen() is None]
+    unknown = [c.card.name for c in candidates if c.base is not None and not c.card.seen_sha256]
     if unknown:
         context.reporter.say(
             f"not known which images these sources learned from, this run's may be among them: {', '.join(unknown)}"

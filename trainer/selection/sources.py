@@ -204,10 +204,19 @@ def survey(
 
 
 def find_source(name: str, sources: Literal["all"] | tuple[str, ...], cache: Path) -> Candidate:
-    """Return the candidate called `name` among a recipe's `sources`; raises `SourceError` where it is not."""
-    for candidate in resolve(sources, cache):
-        if candidate.card.name == name:
-            return candidate
+    """Return the candidate called `name` among a recipe's `sources`; raises `SourceError` where it is not.
+
+    The others' sketches are not read, which `survey` has done.
+    """
+    if sources == "all":
+        if name in (cards := catalog()):
+            return Candidate(card=cards[name])
+        if name in (folders := registered(cache)):
+            return Candidate(card=read_card(folders[name]), base=folders[name])
+    else:
+        for card, base in (_named(spec, cache) for spec in sources):
+            if card.name == name:
+                return Candidate(card=card, base=base)
     raise SourceError(f"there is no source {name!r} among the recipe's; `headstart sources list` shows them all")
 
 

@@ -52,6 +52,7 @@ class _Worker:
     """Whether it takes `load` and `unload`: from the moment that it was told what is unloaded."""
     ready: bool = False
     opening: Opening | None = None
+    """What it is about to load, and ends over where it ends now."""
     counts: dict[str, Any] = field(default_factory=dict)
     """What it last said that it had counted."""
 

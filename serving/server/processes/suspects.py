@@ -13,8 +13,10 @@ _MOST_ENDS = 2
 class Suspects:
     """What must not be opened again, as long as its files are the same and no process has opened it.
 
-    suspects.ended(opening)  # twice
-    suspects.found()  # [opening]
+        suspects.ended(opening)  # twice
+        suspects.found()  # [opening]
+
+    It remembers one mark for each name and version.
     """
 
     def __init__(self) -> None:
