@@ -29,7 +29,7 @@ class Scratch:
                 break
             except (BlockingIOError, FileNotFoundError):  # another server that starts took it for one that nobody holds
                 self._folder.cleanup()
-            except OSError:  # a file system without locks: nobody can take it for one
+            except OSError:  # a file system without locks, or that gives it another owner: nobody can take it for one
                 self._held = None
                 break
 
@@ -68,8 +68,10 @@ def _hold(path: Path) -> int:
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         status = os.fstat(held)
-        if status.st_uid != os.geteuid() or status.st_nlink == 0:
-            raise FileNotFoundError(f"{path} is gone, or another user's")
+        if status.st_uid != os.geteuid():
+            raise PermissionError(f"{path} is another user's")
+        if status.st_nlink == 0:
+            raise FileNotFoundError(f"{path} is gone")
     except OSError:
         os.close(held)
         raise

@@ -78,6 +78,15 @@ def test_a_file_system_without_locks_will_do(place: Path, monkeypatch: pytest.Mo
     assert not scratch.path.exists()
 
 
+def test_a_file_system_that_gives_folders_another_owner_will_do(place: Path, monkeypatch: pytest.MonkeyPatch):
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    with Scratch() as scratch:
+        sweep()
+        assert scratch.path.exists()
+    assert not scratch.path.exists()
+
+
 def test_only_folders_of_a_server_are_swept(place: Path):
     other, link, file = place / "headstart-abc", place / "headstart-serve-link", place / "headstart-serve-file"
     other.mkdir()
