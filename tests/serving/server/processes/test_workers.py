@@ -309,7 +309,7 @@ def test_at_sigterm_all_workers_drain_and_the_server_ends_with_0(tmp_path: Path)
     assert not any("started again" in line for line in server.log)
 
 
-def test_a_second_signal_cuts_off(tmp_path: Path):
+def test_a_second_signal_cuts_off_and_the_folder_it_is_started_in_holds_no_modules(tmp_path: Path):
     write_package(tmp_path / "models" / "demo" / "1", 1)
     (tmp_path / "onnxruntime.py").write_text("import os, signal; os.kill(os.getppid(), signal.SIGKILL)")  # not read
     server = Workers(tmp_path / "models", before=f"import os; sys.path.remove(''); os.chdir({str(tmp_path)!r})")
