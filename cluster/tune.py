@@ -17,6 +17,7 @@ from rich.table import Table
 
 from headstart.cluster.connect import Connection
 from headstart.cluster.recipe_file import recipe_document
+from headstart.cluster.report.sources import print_unavailable
 from headstart.cluster.stages.context import Reporter, cache_root
 from headstart.cluster.stages.run_directory import RunDirectory, write_json
 from headstart.trainer.errors import RunError, SourceError
@@ -46,35 +47,45 @@ def tune_heads(recipe: Recipe, out: Path, *, connection: Connection, cache: Path
         target = Target(images=images, parts=split_images(images, recipe.data.split, recipe.seed))
         storage = directory.private / "tune"
         shutil.rmtree(storage, ignore_errors=True)
-        trials = _run_trials(recipe, target, _features(recipe, target, cache), storage, connection)
+        features, unavailable = source_features(recipe, target, cache)
+        trials = _run_trials(recipe, target, features, storage, connection)
         shutil.rmtree(storage, ignore_errors=True)
         document = {
             "schema": 1,
             "name": recipe.name,
             "search": recipe_document(recipe)["search"],
             "trials": sorted(trials, key=lambda trial: (-trial["accuracy"], trial["loss"], trial["source"])),
+            "unavailable": unavailable,
         }
         write_json(directory.path / "tune.json", document)
         return document
 
 
-def _features(recipe: Recipe, target: Target, cache: Path) -> dict[str, torch.Tensor]:
-    """Return every available source's features of the known images, [N, D] each."""
+def source_features(recipe: Recipe, target: Target, cache: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return every available source's features of the known images, [N, D] each, and why the others have none.
+
+    Raises `SourceError` where a source that the recipe names is unavailable, or none of `all` is there.
+    """
     reporter, known = Reporter(), target.known()
     features: dict[str, torch.Tensor] = {}
-    candidates, _ = survey(recipe.sources, cache, exclude_data=target.images.fingerprint, judged_on=target.judged_on)
+    candidates, unavailable = survey(
+        recipe.sources, cache, exclude_data=target.images.fingerprint, judged_on=target.judged_on
+    )
     for candidate in candidates:
+        name = candidate.card.name
         try:
             backbone = candidate.load(cache)
-        except SourceError:
+        except SourceError as error:
             if recipe.sources != "all":
                 raise
+            unavailable[name] = str(error)
             continue
-        with reporter.bar(f"features {candidate.card.name}") as progress:
-            features[candidate.card.name] = extract_features(backbone, known, cache, progress=progress).tensor()
+        with reporter.bar(f"features {name}") as progress:
+            features[name] = extract_features(backbone, known, cache, progress=progress).tensor()
     if not features:
-        raise SourceError("no source is available; `headstart rank` says what would make each of them so")
-    return features
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in unavailable.items())
+        raise SourceError(f"no source can be used here:\n{reasons}")
+    return features, unavailable
 
 
 def _run_trials(
@@ -128,7 +139,9 @@ def print_trials(document: Trials) -> None:
             trial["source"], str(trial["num_heads"]), f"{trial['accuracy']:.4f}", f"{trial['loss']:.4f}",
             f"{trial['learning_rate']:g}", f"{trial['weight_decay']:g}", str(trial["seed"]),
         )  # fmt: skip
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    print_unavailable(document["unavailable"], console)
 
 
 def _trial(

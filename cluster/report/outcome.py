@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from headstart.cluster.pipeline import Outcome
+from headstart.cluster.report.sources import print_unavailable
 
 
 def print_outcome(outcome: Outcome, console: Console) -> None:
@@ -52,8 +53,7 @@ def print_ranking(outcome: Outcome, console: Console) -> None:
         "- where a source has no sketch: finished runs have one.",
         style="dim",
     )
-    for entry in missing:
-        console.print(f"unavailable: [bold]{entry['source']}[/bold]: {escape(entry['reason'])}")
+    print_unavailable({entry["source"]: entry["reason"] for entry in missing}, console)
 
 
 def _print_evaluation(outcome: Outcome, console: Console) -> None:

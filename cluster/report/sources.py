@@ -1,6 +1,7 @@
 """The source tasks that a run can start from, listed and shown."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -60,9 +61,13 @@ def print_sources(found: list[Description], console: Console | None = None) -> N
     console.print(table)
     if any(source["made_here"] for source in found):
         console.print("green: made here, by runs that are finished", style="dim")
-    for source in found:
-        if source["reason"] is not None:
-            console.print(f"unavailable: [bold]{source['name']}[/bold]: {escape(source['reason'])}")
+    print_unavailable({s["name"]: s["reason"] for s in found if s["reason"] is not None}, console)
+
+
+def print_unavailable(reasons: Mapping[str, str], console: Console) -> None:
+    """Print why sources cannot be used, by their names."""
+    for name, reason in reasons.items():
+        console.print(f"unavailable: [bold]{name}[/bold]: {escape(reason)}")
 
 
 def print_source(found: Description) -> None:

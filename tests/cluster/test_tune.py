@@ -6,6 +6,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch
 import yaml
 
 from headstart.cluster.recipe_file import load_recipe
+from headstart.cluster.tune import print_trials, source_features
+from headstart.trainer.errors import SourceError
 from headstart.trainer.features import extract_features
 from headstart.trainer.heads import audition
 from headstart.trainer.inputs.readers import load_images
 from headstart.trainer.inputs.split import split_images
 from headstart.trainer.recipe import Recipe
+from headstart.trainer.selection import sources
 from headstart.trainer.selection.ranking import Target
 from headstart.trainer.selection.sources import resolve
 
@@ -47,10 +51,14 @@ def recipe(tmp_path: Path, write_digits: Callable[..., Path]) -> Path:
     return path
 
 
+def target_of(recipe: Recipe, cache: Path) -> Target:
+    images = load_images(recipe.data, cache)
+    return Target(images=images, parts=split_images(images, recipe.data.split, recipe.seed))
+
+
 def auditioned(recipe: Recipe, source: str, cache: Path) -> dict[str, Any]:
     """What the same bank finds in this process."""
-    images = load_images(recipe.data, cache)
-    target = Target(images=images, parts=split_images(images, recipe.data.split, recipe.seed))
+    target = target_of(recipe, cache)
     (candidate,) = resolve((source,), cache)
     features = extract_features(candidate.load(cache), target.known(), cache).tensor()
     labels = torch.from_numpy(target.known().labels)
@@ -85,6 +93,7 @@ def test_every_trial_is_the_whole_bank_of_one_source(recipe: Path, tmp_path: Pat
     document = json.loads(ended.stdout)
     assert document["schema"] == 1
     assert document["search"] == SEARCH
+    assert document["unavailable"] == {}
     assert json.loads((out / "tune.json").read_text()) == document
 
     expected = [auditioned(load_recipe(str(recipe)), source, cache) for source in SOURCES]
@@ -92,6 +101,28 @@ def test_every_trial_is_the_whole_bank_of_one_source(recipe: Path, tmp_path: Pat
     assert document["trials"] == sorted(expected, key=lambda trial: -trial["accuracy"])
     assert document["trials"][0]["accuracy"] > document["trials"][1]["accuracy"]
     assert not (out / ".stages" / "tune").exists()
+
+
+def test_sources_that_cannot_be_used_are_told_with_their_reasons(
+    recipe: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    absent = replace(sources.catalog()["mtcnn-onet"], name="absent", weights=f"file:{cache}/absent.onnx")
+    few = {"absent": absent, "mtcnn-onet": sources.catalog()["mtcnn-onet"]}
+    monkeypatch.setattr(sources, "catalog", lambda: few)
+    (cache / "sources/broken").mkdir(parents=True)
+    (cache / "sources/broken/card.yaml").write_text("name: [cut")
+    every = replace(load_recipe(str(recipe)), sources="all")
+    features, unavailable = source_features(every, target_of(every, cache), cache)
+    assert {name: len(tensor) for name, tensor in features.items()} == {"mtcnn-onet": 130}
+    assert list(unavailable) == ["broken", "absent"]
+    assert "broken/card.yaml cannot be used" in unavailable["broken"]
+    assert "absent.onnx" in unavailable["absent"]
+    print_trials({"name": "searched", "trials": [], "unavailable": unavailable})
+    assert "unavailable: absent: source absent cannot be used: " in capsys.readouterr().out
+
+    del few["mtcnn-onet"]
+    with pytest.raises(SourceError, match=r"(?s)no source can be used here:\n  broken: .*\n  absent: "):
+        source_features(every, target_of(every, cache), cache)
 
 
 def test_the_folder_of_another_recipe_is_refused(headstart: Callable[..., Any], recipe: Path, tmp_path: Path):
