@@ -109,7 +109,8 @@ def test_nodes_that_fp16_does_not_suit_stay_in_fp32(tmp_path: Path):
     middle = [
         helper.make_node("Gelu", ["maps"], ["bent"]),
         helper.make_node("LayerNormalization", ["bent", "ones"], ["normal"]),
-        helper.make_node("Max", ["normal", "floor"], ["active"]),
+        helper.make_node("Max", ["bent", "floor"], ["high"]),  # of the tensor that another one reads
+        helper.make_node("Add", ["normal", "high"], ["active"]),
     ]
     graph = converted("fp16", write(tmp_path, middle=middle, ones=np.ones(6), floor=-1.0))
     for kind in ("Gelu", "LayerNormalization", "Max"):
@@ -120,7 +121,9 @@ def test_nodes_that_fp16_does_not_suit_stay_in_fp32(tmp_path: Path):
 
 
 def test_a_constant_of_the_body_may_be_one_of_the_preprocessing_too(tmp_path: Path):
-    graph = converted("fp16", write(tmp_path, middle=[helper.make_node("Mul", ["maps", "scale"], ["active"])]))
+    middle = [helper.make_node("Mul", ["maps", "scale"], ["active"])]
+    head = [helper.make_node("MatMul", ["features", "head"], ["logits"])]
+    graph = converted("fp16", write(tmp_path, middle=middle, head=head))
     assert constants(graph)["scale"].dtype == np.float32
 
 
@@ -155,3 +158,4 @@ def test_int8_has_a_scale_for_each_channel_and_unsigned_activations(tmp_path: Pa
     # Channel by channel, so that the smallest has all steps as well.
     np.testing.assert_array_equal(np.abs(integers).max(axis=(1, 2, 3)), np.full(4, 64))
     assert scales.shape == (4,)
+    assert constants(graph)[of_kind(graph, "Gemm").input[1]].dtype == np.float32

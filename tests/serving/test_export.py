@@ -237,23 +237,3 @@ def test_a_graph_whose_size_matters_to_the_end_is_exported_in_one_piece(model: M
     images = np.random.default_rng(0).integers(0, 256, (3, 57, 33, 3), np.uint8)
     logits, _ = Predictor(tmp_path / "package").predict(images)
     np.testing.assert_allclose(logits, answer(*stages)(images), atol=2e-6)
-
-
-class Shrink(nn.Module):
-    """uint8 [N, H, W, 3] -> float32 [N, 3, h, w]: the shorter side is 36, the longer one keeps the proportions."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        height, width = images.shape[1:3]
-        short = torch.sym_min(height, width)
-        size: Any = (36 * height // short, 36 * width // short)
-        pixels = images.permute(0, 3, 1, 2).to(torch.float32) / 255
-        return nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
-
-
-def test_the_longer_side_may_be_either_one(model: Model, tmp_path: Path):
-    stages = [Shrink(), Net(5, seed=2)]
-    model.export(tmp_path / "package", stages=stages, reference=answer(*stages))
-    predictor = Predictor(tmp_path / "package")
-    for size in [(2, 40, 60), (2, 60, 40), (1, 36, 36)]:
-        images = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-        np.testing.assert_allclose(predictor.predict(images)[0], answer(*stages)(images), atol=2e-6)
