@@ -24,6 +24,7 @@ from headstart.cluster.pipeline import run
 from headstart.cluster.recipe_file import load_recipe
 from headstart.serving.runtime import Predictor
 from headstart.trainer.evaluation import expected_calibration_error
+from headstart.trainer.inputs.dataset import LabelledImages
 from headstart.trainer.inputs.readers import load_images
 from headstart.trainer.inputs.split import split_images
 from headstart.trainer.selection import sources
@@ -140,6 +141,7 @@ def test_the_package_records_drift_and_has_a_variant_beside_it(house: House, sum
     )
     manifest = Predictor(int8).manifest
     assert manifest.variant.accuracy == found["accuracy"] > found["fp32_accuracy"] - 0.1
+    assert manifest.variant.calibration_images == 128  # of the 200 for training
     assert manifest.provenance["source"] == summary["source"]
     assert (int8 / "model.onnx").stat().st_size < 0.5 * (package / "model.onnx").stat().st_size
 
@@ -193,17 +195,34 @@ def test_the_package_predicts_files(house: House, summary: Any):
     assert right > 0.8
 
 
-def test_the_evaluation_is_what_the_package_says_of_the_test_images(house: House, summary: Any):
-    recipe = load_recipe(str(house.root / "recipe.yaml"), [])
+def part(house: House, name: str) -> LabelledImages:
+    """The images of the run that are for training, validation or test."""
+    recipe = load_recipe(str(house.root / "recipe.yaml"))
     images = load_images(recipe.data, house.cache)
-    test = images.subset(split_images(images, recipe.data.split, recipe.seed)["test"])
+    return images.subset(split_images(images, recipe.data.split, recipe.seed)[name])
+
+
+def test_the_drift_record_is_that_of_the_training_images(house: House, summary: Any):
+    predictor, train = Predictor(house.run_directory / "package"), part(house, "train")
+    features = np.concatenate(
+        [predictor.session.run(["features"], {"images": train.image(index)[None]})[0] for index in range(len(train))]
+    ).astype(np.float64)
+    drift = predictor.manifest.drift
+    assert drift is not None
+    np.testing.assert_allclose(drift.mean, features.mean(0), rtol=1e-4, atol=1e-4)
+    distances = np.linalg.norm(features - features.mean(0), axis=1)
+    assert drift.spread == pytest.approx(np.sqrt(np.square(distances).mean()), rel=1e-4)
+
+
+def test_the_evaluation_is_what_the_package_says_of_the_test_images(house: House, summary: Any):
+    test = part(house, "test")
     predictor = Predictor(house.run_directory / "package")
     probabilities = np.concatenate([predictor.predict(test.image(index)[None])[1] for index in range(len(test))])
     right = probabilities.argmax(1) == test.labels
     found = json.loads((house.run_directory / "evaluation.json").read_text())
     assert found["test"]["accuracy"] == right.mean()
     assert found["class_accuracy"] == {
-        name: pytest.approx(right[test.labels == label].mean()) for label, name in enumerate(images.classes)
+        name: pytest.approx(right[test.labels == label].mean()) for label, name in enumerate(test.classes)
     }
     assert found["temperature"] == predictor.manifest.temperature
     assert found["calibration_error"] == pytest.approx(expected_calibration_error(probabilities, test.labels), abs=1e-4)
