@@ -95,7 +95,7 @@ def _body(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     if len(heavy) < 2:
         raise PackageError(f"the graph has {len(heavy)} Conv, Gemm or MatMul; nothing lies before its head to convert")
     producers = {output: node for node in graph.node for output in node.output}
-    needed, pending = set[str](), list(heavy[-1].input)
+    needed, pending = set[str](), list(reads(heavy[-1]))
     while pending:
         tensor = pending.pop()
         if tensor in producers and tensor not in needed:
@@ -197,7 +197,7 @@ def _int8(prepared: Path, reader: _Reader, large: bool) -> onnx.ModelProto:
 
 
 def _largest(prepared: Path, reader: _Reader, large: bool) -> float:
-    """The largest absolute activation of the body."""
+    """The largest absolute activation that the body takes or makes: either is held in fp16."""
     from onnxruntime import quantization as tool
 
     calibrator = tool.calibrate.create_calibrator(
@@ -205,6 +205,7 @@ def _largest(prepared: Path, reader: _Reader, large: bool) -> float:
     )
     calibrator.collect_data(reader)
     ranges = calibrator.compute_data()
-    made = {output for node in _body(onnx.load(prepared, load_external_data=False).graph) for output in node.output}
+    body = _body(onnx.load(prepared, load_external_data=False).graph)
+    held = {tensor for node in body for tensor in (*reads(node), *node.output)}
     # Not max(): a NaN must come through.
-    return float(np.max([np.abs(ranges[name].range_value).max() for name in ranges.keys() if name in made]))  # noqa: SIM118
+    return float(np.max([np.abs(ranges[name].range_value).max() for name in ranges.keys() if name in held]))  # noqa: SIM118

@@ -122,7 +122,7 @@ def export_package(
             provider_parity=prove_providers(folder / MODEL, *proof),
             drift=drift,
             licence=licence,
-            provenance={**provenance, "versions": {**_versions(graph), **provenance.get("versions", {})}},
+            provenance={**provenance, "versions": _versions(graph)},
             files={path.name: digest(path) for path in sorted(folder.iterdir())},
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )

@@ -4,7 +4,7 @@ Imports onnx and not torch: what PyTorch computes comes here as a graph.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class OnnxStage:
     path: Path
     """The graph's file; its external data lies beside it."""
     input: str
-    """The tensor that takes the output of the stage before; its first axis must be a free batch."""
+    """The tensor that takes the output of the stage before, of a recorded type; its first axis must be a free batch."""
     output: str
     """The tensor that the next stage takes: an output of the graph, or an inner tensor where it is cut."""
 
@@ -53,11 +53,11 @@ def cut(stage: OnnxStage) -> onnx.ModelProto:
     graph = whole.graph
     producers = {output: node for node in graph.node for output in node.output if output}
     known = {value.name: value for value in (*graph.value_info, *graph.output, *graph.input)}
-    if stage.input not in known and stage.input not in producers:
-        raise PackageError(_unknown(stage, "input", stage.input, [value.name for value in graph.input]))
+    if stage.input not in known:
+        raise PackageError(_unknown(stage, "input", stage.input, graph.input, "an inner tensor whose type it records"))
     if stage.output not in producers:
-        raise PackageError(_unknown(stage, "output", stage.output, [value.name for value in graph.output]))
-    tensor_type = known.get(stage.input, onnx.ValueInfoProto(name=stage.input)).type.tensor_type
+        raise PackageError(_unknown(stage, "output", stage.output, graph.output, "an inner tensor"))
+    tensor_type = known[stage.input].type.tensor_type
     if tensor_type.shape.dim and tensor_type.shape.dim[0].HasField("dim_value"):
         raise PackageError(
             f"{stage.path}: the batch of {stage.input} is fixed to {tensor_type.shape.dim[0].dim_value}; "
@@ -79,7 +79,7 @@ def cut(stage: OnnxStage) -> onnx.ModelProto:
     piece.graph.node.extend(node for node in graph.node if kept.intersection(node.output))
     piece.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in kept)
     piece.graph.sparse_initializer.extend(tensor for tensor in graph.sparse_initializer if tensor.values.name in kept)
-    piece.graph.input.append(known.get(stage.input, onnx.ValueInfoProto(name=stage.input)))
+    piece.graph.input.append(known[stage.input])
     piece.graph.output.append(onnx.ValueInfoProto(name=stage.output))
     return piece
 
@@ -93,8 +93,6 @@ def reads(node: onnx.NodeProto) -> Iterator[str]:
     """Names of the tensors that a node, or a body within it, reads."""
     yield from filter(None, node.input)
     for body in _bodies(node):
-        for value in body.output:
-            yield value.name
         for inner in body.node:
             yield from reads(inner)
 
@@ -104,7 +102,6 @@ def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
-        yield from attribute.graphs
 
 
 def convert(piece: onnx.ModelProto, opset: int, stage: OnnxStage) -> onnx.ModelProto:
@@ -218,6 +215,6 @@ def rename(graph: onnx.GraphProto, prefix: str, names: Mapping[str, str]) -> Non
         graph.ClearField(part)
 
 
-def _unknown(stage: OnnxStage, role: str, found: str, accepted: Sequence[str]) -> str:
-    names = ", ".join(accepted)
-    return f"{stage.path} has no tensor {found!r} to be its {role}; accepted: {names} or an inner tensor"
+def _unknown(stage: OnnxStage, role: str, found: str, accepted: Iterable[onnx.ValueInfoProto], inner: str) -> str:
+    names = ", ".join(value.name for value in accepted)
+    return f"{stage.path} has no tensor {found!r} to be its {role}; accepted: {names} or {inner}"

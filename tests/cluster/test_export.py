@@ -81,6 +81,31 @@ def test_variants_that_lose_too_much_are_told_and_left_out(
     assert not (run / "package-int8").exists()
 
 
+def test_features_that_are_all_the_same_have_no_drift_record(headstart: Run, write_digits: Run, tmp_path: Path):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Conv2d(3, 8, 16, 16), nn.Linear(8, 2)
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.head(self.first(pixels).amax((2, 3)).clamp(5, 5))
+            return logits
+
+    torch.onnx.export(
+        Net().eval(), (torch.zeros(2, 3, 224, 224),), tmp_path / "same.onnx", dynamo=True, external_data=False,
+        verbose=False, dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )  # fmt: skip
+    data = write_digits(tmp_path / "images", 20, num_classes=2)
+    ended = headstart(
+        "run", "folder", "--set", f"data.path={data}", "--set", "name=same", "--set", "mode=feature",
+        "--set", f"sources=['onnx:{tmp_path / 'same.onnx'}']", "--set", "search.epochs=1",
+    )  # fmt: skip
+    assert ended.code == 0, ended.stderr
+    manifest = Predictor(tmp_path / "runs/same/package").manifest
+    assert manifest.drift is None
+    assert [output.name for output in manifest.outputs] == ["logits", "probabilities"]
+
+
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [

@@ -23,6 +23,10 @@ from headstart.cluster.connect import Connection
 from headstart.cluster.pipeline import run
 from headstart.cluster.recipe_file import load_recipe
 from headstart.serving.runtime import Predictor
+from headstart.trainer.evaluation import expected_calibration_error
+from headstart.trainer.inputs.dataset import LabelledImages
+from headstart.trainer.inputs.readers import load_images
+from headstart.trainer.inputs.split import split_images
 from headstart.trainer.selection import sources
 
 Run = Callable[..., Any]
@@ -137,6 +141,7 @@ def test_the_package_records_drift_and_has_a_variant_beside_it(house: House, sum
     )
     manifest = Predictor(int8).manifest
     assert manifest.variant.accuracy == found["accuracy"] > found["fp32_accuracy"] - 0.1
+    assert manifest.variant.calibration_images == 128  # of the 200 for training
     assert manifest.provenance["source"] == summary["source"]
     assert (int8 / "model.onnx").stat().st_size < 0.5 * (package / "model.onnx").stat().st_size
 
@@ -188,6 +193,44 @@ def test_the_package_predicts_files(house: House, summary: Any):
         assert entry["probability"] == max(entry["probabilities"].values())
     right = np.mean([entry["label"] == Path(entry["file"]).parent.name for entry in found])
     assert right > 0.8
+
+
+def part(house: House, name: str) -> LabelledImages:
+    """The images of the run that are for training, validation or test."""
+    recipe = load_recipe(str(house.root / "recipe.yaml"))
+    images = load_images(recipe.data, house.cache)
+    return images.subset(split_images(images, recipe.data.split, recipe.seed)[name])
+
+
+def test_the_drift_record_is_that_of_the_training_images(house: House, summary: Any):
+    predictor, train = Predictor(house.run_directory / "package"), part(house, "train")
+    features = np.concatenate(
+        [predictor.session.run(["features"], {"images": train.image(index)[None]})[0] for index in range(len(train))]
+    ).astype(np.float64)
+    drift = predictor.manifest.drift
+    assert drift is not None
+    np.testing.assert_allclose(drift.mean, features.mean(0), rtol=1e-4, atol=1e-4)
+    distances = np.linalg.norm(features - features.mean(0), axis=1)
+    assert drift.spread == pytest.approx(np.sqrt(np.square(distances).mean()), rel=1e-4)
+
+
+def test_the_evaluation_is_what_the_package_says_of_the_test_images(house: House, summary: Any):
+    test = part(house, "test")
+    predictor = Predictor(house.run_directory / "package")
+    probabilities = np.concatenate([predictor.predict(test.image(index)[None])[1] for index in range(len(test))])
+    right = probabilities.argmax(1) == test.labels
+    found = json.loads((house.run_directory / "evaluation.json").read_text())
+    assert found["test"]["accuracy"] == right.mean()
+    assert found["class_accuracy"] == {
+        name: pytest.approx(right[test.labels == label].mean()) for label, name in enumerate(test.classes)
+    }
+    assert found["temperature"] == predictor.manifest.temperature
+    assert found["calibration_error"] == pytest.approx(expected_calibration_error(probabilities, test.labels), abs=1e-4)
+    controls = {name: control["accuracy"] for name, control in found["controls"].items()}
+    assert controls[found["verdict_control"]] == max(controls.values())  # transfer is better than both
+    low, high = found["verdict_interval"]
+    assert low <= right.mean() - max(controls.values()) <= high
+    assert found["num_test_images_also_in_training"] == 0
 
 
 def test_the_finished_run_is_a_source_for_another_task(house: House, summary: Any, write_digits: Run):

@@ -1,10 +1,13 @@
 """What leaves PyTorch is what PyTorch computed, at any size, or it does not leave."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -43,7 +46,9 @@ def test_the_manifest_says_what_the_package_is(pristine: Path):
     assert list(manifest.labels) == LABELS
     assert manifest.licence == "not stated"
     assert manifest.provenance["recipe"] == "0" * 64
-    assert manifest.provenance["versions"]["torch"] == torch.__version__
+    assert manifest.provenance["versions"] == {
+        "torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__, "opset": "20",
+    }  # fmt: skip
     assert [(row.batch, row.num_images, row.top1_agreement) for row in manifest.parity.rows] == [
         (1, 8, 1.0),
         (2, 8, 1.0),
@@ -167,11 +172,28 @@ class Inexportable(nn.Module):
         return torch.from_numpy(np.sort(logits.detach().numpy()))
 
 
+class FirstTwo(nn.Module):
+    """Logits of two images, however many there are."""
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits[:2]
+
+
+class FlatWhereHigh(nn.Module):
+    """Pixels in one row where there are many rows of them."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = images.to(torch.float32)
+        return pixels.flatten(1) if images.shape[1] > 40 else pixels
+
+
 UNFIT: dict[str, tuple[list[Any], str]] = {
     "too few columns": ([Pixels(36, 32), Net(4)], r"logits \[2, 4\]; accepted: \[2, 5\]"),
     "one size only": ([nn.Flatten(), nn.Linear(40 * 48 * 3, 5)], "the stage Linear cannot take"),
     "features": ([Pixels(36, 32)], r"logits \[2, 3, 32, 32\]"),
     "no row for each image": ([Pixels(36, 32), nn.Flatten(0), nn.Linear(1, 5)], "row for each image"),
+    "always two rows": ([Pixels(36, 32), Net(5), FirstTwo()], "row for each image"),
+    "another number of axes": ([FlatWhereHigh(), nn.Flatten(), nn.Linear(5760, 5)], "one number of axes"),
     "not exportable": ([Pixels(36, 32), Net(5), Inexportable()], "cannot export the model"),
 }
 
@@ -184,19 +206,24 @@ def test_stages_that_do_not_fit_are_refused(model: Model, tmp_path: Path, name: 
     assert list(tmp_path.iterdir()) == []
 
 
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "temperature": {"temperature": 0.0},
-    "opset": {"opset": 17},
-    "samples": {"samples": []},
-    "labels": {"labels": ["a", "a"]},
-    "stages": {"stages": []},
-}
+ARGUMENTS: list[tuple[str, Any]] = [
+    ("temperature", 0.0),
+    ("temperature", math.inf),
+    ("opset", 17),
+    ("samples", []),
+    ("samples", [np.zeros((40, 48, 3), np.float32)]),
+    ("samples", [np.zeros((40, 48), np.uint8)]),
+    ("samples", [np.zeros((40, 48, 4), np.uint8)]),
+    ("labels", ["a", "a"]),
+    ("labels", []),
+    ("stages", []),
+]
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_arguments_that_cannot_be_are_refused(model: Model, tmp_path: Path, name: str):
-    with pytest.raises(ValueError, match=name):
-        model.export(tmp_path / "package", **ARGUMENTS[name])
+@pytest.mark.parametrize(("name", "value"), ARGUMENTS)
+def test_arguments_that_cannot_be_are_refused(model: Model, tmp_path: Path, name: str, value: Any):
+    with pytest.raises(ValueError, match=f"^{name} (is|are|must)"):
+        model.export(tmp_path / "package", **{name: value})
     assert MANIFEST not in {path.name for path in tmp_path.rglob("*")}
 
 

@@ -1,5 +1,6 @@
 """An ONNX graph between PyTorch stages: cut, brought to one opset, joined, and equal to its parts."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from headstart.serving.errors import PackageError
-from headstart.serving.graph import OnnxStage
-from headstart.serving.runtime import Predictor
+from headstart.serving.graph import OnnxStage, cut
+from headstart.serving.runtime import Predictor, open_session
 
 from .conftest import Model, Net, Pixels
 
@@ -110,6 +111,7 @@ def hand_made(path: Path, *, opset: int, batch: int | str = "n") -> Path:
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 3, 2, 2])],
         [helper.make_tensor_value_info("shares", TensorProto.FLOAT, [batch, 5])],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+        value_info=[helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 5])],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), path)
     return path
@@ -123,6 +125,71 @@ def test_old_and_new_opsets_and_bodies_that_capture(model: Model, tmp_path: Path
     assert manifest.provenance["versions"]["opset"] == expected
     images = np.random.default_rng(1).integers(0, 256, (3, 9, 12, 3), np.uint8)
     np.testing.assert_allclose(Predictor(tmp_path / "package").predict(images)[0], reference(images), atol=2e-6)
+
+
+def with_weights_among_the_inputs(graph: onnx.ModelProto) -> None:
+    """As IR 3 asked for."""
+    graph.graph.input.append(helper.make_tensor_value_info("weight", TensorProto.FLOAT, [12, 5]))
+
+
+def with_the_default_domain_by_its_name(graph: onnx.ModelProto) -> None:
+    graph.opset_import[0].domain = "ai.onnx"
+
+
+def with_an_output_left_out(graph: onnx.ModelProto) -> None:
+    """And an input left out by a node before it, which does not lead there."""
+    next(node for node in graph.graph.node if node.op_type == "ReduceMax").input.append("")
+    graph.graph.node.append(helper.make_node("Dropout", ["shares"], ["kept", ""]))
+
+
+def with_a_sparse_weight(graph: onnx.ModelProto) -> None:
+    weight = next(tensor for tensor in graph.graph.initializer if tensor.name == "weight")
+    values = numpy_helper.to_array(weight)
+    graph.graph.initializer.remove(weight)
+    tensors = (numpy_helper.from_array(values.ravel(), "weight"), numpy_helper.from_array(np.arange(values.size), ""))
+    graph.graph.sparse_initializer.append(helper.make_sparse_tensor(*tensors, values.shape))
+
+
+def with_a_local_function(graph: onnx.ModelProto) -> None:
+    flatten = next(node for node in graph.graph.node if node.op_type == "Reshape")
+    body = helper.make_node("Reshape", ["x", "shape"], ["flat"])
+    versions = list(graph.opset_import)
+    graph.functions.append(helper.make_function("mine", "Flat", ["x", "shape"], ["flat"], [body], versions))
+    graph.opset_import.append(helper.make_opsetid("mine", 1))
+    flatten.domain, flatten.op_type = "mine", "Flat"
+
+
+MANNERS = [
+    with_weights_among_the_inputs, with_the_default_domain_by_its_name, with_an_output_left_out, with_a_sparse_weight,
+    with_a_local_function,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", MANNERS)
+def test_graphs_are_written_in_more_than_one_manner(
+    model: Model, tmp_path: Path, change: Callable[[onnx.ModelProto], None]
+):
+    graph = onnx.load(hand_made(tmp_path / "hand.onnx", opset=20))
+    change(graph)
+    onnx.save(graph, tmp_path / "hand.onnx")
+    stage = OnnxStage(path=tmp_path / "hand.onnx", input="x", output="y")
+    _, reference = joined(model, tmp_path / "package", stage, nn.Identity(), Pixels(2, 2))
+    images = np.random.default_rng(1).integers(0, 256, (3, 9, 12, 3), np.uint8)
+    np.testing.assert_allclose(Predictor(tmp_path / "package").predict(images)[0], reference(images), atol=2e-6)
+
+
+def test_a_cut_begins_at_an_inner_tensor_whose_type_is_known(tmp_path: Path):
+    path = hand_made(tmp_path / "hand.onnx", opset=20)
+    stage = OnnxStage(path=path, input="flat", output="y")
+    with pytest.raises(PackageError, match="'flat' to be its input; accepted: x or an inner tensor whose type"):
+        cut(stage)
+    graph = onnx.load(path)
+    graph.graph.value_info.append(helper.make_tensor_value_info("flat", TensorProto.FLOAT, ["n", 12]))
+    onnx.save(graph, path)
+    flat = np.random.default_rng(1).normal(size=(3, 12)).astype(np.float32)
+    (found,) = open_session(cut(stage).SerializeToString()).run(None, {"flat": flat})
+    whole = open_session(_with_output(stage).SerializeToString())
+    np.testing.assert_allclose(found, whole.run(["y"], {"x": flat.reshape(3, 3, 2, 2)})[0], atol=1e-6)
 
 
 def test_the_last_stage_may_be_an_onnx_graph(model: Model, tmp_path: Path):

@@ -56,6 +56,8 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unknown key": (lambda d: d.update(extra=1), "manifest.extra is not known"),
     "missing key": (lambda d: d.pop("labels"), "manifest.labels is missing"),
     "wrong type": (lambda d: d.update(temperature="warm"), "manifest.temperature is 'warm'; accepted: float"),
+    "boolean number": (lambda d: d.update(temperature=True), "manifest.temperature is True; accepted: float"),
+    "beyond any float": (lambda d: d.update(temperature=10**400), "is damaged: .*too large"),
     "boolean": (set_row(0, num_disagreements=False), "num_disagreements is False; accepted: int"),
     "nested type": (lambda d: d["inputs"][0].update(shape=[None]), r"inputs\[0\].shape\[0\] is None"),
     "not an object": (lambda d: d.update(latency=[]), "manifest.latency"),
@@ -69,6 +71,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "backslash": (lambda d: d["files"].update({"..\\model.onnx": "0" * 64}), "leads out"),
     "dots": (lambda d: d["files"].update({"a/../model.onnx": "0" * 64}), "leads out"),
     "difference": (set_row(1, relative_difference=2e-3), "does not hold: at batch 2"),
+    "difference below zero": (set_row(0, relative_difference=-1), "at batch 1 the logits differ by -1"),
     "class": (set_row(2, num_disagreements=1), "batch 16 1 of 16 images"),
     "no batch 16": (lambda d: d["parity"]["rows"].pop(), "batch 16 was not compared"),
     "too few images": (set_row(2, num_images=3), "batch 16 was not compared"),
@@ -84,6 +87,14 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "drift of nothing": (
         lambda d: d.update(drift={"output": "features", "mean": [], "spread": 1, "num_images": 9}),
         "drift record does not hold",
+    ),
+    "drift without images": (
+        lambda d: d.update(drift={"output": "features", "mean": [0.5], "spread": 1, "num_images": 0}),
+        "drift record does not hold: .* 1 means of 0 images",
+    ),
+    "drift of the logits": (
+        lambda d: d.update(drift={"output": "logits", "mean": [0.5], "spread": 1, "num_images": 9}),
+        "drift record does not hold: its output is 'logits'",
     ),
     "schema 1 with more": (lambda d: d.update(schema=1), "manifest.drift is not known to schema 1"),
     "nan": (set_row(0, relative_difference=float("nan")), "NaN"),
@@ -103,6 +114,14 @@ def test_numbers_that_json_does_not_say_do_not_hold_either(pristine: Path):
     row = replace(parity.rows[0], relative_difference=math.nan)
     assert "the logits differ by nan" in replace(parity, rows=(row, *parity.rows[1:])).failure()
     assert Drift(mean=(math.inf,), spread=1.0, num_images=9).failure()
+    assert "its spread is inf" in Drift(mean=(0.5,), spread=math.inf, num_images=9).failure()
+
+
+def test_a_variant_may_lose_just_as_much_as_it_says():
+    """0.7 is 0.1 less than 0.8 in shares of images, and not in binary."""
+    variant = Variant(name="int8", accuracy=0.7, fp32_accuracy=0.8, max_loss=0.1, num_images=10)
+    assert variant.failure() == ""
+    assert "more than 0.1 is lost" in replace(variant, accuracy=0.69).failure()
 
 
 def test_a_package_of_schema_1_is_what_it_was(package: Path):
@@ -125,6 +144,13 @@ def test_a_package_of_schema_1_is_what_it_was(package: Path):
 def test_a_manifest_that_is_no_json_object_is_refused(package: Path, content: bytes):
     (package / MANIFEST).write_bytes(content)
     with pytest.raises(PackageError, match=MANIFEST):
+        verify(package)
+
+
+def test_a_manifest_that_cannot_be_read_is_refused(package: Path):
+    (package / MANIFEST).unlink()
+    (package / MANIFEST).mkdir()
+    with pytest.raises(PackageError, match=r"manifest\.json cannot be read .*headstart export"):
         verify(package)
 
 

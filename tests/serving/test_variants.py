@@ -20,6 +20,7 @@ from onnx import helper
 from sklearn.datasets import load_digits
 from torch import nn
 
+from headstart.serving import variants
 from headstart.serving.device import Device
 from headstart.serving.errors import PackageError
 from headstart.serving.export import export_package
@@ -48,6 +49,11 @@ class Backbone(nn.Module):
         maps = self.second(self.first(pixels).relu()).relu()
         features: torch.Tensor = self.third(maps).relu().mean((2, 3))
         return features
+
+
+class Double(nn.Module):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features.double()
 
 
 @dataclass(frozen=True)
@@ -205,6 +211,10 @@ def test_features_and_their_record_belong_together(digits: Digits, tmp_path: Pat
     short = dataclasses.replace(digits.drift, mean=digits.drift.mean[:-1])
     with pytest.raises(PackageError, match=r"takes torch.float32 \[2, 32\]; accepted, .* \[2, 31\]"):
         digits.export(tmp_path / "package", digits.stages, drift=short)
+    preprocess, backbone, head = digits.stages
+    double = [preprocess, nn.Sequential(backbone, Double()), copy.deepcopy(head).double()]
+    with pytest.raises(PackageError, match=r"takes torch.float64 \[2, 32\]; accepted, .* float32 \[2, 32\]"):
+        digits.export(tmp_path / "package", double)
     package = Path(shutil.copytree(digits.package, tmp_path / "package"))
     document = json.loads((package / MANIFEST).read_text())
     (package / MANIFEST).write_text(json.dumps({**document, "drift": None}))
@@ -269,6 +279,8 @@ def test_a_manifest_whose_variant_loses_too_much_does_not_verify(variant: tuple[
     for change, reason in (
         ({"accuracy": document["variant"]["fp32_accuracy"] - 0.02}, "more than 0.01 is lost"),
         ({"accuracy": None}, f"{name} was not compared"),
+        ({"fp32_accuracy": None}, f"{name} was not compared"),
+        ({"max_loss": None}, f"{name} was not compared"),
         ({"num_images": 0}, f"{name} was not compared"),
         ({"name": "int4"}, "its name is 'int4'; accepted: fp32, fp16, int8"),
     ):
@@ -283,8 +295,9 @@ def test_what_cannot_become_a_variant_is_refused(digits: Digits, variant: tuple[
         digits.variant(name, tmp_path / "again", folder)
     with pytest.raises(ValueError, match="name is 'int4'; accepted: fp16, int8"):
         digits.variant("int4", tmp_path / "again")
-    with pytest.raises(ValueError, match="max_loss is 1"):
-        digits.variant(name, tmp_path / "again", max_loss=1)
+    for max_loss in (1, -0.01):
+        with pytest.raises(ValueError, match=f"max_loss is {max_loss}; accepted: 0 up to 1"):
+            digits.variant(name, tmp_path / "again", max_loss=max_loss)
     with pytest.raises(ValueError, match="validation is empty"):
         digits.variant(name, tmp_path / "again", validation=[])
     stages = [Pixels(16, 16), nn.Flatten(), nn.Linear(3 * 16 * 16, 10)]
@@ -294,9 +307,8 @@ def test_what_cannot_become_a_variant_is_refused(digits: Digits, variant: tuple[
     assert [path.name for path in tmp_path.iterdir()] == ["linear"]
 
 
-def test_a_graph_that_crashes_onnx_runtime_takes_down_another_process(digits: Digits, tmp_path: Path):
+def crashing() -> onnx.ModelProto:
     """The four nodes of a vision transformer in fp16 on which ONNX Runtime 1.31 ends with a segmentation fault."""
-    try_out(digits.package / MODEL, (24, 24, 3))
     nodes = [
         helper.make_node("Cast", ["images"], ["pixels"], to=onnx.TensorProto.FLOAT16),
         helper.make_node("Reshape", ["pixels", "shape"], ["x"]),
@@ -312,11 +324,42 @@ def test_a_graph_that_crashes_onnx_runtime_takes_down_another_process(digits: Di
     }  # fmt: skip
     tensors = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
     graph = helper.make_graph(nodes, "crash", [images], [logits], tensors)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / MODEL)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_a_graph_that_crashes_onnx_runtime_takes_down_another_process(
+    digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     if onnxruntime.__version__ not in ("1.31.0", "1.31.1"):
         pytest.skip("may be mended in this ONNX Runtime")
+    monkeypatch.setattr(variants, "convert_body", lambda *_: (crashing(), 0))
     with pytest.raises(PackageError, match=r"crashes on the converted graph \(SIGSEGV\)"):
-        try_out(tmp_path / MODEL, (24, 24, 3))
+        digits.variant("fp16", tmp_path / "package")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_minds_nothing_but_a_crash(digits: Digits, tmp_path: Path):
+    try_out(digits.package / MODEL, (24, 24, 3))
+    (tmp_path / MODEL).write_text("no graph: for the caller to meet")
+    try_out(tmp_path / MODEL, (24, 24, 3))
+
+
+def test_a_variant_of_an_old_package_is_new_and_takes_over_no_timing(
+    package: Path, photographs: list[Image], tmp_path: Path
+):
+    """The package is of schema 1, which knew no variants, and was timed."""
+    document = json.loads((package / MANIFEST).read_text()) | {"schema": 1}
+    assert document["latency"]
+    for name in ("variant", "provider_parity", "drift"):
+        del document[name]
+    (package / MANIFEST).write_text(json.dumps(document))
+    right = [int(Predictor(package).predict(image[None])[0].argmax()) for image in photographs]
+    manifest = make_variant(
+        "fp16", package, tmp_path / "fp16", samples=photographs, validation=zip(photographs, right, strict=True),
+        calibration=photographs, max_loss=0.1,
+    )  # fmt: skip
+    assert (manifest.schema, manifest.latency, manifest.variant.latency_ms) == (2, None, None)
+    assert verify(tmp_path / "fp16") == manifest
 
 
 @pytest.mark.parametrize("name", ["fp16", "int8"])
