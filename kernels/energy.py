@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from headstart.kernels.engine.terms import SelfTerms, make_self_terms, means_of_pairs
+from headstart.kernels.engine.terms import SelfTerms, make_self_terms, means_of_pairs, not_negative
 from headstart.kernels.ragged import RaggedTasks
 
 
@@ -51,6 +51,4 @@ def energy_distances(
     means = means_of_pairs("distance", target, tasks, unbiased, precision, memory, self_terms)
     # In this order equal terms cancel exactly.
     distances = (means.cross - means.target) + (means.cross - means.tasks)
-    if not unbiased:
-        distances = distances.clamp(min=0)  # what rounding leaves of a value that cannot be negative
-    return distances.to(means.dtype)
+    return (distances if unbiased else not_negative(distances)).to(means.dtype)

@@ -118,6 +118,14 @@ def means_of_pairs(
     )
 
 
+def not_negative(distances: Tensor) -> Tensor:
+    """Distances with 0 in the place of what rounding leaves below it, where they cannot be negative.
+
+    Their gradient stays as it is: that of clamp is 0 there, for clouds so near that only their gradient is left.
+    """
+    return distances - distances.detach().clamp(max=0)
+
+
 def make_self_terms(
     kind: Literal["distance", "rbf"],
     tasks: RaggedTasks,

@@ -295,3 +295,21 @@ def test_kept_self_terms_take_part_in_gradients(device: str):
     (one,) = torch.autograd.grad(energy_distances(x, tasks, self_terms=kept).sum(), x)
     (two,) = torch.autograd.grad(energy_distances(x, tasks).sum(), x)
     assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", ["mmd", "sinkhorn"])
+def test_a_distance_that_rounding_clamps_at_0_keeps_its_gradient(name: str, device: str):
+    function = {
+        "mmd": lambda x, tasks: mmd_distances(x, tasks, bandwidths=[1.0]).distances,
+        "sinkhorn": lambda x, tasks: sinkhorn_distances(x, tasks, epsilon=1.0).distances,
+    }[name]
+    y, clamped = rows(20, 8, 1, device, torch.float32), 0
+    for seed in range(2, 22):
+        # Some 1e-10, the square of what they are apart, beside means of about 1 in float32: many are rounded below 0.
+        x = (y + 1e-5 * rows(20, 8, seed, device, torch.float32)).requires_grad_()
+        found = function(x, RaggedTasks.from_list([y]))
+        (moved,) = torch.autograd.grad(found.sum(), x)
+        assert found.item() >= 0
+        assert float(moved.abs().amax()) > 0
+        clamped += found.item() == 0
+    assert clamped > 0
