@@ -25,7 +25,8 @@ class RaggedTasks:
         tasks.task(1)                                   # the second task's rows, [n_t, D]
 
     Checked once, here, so that nothing below has to: ValueError, or TypeError for what is no tensor, says what was
-    given and what is accepted. The tensors are not copied, and must not be changed afterwards.
+    given and what is accepted. The tensors are not copied, and must not be changed afterwards. Distances are
+    differentiable by the target alone: no gradient reaches the features, but those of naive.py.
     """
 
     features: Tensor

@@ -87,9 +87,9 @@ def sinkhorn_distances(
     less cannot do). Costs that fit are held, others are computed again in every iteration; that changes the result by
     no more than the error. `self_terms` spares the tasks' own part.
     Differentiable by the target, not twice: at the optimum the gradient follows from the potentials, which are kept.
-    Where the distance is clamped at 0, it is that of the unclamped value. It holds one array more like the target. A row's
-    gradient is off by some (e + 64 sqrt(D) u c / epsilon) |x - y| / N with the largest |x - y|, which may be all of it
-    for clouds that are nearer than that: there a smaller tolerance helps, and then fp64.
+    Where the distance is clamped at 0, it is that of the unclamped value. It holds one array more like the target. That of
+    a row is off by some (e + 64 sqrt(D) u c / epsilon) |x - y| / N with the largest |x - y|, which may be all of it for
+    clouds that are nearer than that: there a smaller tolerance helps, and then fp64.
 
     Error: at most (e + 64 sqrt(D) u) (c + epsilon), with e the marginal error, c the largest cost among and between the
     rows of both, and u = 6e-8 for fp32 and 1.1e-16 for fp64; for p = 1, 512 instead of 64, which only pairs of rows
@@ -108,7 +108,7 @@ def sinkhorn_distances(
     kept = check_self_terms(self_terms, tasks, p, options.precision)
     centre = needed_centre(tasks, options.precision, "eager") if self_terms is None else self_terms.centre
     how = (p, at, *options, None if centre is None else centre.to(target.device))
-    values, errors = self_values(tasks.features, tasks.offsets, *how) if kept is None else kept
+    values, errors = self_values(tasks.features.detach(), tasks.offsets, *how) if kept is None else kept
     cross, own, iterations, cross_errors, own_errors, *_ = transports(target, tasks.features, tasks.offsets, *how)
     distances = not_negative(cross - (own + values) / 2)
     errors = torch.maximum(torch.maximum(cross_errors, own_errors), errors)
@@ -129,7 +129,7 @@ def sinkhorn_self_terms(
     options = checked_options(tasks.features.dtype, p, tolerance, max_iterations, precision, memory)
     at = resolve_epsilon(tasks.features, p, epsilon, options.memory, None)
     centre = needed_centre(tasks, options.precision, "eager")
-    values, errors = self_values(tasks.features, tasks.offsets, p, at, *options, centre)
+    values, errors = self_values(tasks.features.detach(), tasks.offsets, p, at, *options, centre)
     return SinkhornSelfTerms(
         values=values,
         errors=errors,

@@ -105,7 +105,7 @@ def means_of_pairs(
     cross, own = pair_sums(target, tasks.features, tasks.offsets, *how, True)
     theirs: Tensor
     if self_terms is None:
-        theirs = own_sums(tasks.features, tasks.offsets, *how)
+        theirs = own_sums(tasks.features.detach(), tasks.offsets, *how)
     else:
         theirs = terms_of_tasks(self_terms.sums.to(target.device), self_terms.sizes, tasks.offsets)
     num_target, sizes = float(len(target)), tasks.sizes.to(target.device, torch.float64)
@@ -146,7 +146,7 @@ def make_self_terms(
     how = (centre, coefficients_of(bandwidths, precision), kind, precision, memory)
     return SelfTerms(
         kind=kind,
-        sums=own_sums(tasks.features, tasks.offsets, *how),
+        sums=own_sums(tasks.features.detach(), tasks.offsets, *how),
         sizes=tasks.sizes,
         precision=precision,
         path=path,
