@@ -43,7 +43,8 @@ def energy_distances(
     tasks' own part, half of the work when n_t is about N. `headstart.kernels.dispatch` chooses the path.
 
     Error: some sqrt(D) u of the mean distance in each of the three means, u = 6e-8 for fp32 and 1.1e-16 for fp64; for
-    the rounded precisions kernels/README.md has the table.
+    the rounded precisions kernels/README.md has the table. Squares below the least normal number lose their digits:
+    rows nearer than 1e-19 (1e-154 for fp64) may count as equal.
     ValueError: a target of another D, dtype or device, without rows, or not finite; a precision that is not accepted;
     a bound that cannot hold one tile; self terms of other tasks, or of another precision, path or centre; one row with
     `unbiased`; rows so far apart that squares overflow.

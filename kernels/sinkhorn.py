@@ -87,9 +87,9 @@ def sinkhorn_distances(
     less cannot do). Costs that fit are held, others are computed again in every iteration; that changes the result by
     no more than the error. `self_terms` spares the tasks' own part.
     Differentiable by the target, not twice: at the optimum the gradient follows from the potentials, which are kept.
-    Where the distance is clamped at 0, it is that of the unclamped value. It holds one array more like the target. That of
-    a row is off by some (e + 64 sqrt(D) u c / epsilon) |x - y| / N with the largest |x - y|, which may be all of it for
-    clouds that are nearer than that: there a smaller tolerance helps, and then fp64.
+    Where the distance is clamped at 0, it is that of the unclamped value. It holds one array more like the target. It
+    is off by some (e + 64 sqrt(D) u c / epsilon) |x - y| / N for a row, with the largest |x - y|, which may be all
+    of it for clouds that are nearer than that: there a smaller tolerance helps, and then fp64.
 
     Error: at most (e + 64 sqrt(D) u) (c + epsilon), with e the marginal error, c the largest cost among and between the
     rows of both, and u = 6e-8 for fp32 and 1.1e-16 for fp64; for p = 1, 512 instead of 64, which only pairs of rows
@@ -146,7 +146,7 @@ def default_epsilon(target: Tensor, p: Literal[1, 2] = 2, memory: int | None = N
     """(median / 10)^p of the distances between at most 1,024 evenly spaced rows of the target that lie apart.
 
     `naive.median_distance` of these rows is the definition of the median: 1 where all rows are equal. ValueError: a
-    bound that cannot hold the distances; a target that is not finite, or whose costs overflow in float64.
+    bound that cannot hold the distances; a target that is not finite, or whose costs overflow or vanish in float64.
     """
     check_bytes(memory)
     check_finite(target)
@@ -158,22 +158,27 @@ def default_epsilon(target: Tensor, p: Literal[1, 2] = 2, memory: int | None = N
     index = torch.arange(num_rows, device=target.device) * len(target) // num_rows
     sample = target.detach()[index].to(dtype)
     scale = _median(sample) / 10
-    if scale == math.inf and dtype != torch.float64:  # squares overflow: costs in fp64 do not
+    # Squares overflow, or lose their digits below the least normal number: in float64 they do not.
+    if dtype != torch.float64 and not torch.finfo(dtype).tiny ** 0.5 < scale < math.inf:
         return default_epsilon(sample.double(), p, memory)
     epsilon = scale if p == 1 else scale * scale
-    if epsilon == math.inf:
+    if not 0 < epsilon < math.inf:
+        what, wanted = ("far apart", "nearer rows") if epsilon else ("near", "rows farther apart")
         raise ValueError(
-            f"some rows are so far apart that their costs overflow in {dtype}; accepted: nearer rows, or an epsilon"
+            f"some rows are so {what} that their costs {'overflow' if epsilon else 'vanish'} in {dtype}; accepted: "
+            f"{wanted}, or an epsilon"
         )
     return epsilon
 
 
 def _median(sample: Tensor) -> float:
-    """The median of the distances between rows that lie apart; 1 where all are equal."""
+    """The median of the distances between rows that lie apart; 1 where all are equal, 0 where squares vanish."""
+    if bool((sample == sample[0]).all()):
+        return 1.0
     # Of the pairs i < j alone: each distance would be there twice, which leaves the lower median where it is.
     distances = torch.pdist(sample)
     apart = distances[distances > 0]
-    return float(apart.median()) if len(apart) else 1.0
+    return float(apart.median()) if len(apart) else 0.0
 
 
 class Options(NamedTuple):
