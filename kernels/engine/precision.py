@@ -13,7 +13,9 @@ products, so that a row is at distance 0 from itself.
 """
 
 import math
-from typing import Any, NamedTuple
+import threading
+from collections import defaultdict
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,7 +89,14 @@ class exact_products:  # noqa: N801 - a context manager is called like a functio
     are rounded already use the processor's bfloat16 products where it has them: the same products, four to six times as
     fast on a processor with AMX. On CUDA float32 operands that are rounded, to whatever, are multiplied by the tensor
     cores as TF32, which holds all of their digits.
+
+    The setting is the process's, and the last one out of all threads restores it. Threads that compute at once keep it
+    for each other where they ask for the same; "bf16" or "bf16x3" beside "fp32" makes the products of both bfloat16.
     """
+
+    _lock = threading.Lock()
+    _open: ClassVar[dict[str, "list[exact_products]"]] = defaultdict(list)
+    _outside: ClassVar[dict[str, str]] = {}
 
     # A class, because a generator's context takes a fifth of a millisecond of ten for the tiles of one small pair.
     def __init__(self, device: torch.device, precision: str = "fp32") -> None:
@@ -99,16 +108,24 @@ class exact_products:  # noqa: N801 - a context manager is called like a functio
             self._wanted = "tf32"
 
     def __enter__(self) -> None:
-        self._before = self._matmul.fp32_precision
-        if self._before != self._wanted:
-            self._matmul.fp32_precision = self._wanted
+        with self._lock:
+            before = self._matmul.fp32_precision
+            if not self._open[self._device]:
+                self._outside[self._device] = before
+            self._open[self._device].append(self)
+            if before != self._wanted:
+                self._matmul.fp32_precision = self._wanted
         self._autocast = torch.is_autocast_enabled(self._device)
         if self._autocast:  # a twentieth of the time of torch.autocast, which is entered for every tile
             torch.set_autocast_enabled(self._device, False)
 
     def __exit__(self, *_: object) -> None:
-        if self._before != self._wanted:
-            self._matmul.fp32_precision = self._before
+        with self._lock:
+            still = self._open[self._device]
+            still.remove(self)
+            wanted = still[-1]._wanted if still else self._outside[self._device]
+            if wanted != self._wanted:
+                self._matmul.fp32_precision = wanted
         if self._autocast:
             torch.set_autocast_enabled(self._device, True)
 

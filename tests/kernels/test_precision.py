@@ -5,7 +5,7 @@ import torch
 
 from headstart.kernels import naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
-from headstart.kernels.engine.precision import make_operand, round_tf32, split_bf16
+from headstart.kernels.engine.precision import exact_products, make_operand, round_tf32, split_bf16
 from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.ragged import RaggedTasks
 from tests.kernels.cases import FUNCTIONS, HALF_STEP, double, rounding_error, thirds
@@ -43,6 +43,23 @@ def test_bf16_splits_to_sixteen_bits():
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     high, low = split_bf16(values)
     assert float(((high.double() + low.double() - values) / values).abs().max()) <= 2.0**-17
+
+
+def test_the_first_thread_out_leaves_the_products_exact_and_the_last_restores_them():
+    matmul, cpu = torch.backends.mkldnn.matmul, torch.device("cpu")
+    before = matmul.fp32_precision
+    first, second, rounded = exact_products(cpu), exact_products(cpu), exact_products(cpu, "bf16")
+    try:
+        for one, other, between, outside in ((first, second, "ieee", "bf16"), (first, rounded, "bf16", "ieee")):
+            matmul.fp32_precision = outside  # as the caller has them
+            one.__enter__()
+            other.__enter__()
+            one.__exit__()
+            assert matmul.fp32_precision == between
+            other.__exit__()
+            assert matmul.fp32_precision == outside
+    finally:
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
