@@ -5,9 +5,15 @@ import torch
 
 from headstart.kernels import naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
-from headstart.kernels.engine.precision import exact_products, make_operand, round_tf32, split_bf16
+from headstart.kernels.engine.precision import (
+    exact_products,
+    make_operand,
+    round_tf32,
+    split_bf16,
+    stated_error,
+)
 from headstart.kernels.euclidean import euclidean_distances
-from headstart.kernels.ragged import RaggedTasks
+from headstart.kernels.ragged import RaggedTasks, common_centre
 from tests.kernels.cases import FUNCTIONS, HALF_STEP, double, rounding_error, thirds
 
 
@@ -94,6 +100,17 @@ def test_the_error_of_a_mean_is_that_of_rounding(n: int, d: int, precision: str,
     off = (energy_distances(x, tasks, precision=precision).double() - exact).abs()
     # 2 cross terms less 2 self terms: slopes of at most 4 a row.
     assert bool((off.cpu() <= torch.tensor([rounding_error(x, y, precision, 4) for y in sources])).all())
+
+
+@pytest.mark.parametrize("precision", HALF_STEP)
+def test_the_error_of_rows_near_each_other_and_far_from_the_centre(precision: str, device: str):
+    y, other = features(40, 1, 1, device), features(300, 1, 2, device)
+    x, tasks = y[:30] + 0.1 * features(30, 1, 3, device), RaggedTasks.from_list([y, other + 100])
+    exact = naive.euclidean_distances(x.double(), double(tasks), form="pairs")[0]
+    off = float((euclidean_distances(x, tasks, form="pairs", precision=precision)[0].double() - exact).abs())
+    about = {"num_means": 1, "centre": common_centre(tasks.features)}
+    assert off <= stated_error(x, y, float(exact), precision, **about)
+    assert off > stated_error(x, y, float(exact), precision, num_means=1)  # about their own mean
 
 
 def test_self_terms_of_another_precision_would_be_off_and_are_refused(device: str):
