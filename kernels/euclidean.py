@@ -17,6 +17,7 @@ from headstart.kernels.ragged import (
     check_alike,
     check_bytes,
     check_finite,
+    check_tensor,
     check_whole,
     common_centre,
 )
@@ -73,6 +74,7 @@ def topk(distances: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Equal distances come in the order of their indices, on every device. ValueError: k outside 1 to T, or a NaN.
     """
+    check_tensor("distances", distances)
     check_whole("k", k, "1 to T")
     if distances.ndim != 1 or not 1 <= k <= len(distances):
         raise ValueError(f"k is {k} for distances {list(distances.shape)}; accepted: distances [T] and k from 1 to T")

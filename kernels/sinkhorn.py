@@ -103,7 +103,7 @@ def sinkhorn_distances(
     p or epsilon; rows so far apart that squares overflow; an epsilon that their dtype cannot divide costs by.
     """
     check_alike(target, tasks)
-    options = checked_options(target.dtype, p, tolerance, max_iterations, precision, memory)
+    options = checked_options(target.dtype, p, tolerance, max_iterations, precision, memory, self_terms)
     at = resolve_epsilon(target, p, epsilon, options.memory, self_terms)
     kept = check_self_terms(self_terms, tasks, p, options.precision)
     centre = needed_centre(tasks, options.precision, "eager") if self_terms is None else self_terms.centre
@@ -191,10 +191,21 @@ class Options(NamedTuple):
 
 
 def checked_options(
-    dtype: torch.dtype, p: int, tolerance: float, max_iterations: int, precision: str | None, memory: int | None
+    dtype: torch.dtype,
+    p: int,
+    tolerance: float,
+    max_iterations: int,
+    precision: str | None,
+    memory: int | None,
+    self_terms: SinkhornSelfTerms | None = None,
 ) -> Options:
     """The options as checked, with what None stands for in its place."""
     check_bytes(memory)
+    if self_terms is not None and not isinstance(self_terms, SinkhornSelfTerms):
+        raise TypeError(
+            f"self_terms is a {type(self_terms).__name__}; accepted: SinkhornSelfTerms, as Sinkhorn and the "
+            "label-aware form make them"
+        )
     check_whole("p", p, "1, 2")
     check_whole("max_iterations", max_iterations, "a whole number, at least 1")
     if p not in (1, 2):

@@ -43,13 +43,18 @@ def resolve_precision(precision: str | None, dtype: torch.dtype) -> str:
     return precision
 
 
+def nearer_rows(dtype: torch.dtype) -> str:
+    """What is accepted where rows are so far apart that something overflows in a dtype."""
+    return "nearer rows" if dtype == torch.float64 else "nearer rows, or precision='fp64'"
+
+
 def as_result(distances: Tensor, precision: str) -> Tensor:
     """Distances in the dtype of a precision; ValueError where that does not hold them."""
     result = distances.to(PRECISIONS[precision])
     if not bool(result.isfinite().all()):
         raise ValueError(
-            f"some rows are so far apart that distances overflow in {result.dtype}; accepted: nearer rows, or "
-            "precision='fp64'"
+            f"some rows are so far apart that distances overflow in {result.dtype}; accepted: "
+            + nearer_rows(result.dtype)
         )
     return result
 
