@@ -17,7 +17,7 @@ from benchmarks.rows import append_rows
 from headstart.kernels.energy import energy_distances
 from headstart.kernels.engine.precision import stated_error
 from headstart.kernels.euclidean import euclidean_distances
-from headstart.kernels.ragged import RaggedTasks
+from headstart.kernels.ragged import RaggedTasks, common_centre
 
 
 def draw_tasks(features: Tensor, labels: Tensor, num_tasks: int = 200, seed: int = 0) -> tuple[Tensor, RaggedTasks]:
@@ -43,7 +43,8 @@ def stability(target: Tensor, tasks: RaggedTasks, precision: str) -> dict[str, A
     exact = energy_distances(target, tasks, precision="fp64")
     found = energy_distances(target, tasks, precision=precision).double()
     apart = euclidean_distances(target, tasks, form="pairs", precision="fp64").tolist()
-    errors = [stated_error(target, tasks.task(t), apart[t], precision) for t in range(tasks.num_tasks)]
+    centre = common_centre(tasks.features)
+    errors = [stated_error(target, tasks.task(t), apart[t], precision, centre=centre) for t in range(tasks.num_tasks)]
     error = torch.tensor(errors, dtype=torch.float64, device=exact.device)
     gaps = exact[:, None] - exact
     wrong = (gaps > 0) & (found[:, None] < found)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from headstart.kernels.engine.terms import SelfTerms, make_self_terms, means_of_pairs
+from headstart.kernels.engine.terms import SelfTerms, make_self_terms, means_of_pairs, not_negative
 from headstart.kernels.ragged import RaggedTasks
 
 
@@ -43,7 +43,8 @@ def energy_distances(
     tasks' own part, half of the work when n_t is about N. `headstart.kernels.dispatch` chooses the path.
 
     Error: some sqrt(D) u of the mean distance in each of the three means, u = 6e-8 for fp32 and 1.1e-16 for fp64; for
-    the rounded precisions kernels/README.md has the table.
+    the rounded precisions kernels/README.md has the table. Squares below the least normal number lose their digits:
+    rows nearer than 1e-19 (1e-154 for fp64) may count as equal.
     ValueError: a target of another D, dtype or device, without rows, or not finite; a precision that is not accepted;
     a bound that cannot hold one tile; self terms of other tasks, or of another precision, path or centre; one row with
     `unbiased`; rows so far apart that squares overflow.
@@ -51,6 +52,4 @@ def energy_distances(
     means = means_of_pairs("distance", target, tasks, unbiased, precision, memory, self_terms)
     # In this order equal terms cancel exactly.
     distances = (means.cross - means.target) + (means.cross - means.tasks)
-    if not unbiased:
-        distances = distances.clamp(min=0)  # what rounding leaves of a value that cannot be negative
-    return distances.to(means.dtype)
+    return (distances if unbiased else not_negative(distances)).to(means.dtype)

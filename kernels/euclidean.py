@@ -17,6 +17,7 @@ from headstart.kernels.ragged import (
     check_alike,
     check_bytes,
     check_finite,
+    check_tensor,
     check_whole,
     common_centre,
 )
@@ -49,7 +50,8 @@ def euclidean_distances(
     differentiable with respect to the target.
 
     Error: for `mean` at most 512 u times the mean distance of the rows from their centre, u = 6e-8 for fp32 and 1.1e-16
-    for fp64; for `pairs` some sqrt(D) u of the result.
+    for fp64; for `pairs` some sqrt(D) u of the result. Squares below the least normal number lose their digits: means
+    nearer than 1e-154, or with `pairs` rows nearer than 1e-19 (1e-154 for fp64), may count as equal.
     ValueError: a target of another D, dtype or device, or without rows, or not finite; a form or precision that is not
     accepted; a bound that is too small; rows so far apart that they, or with `pairs` squares, overflow.
     """
@@ -72,6 +74,7 @@ def topk(distances: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Equal distances come in the order of their indices, on every device. ValueError: k outside 1 to T, or a NaN.
     """
+    check_tensor("distances", distances)
     check_whole("k", k, "1 to T")
     if distances.ndim != 1 or not 1 <= k <= len(distances):
         raise ValueError(f"k is {k} for distances {list(distances.shape)}; accepted: distances [T] and k from 1 to T")

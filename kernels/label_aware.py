@@ -69,7 +69,7 @@ def label_aware_distances(
     negative; a label distance that is not accepted; a bound that cannot hold four times the largest class.
     """
     check_alike(target, tasks)
-    options = checked_options(target.dtype, 2, tolerance, max_iterations, precision, memory)
+    options = checked_options(target.dtype, 2, tolerance, max_iterations, precision, memory, self_terms)
     task_labels = _checked_labels(tasks, label_distance)
     check_labels(labels, target)
     at = resolve_epsilon(target, 2, epsilon, options.memory, self_terms)

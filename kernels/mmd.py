@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from headstart.kernels import naive
-from headstart.kernels.engine.terms import SelfTerms, make_self_terms, means_of_pairs
+from headstart.kernels.engine.terms import SelfTerms, make_self_terms, means_of_pairs, not_negative
 from headstart.kernels.ragged import RaggedTasks, check_alike
 
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -93,9 +93,7 @@ def mmd_distances(
     means = means_of_pairs("rbf", target, tasks, unbiased, precision, memory, self_terms, chosen)
     # In this order equal terms cancel exactly.
     distances = (means.target - means.cross) + (means.tasks - means.cross)
-    if not unbiased:
-        distances = distances.clamp(min=0)  # what rounding leaves of a value that cannot be negative
-    return MMD(distances.to(means.dtype), chosen)
+    return MMD((distances if unbiased else not_negative(distances)).to(means.dtype), chosen)
 
 
 def _tensor(bandwidths: Tensor | Sequence[float]) -> Tensor:

@@ -58,7 +58,7 @@ def prototype_distances(
     MiB): it changes the time and no bit of the result. d(X, X) is exactly 0. Not differentiable.
 
     Error: (512 + n / 512) u times the mean distance of a class's n rows from a point amid the target, u = 1.1e-16, and
-    the rounding to `precision`.
+    the rounding to `precision`; means nearer than 1e-154 may count as equal.
     ValueError: a target of another D, dtype or device, without rows, or not finite; labels that are not int64 [N] on
     the target's device, or negative; tasks without labels; a form or precision that is not accepted; a bound that is
     too small; class means so far apart that squares overflow, or the result.

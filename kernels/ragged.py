@@ -25,7 +25,8 @@ class RaggedTasks:
         tasks.task(1)                                   # the second task's rows, [n_t, D]
 
     Checked once, here, so that nothing below has to: ValueError, or TypeError for what is no tensor, says what was
-    given and what is accepted. The tensors are not copied, and must not be changed afterwards.
+    given and what is accepted. The tensors are not copied, and must not be changed afterwards. Distances are
+    differentiable by the target alone: no gradient reaches the features, but those of naive.py.
     """
 
     features: Tensor
@@ -41,7 +42,7 @@ class RaggedTasks:
 
     def __post_init__(self) -> None:
         for name in ("features", "offsets", *(() if self.labels is None else ("labels",))):
-            _check_tensor(name, getattr(self, name))
+            check_tensor(name, getattr(self, name))
         dense = self.features.dtype in DTYPES and self.features.layout == torch.strided
         if self.features.ndim != 2 or self.features.shape[1] == 0 or not dense:
             raise ValueError(
@@ -69,13 +70,19 @@ class RaggedTasks:
         if not tasks:
             raise ValueError("no tasks were given; accepted: at least one tensor [n_t, D]")
         for t, task in enumerate(tasks):
-            _check_tensor(f"task {t}", task)
+            check_tensor(f"task {t}", task)
             if task.ndim != 2:
                 raise ValueError(f"task {t} is {_describe(task)}; accepted: [n_t, D]")
             if task.shape[1] != tasks[0].shape[1]:
                 raise ValueError(f"task {t} is {_describe(task)}; accepted: [n_t, {tasks[0].shape[1]}] as task 0")
             if _kind(task) != _kind(tasks[0]):
                 raise ValueError(f"task {t} is {_describe(task)}; accepted: as task 0, {_describe(tasks[0])}")
+        if isinstance(labels, Tensor):
+            raise TypeError(f"labels are one tensor, {_describe(labels)}; accepted: a list of tensors [n_t]")
+        for t, its in enumerate(() if labels is None else labels):
+            check_tensor(f"labels of task {t}", its)
+            if its.ndim != 1:
+                raise ValueError(f"labels of task {t} are {_describe(its)}; accepted: [n_t]")
         if labels is not None and [len(y) for y in labels] != [len(task) for task in tasks]:
             raise ValueError(
                 f"labels have the lengths {[len(y) for y in labels]}; accepted: those of the tasks, "
@@ -105,12 +112,15 @@ class RaggedTasks:
         """The mean feature of every task, [T, D], in the dtype of the features (float32 for 16-bit ones).
 
         A common centre is subtracted before the sums and added after them, so that a large offset that all rows
-        share costs no digits.
+        share costs no digits. ValueError: rows so far apart that sums overflow.
         """
         dtype = torch.float64 if self.features.dtype == torch.float64 else torch.float32
         centre = common_centre(self.features)
         means = block_means(self.features, self.offsets, centre, dtype)
-        return (means + centre).to(dtype)
+        means = (means + centre).to(dtype)
+        if not bool(means.isfinite().all()):
+            raise ValueError(f"some rows are so far apart that their sums overflow in {dtype}; accepted: nearer rows")
+        return means
 
 
 class Blocks(NamedTuple):
@@ -203,7 +213,7 @@ def check_target(target: Tensor, tasks: RaggedTasks) -> None:
     check_finite(target)
 
 
-def _check_tensor(name: str, value: object) -> None:
+def check_tensor(name: str, value: object) -> None:
     """Refuse, with a TypeError, what is no tensor: arrays of NumPy and lists."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; accepted: a torch.Tensor, as torch.as_tensor makes it")
@@ -216,7 +226,7 @@ def check_alike(target: Tensor, tasks: RaggedTasks) -> None:
     """
     if not isinstance(tasks, RaggedTasks):
         raise TypeError(f"tasks is a {type(tasks).__name__}; accepted: RaggedTasks")
-    _check_tensor("target", target)
+    check_tensor("target", target)
     num_features = tasks.num_features
     if target.ndim != 2 or target.shape[1] != num_features:
         raise ValueError(f"target is {_describe(target)}; accepted: [N, {num_features}] as the tasks have it")
@@ -238,7 +248,7 @@ def check_finite(target: Tensor) -> None:
 
 def check_labels(labels: Tensor, target: Tensor) -> None:
     """Refuse, with a ValueError, labels that are not a target's: [N] int64 on its device. Looks at no value."""
-    _check_tensor("labels", labels)
+    check_tensor("labels", labels)
     accepted = f"accepted: torch.int64 [{len(target)}] on {target.device}, 0 or more"
     if labels.shape != target.shape[:1] or labels.dtype != torch.int64 or labels.device != target.device:
         raise ValueError(f"labels of the target are {_describe(labels)}; {accepted}")
@@ -252,9 +262,11 @@ def check_not_negative(labels: Tensor) -> None:
 
 
 def check_whole(name: str, value: object, accepted: str) -> None:
-    """Refuse, with a TypeError, what is no whole number: 2.0, "2" and True. NumPy's are."""
+    """Refuse, with a TypeError, what is no whole number: 2.0, "2" and True. NumPy's are. ValueError beyond 63 bits."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; accepted: {accepted}")
+    if not -(2**63) <= int(value) < 2**63:  # which no operator takes
+        raise ValueError(f"{name} is {value}; accepted: {accepted}, below 2^63")
 
 
 def check_bytes(memory: object) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
-from headstart.kernels.engine.terms import needed_centre, terms_of_tasks
+from headstart.kernels.engine.terms import needed_centre, not_negative, terms_of_tasks
 from headstart.kernels.engine.transport_operators import self_values, transports
 from headstart.kernels.ragged import RaggedTasks, check_alike, check_bytes, check_finite, check_whole
 
@@ -87,7 +87,9 @@ def sinkhorn_distances(
     less cannot do). Costs that fit are held, others are computed again in every iteration; that changes the result by
     no more than the error. `self_terms` spares the tasks' own part.
     Differentiable by the target, not twice: at the optimum the gradient follows from the potentials, which are kept.
-    Where the distance is clamped at 0, it is that of the unclamped value. It holds one array more like the target.
+    Where the distance is clamped at 0, it is that of the unclamped value. It holds one array more like the target. It
+    is off by some (e + 64 sqrt(D) u c / epsilon) |x - y| / N for a row, with the largest |x - y|, which may be all
+    of it for clouds that are nearer than that: there a smaller tolerance helps, and then fp64.
 
     Error: at most (e + 64 sqrt(D) u) (c + epsilon), with e the marginal error, c the largest cost among and between the
     rows of both, and u = 6e-8 for fp32 and 1.1e-16 for fp64; for p = 1, 512 instead of 64, which only pairs of rows
@@ -101,14 +103,14 @@ def sinkhorn_distances(
     p or epsilon; rows so far apart that squares overflow; an epsilon that their dtype cannot divide costs by.
     """
     check_alike(target, tasks)
-    options = checked_options(target.dtype, p, tolerance, max_iterations, precision, memory)
+    options = checked_options(target.dtype, p, tolerance, max_iterations, precision, memory, self_terms)
     at = resolve_epsilon(target, p, epsilon, options.memory, self_terms)
     kept = check_self_terms(self_terms, tasks, p, options.precision)
     centre = needed_centre(tasks, options.precision, "eager") if self_terms is None else self_terms.centre
     how = (p, at, *options, None if centre is None else centre.to(target.device))
-    values, errors = self_values(tasks.features, tasks.offsets, *how) if kept is None else kept
+    values, errors = self_values(tasks.features.detach(), tasks.offsets, *how) if kept is None else kept
     cross, own, iterations, cross_errors, own_errors, *_ = transports(target, tasks.features, tasks.offsets, *how)
-    distances = (cross - (own + values) / 2).clamp(min=0)  # what the errors leave of a value that cannot be negative
+    distances = not_negative(cross - (own + values) / 2)
     errors = torch.maximum(torch.maximum(cross_errors, own_errors), errors)
     return SinkhornResult(distances.to(PRECISIONS[options.precision]), at, iterations, errors, errors <= tolerance)
 
@@ -127,7 +129,7 @@ def sinkhorn_self_terms(
     options = checked_options(tasks.features.dtype, p, tolerance, max_iterations, precision, memory)
     at = resolve_epsilon(tasks.features, p, epsilon, options.memory, None)
     centre = needed_centre(tasks, options.precision, "eager")
-    values, errors = self_values(tasks.features, tasks.offsets, p, at, *options, centre)
+    values, errors = self_values(tasks.features.detach(), tasks.offsets, p, at, *options, centre)
     return SinkhornSelfTerms(
         values=values,
         errors=errors,
@@ -144,7 +146,7 @@ def default_epsilon(target: Tensor, p: Literal[1, 2] = 2, memory: int | None = N
     """(median / 10)^p of the distances between at most 1,024 evenly spaced rows of the target that lie apart.
 
     `naive.median_distance` of these rows is the definition of the median: 1 where all rows are equal. ValueError: a
-    bound that cannot hold the distances; a target that is not finite, or whose costs overflow in float64.
+    bound that cannot hold the distances; a target that is not finite, or whose costs overflow or vanish in float64.
     """
     check_bytes(memory)
     check_finite(target)
@@ -156,22 +158,27 @@ def default_epsilon(target: Tensor, p: Literal[1, 2] = 2, memory: int | None = N
     index = torch.arange(num_rows, device=target.device) * len(target) // num_rows
     sample = target.detach()[index].to(dtype)
     scale = _median(sample) / 10
-    if scale == math.inf and dtype != torch.float64:  # squares overflow: costs in fp64 do not
+    # Squares overflow, or lose their digits below the least normal number: in float64 they do not.
+    if dtype != torch.float64 and not torch.finfo(dtype).tiny ** 0.5 < scale < math.inf:
         return default_epsilon(sample.double(), p, memory)
     epsilon = scale if p == 1 else scale * scale
-    if epsilon == math.inf:
+    if not 0 < epsilon < math.inf:
+        what, wanted = ("far apart", "nearer rows") if epsilon else ("near", "rows farther apart")
         raise ValueError(
-            f"some rows are so far apart that their costs overflow in {dtype}; accepted: nearer rows, or an epsilon"
+            f"some rows are so {what} that their costs {'overflow' if epsilon else 'vanish'} in {dtype}; accepted: "
+            f"{wanted}, or an epsilon"
         )
     return epsilon
 
 
 def _median(sample: Tensor) -> float:
-    """The median of the distances between rows that lie apart; 1 where all are equal."""
+    """The median of the distances between rows that lie apart; 1 where all are equal, 0 where squares vanish."""
+    if bool((sample == sample[0]).all()):
+        return 1.0
     # Of the pairs i < j alone: each distance would be there twice, which leaves the lower median where it is.
     distances = torch.pdist(sample)
     apart = distances[distances > 0]
-    return float(apart.median()) if len(apart) else 1.0
+    return float(apart.median()) if len(apart) else 0.0
 
 
 class Options(NamedTuple):
@@ -184,10 +191,21 @@ class Options(NamedTuple):
 
 
 def checked_options(
-    dtype: torch.dtype, p: int, tolerance: float, max_iterations: int, precision: str | None, memory: int | None
+    dtype: torch.dtype,
+    p: int,
+    tolerance: float,
+    max_iterations: int,
+    precision: str | None,
+    memory: int | None,
+    self_terms: SinkhornSelfTerms | None = None,
 ) -> Options:
     """The options as checked, with what None stands for in its place."""
     check_bytes(memory)
+    if self_terms is not None and not isinstance(self_terms, SinkhornSelfTerms):
+        raise TypeError(
+            f"self_terms is a {type(self_terms).__name__}; accepted: SinkhornSelfTerms, as Sinkhorn and the "
+            "label-aware form make them"
+        )
     check_whole("p", p, "1, 2")
     check_whole("max_iterations", max_iterations, "a whole number, at least 1")
     if p not in (1, 2):

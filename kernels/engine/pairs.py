@@ -190,20 +190,7 @@ def _pair_backward(ctx: Any, gradient: Tensor, own_gradient_: Tensor) -> tuple[T
     return moved, *[None] * 8
 
 
-def _own_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, offsets, centre, coefficients, ctx.kind, ctx.precision, ctx.memory = inputs
-    ctx.save_for_backward(features, offsets, centre, coefficients)
-
-
-def _own_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    features, offsets, centre, coefficients = ctx.saved_tensors
-    # A pair of rows counts twice, once from each side.
-    moved = own_gradient(features, offsets, 2 * gradient, centre, coefficients, ctx.kind, ctx.precision, ctx.memory)
-    return moved, *[None] * 6
-
-
 pair_sums.register_autograd(_pair_backward, setup_context=_pair_context)
-own_sums.register_autograd(_own_backward, setup_context=_own_context)
 
 
 def _same_tasks(target: Tensor, features: Tensor, offsets: Tensor) -> list[int]:

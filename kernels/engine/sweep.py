@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from headstart.kernels.engine.memory import fit_memory
-from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, exact_products, round_tf32
+from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, exact_products, nearer_rows, round_tf32
 from headstart.kernels.engine.tile import Panels, Rows, Scratch, Take, Tile, Value
 
 PANEL = 1024
@@ -285,7 +285,7 @@ class Sweep:
         if not largest < self.far:
             raise ValueError(
                 f"some rows are more than {self.far**0.5:.0e} from the rows about them, so far that "
-                f"squares overflow in {self.dtype}; accepted: nearer rows, or precision='fp64'"
+                f"squares overflow in {self.dtype}; accepted: {nearer_rows(self.dtype)}"
             )
         lost = (least <= self.cancelled * (y.squares + x.largest)).nonzero()
         for some in lost.split(max(1, self.looked_at // tiles.shape[2])):

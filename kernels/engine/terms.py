@@ -10,7 +10,7 @@ from torch import Tensor
 from headstart.kernels import dispatch
 from headstart.kernels.engine.pairs import own_sums, pair_sums
 from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, resolve_precision
-from headstart.kernels.ragged import RaggedTasks, check_alike, check_bytes, check_two_rows, common_centre
+from headstart.kernels.ragged import RaggedTasks, check_alike, check_bytes, check_tensor, check_two_rows, common_centre
 
 NONE = torch.empty(0, dtype=torch.float64)
 """No coefficients."""
@@ -105,7 +105,7 @@ def means_of_pairs(
     cross, own = pair_sums(target, tasks.features, tasks.offsets, *how, True)
     theirs: Tensor
     if self_terms is None:
-        theirs = own_sums(tasks.features, tasks.offsets, *how)
+        theirs = own_sums(tasks.features.detach(), tasks.offsets, *how)
     else:
         theirs = terms_of_tasks(self_terms.sums.to(target.device), self_terms.sizes, tasks.offsets)
     num_target, sizes = float(len(target)), tasks.sizes.to(target.device, torch.float64)
@@ -116,6 +116,14 @@ def means_of_pairs(
         (theirs - less * itself * sizes) / (sizes * (sizes - less)),
         PRECISIONS[precision],
     )
+
+
+def not_negative(distances: Tensor) -> Tensor:
+    """Distances with 0 in the place of what rounding leaves below it, where they cannot be negative.
+
+    Their gradient stays as it is: that of clamp is 0 there, for clouds so near that only their gradient is left.
+    """
+    return distances - distances.detach().clamp(max=0)
 
 
 def make_self_terms(
@@ -133,12 +141,18 @@ def make_self_terms(
     path = dispatch.choose(tasks.features.device, precision, tasks.num_features)[0]
     if centre is None:
         centre = needed_centre(tasks, precision, path)
-    elif centre.shape != tasks.features.shape[1:] or not bool(centre.isfinite().all()):
-        raise ValueError(f"centre is {list(centre.shape)}; accepted: finite, [{tasks.num_features}]")
+    else:
+        check_tensor("centre", centre)
+        same = centre.shape == tasks.features.shape[1:] and centre.device == tasks.features.device
+        if not same or not centre.is_floating_point() or not bool(centre.isfinite().all()):
+            raise ValueError(
+                f"centre is {centre.dtype} {list(centre.shape)} on {centre.device}; accepted: finite, "
+                f"[{tasks.num_features}], of a floating-point dtype, on {tasks.features.device}"
+            )
     how = (centre, coefficients_of(bandwidths, precision), kind, precision, memory)
     return SelfTerms(
         kind=kind,
-        sums=own_sums(tasks.features, tasks.offsets, *how),
+        sums=own_sums(tasks.features.detach(), tasks.offsets, *how),
         sizes=tasks.sizes,
         precision=precision,
         path=path,
@@ -155,7 +169,9 @@ def needed_centre(tasks: RaggedTasks, precision: str, path: str) -> Tensor | Non
 def check_self_terms(
     terms: SelfTerms, kind: str, tasks: RaggedTasks, precision: str, path: str, bandwidths: Tensor | None = None
 ) -> None:
-    """Refuse, with a ValueError, self terms that were computed otherwise."""
+    """Refuse, with a ValueError, self terms that were computed otherwise; with a TypeError, what is none."""
+    if not isinstance(terms, SelfTerms):
+        raise TypeError(f"self_terms is a {type(terms).__name__}; accepted: SelfTerms, as energy and MMD make them")
     if terms.centre is not None and terms.centre.shape != tasks.features.shape[1:]:
         raise ValueError(f"self terms have a centre {list(terms.centre.shape)}; accepted: [{tasks.num_features}]")
     for name, given, accepted in (

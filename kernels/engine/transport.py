@@ -28,7 +28,7 @@ from torch import Tensor
 from headstart.kernels import dispatch
 from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, Points, chunk_bytes, held_bytes
 from headstart.kernels.engine.memory import fit_memory
-from headstart.kernels.engine.precision import exact_products
+from headstart.kernels.engine.precision import exact_products, nearer_rows
 from headstart.kernels.engine.softmin import Batch, Costs, choose_path, make_costs
 
 _ANNEALING = 0.25
@@ -161,8 +161,8 @@ def _anneal(costs: Costs, epsilon: float, same: bool) -> tuple[Tensor, Tensor]:
     level = costs.largest()
     if not bool(level.isfinite().all()):
         raise ValueError(
-            f"some rows are so far apart that their costs overflow in {costs.dtype}; accepted: nearer rows, or "
-            "precision='fp64'"
+            f"some rows are so far apart that their costs overflow in {costs.dtype}; accepted: "
+            + nearer_rows(costs.dtype)
         )
     _check_epsilon(epsilon, float(level.amax()), costs.dtype)
     level = level.clamp(min=epsilon)[:, None]

@@ -135,3 +135,45 @@ def test_every_precision_is_taken_by_every_function(name: str, precision: str):
     found = found if isinstance(found, torch.Tensor) else found[0]
     assert found.dtype == PRECISIONS[precision]
     assert bool(found.isfinite().all())
+
+
+SELF_TERMS = "self_terms is a (Tensor|SinkhornSelfTerms); accepted: SelfTerms"
+OTHERS = "self_terms is a SelfTerms; accepted: SinkhornSelfTerms"
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda x, t: energy_distances(x, t, self_terms=torch.ones(2)), TypeError, SELF_TERMS),
+        (lambda x, t: energy_distances(x, t, self_terms=sinkhorn_self_terms(t, epsilon=1.0)), TypeError, SELF_TERMS),
+        (lambda x, t: sinkhorn_distances(x, t, self_terms=energy_self_terms(t)), TypeError, OTHERS),
+        (lambda x, t: FUNCTIONS["label-aware"](x, t, self_terms=energy_self_terms(t)), TypeError, OTHERS),
+        (lambda _, t: energy_self_terms(t, centre=[0.0] * 4), TypeError, "centre is a list; accepted: a torch.Tensor"),
+        (lambda x, t: energy_self_terms(t, centre=x[0] > 0), ValueError, "centre is torch.bool .* floating-point"),
+        (lambda x, t: energy_self_terms(t, centre=x[0] + 0j), ValueError, "torch.complex64 .* floating-point"),
+        (lambda x, t: energy_self_terms(t, centre=x[0].to("meta")), ValueError, "on meta; accepted: .* on cpu"),
+        (lambda x, t: sinkhorn_distances(x, t, max_iterations=2**63), ValueError, r"at least 1, below 2\^63"),
+        (lambda x, _: RaggedTasks.from_list([x], thirds(x)), TypeError, "labels are one tensor, .*; accepted: a list"),
+        (lambda x, _: RaggedTasks.from_list([x], [3]), TypeError, "labels of task 0 is a int; accepted: a torch"),
+        (lambda x, _: RaggedTasks.from_list([x], [x[0, 0]]), ValueError, r"labels of task 0 are .*; accepted: \[n_t\]"),
+        (lambda x, _: RaggedTasks.from_list([x.sign() * 3e38]).means(), ValueError, "sums overflow in torch.float32"),
+        (lambda *_: topk([1.0, 2.0], 1), TypeError, "distances is a list; accepted: a torch.Tensor"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_by_name(call: Callable[..., object], error: type[Exception], said: str):
+    y = rows(9, 4, 2)
+    with pytest.raises(error, match=said):
+        call(rows(6, 4, 1), RaggedTasks(y, torch.tensor([0, 4, 9]), thirds(y)))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_memory_beyond_63_bits_is_refused(name: str):
+    y = rows(9, 4, 2)
+    with pytest.raises(ValueError, match=r"memory is 9223372036854775808; accepted: a whole .*, below 2\^63"):
+        FUNCTIONS[name](rows(6, 4, 1), RaggedTasks(y, torch.tensor([0, 4, 9]), thirds(y)), memory=2**63)
+
+
+def test_fp64_is_not_offered_where_it_overflows_itself():
+    y = rows(9, 4, 2).double() * 1e200
+    with pytest.raises(ValueError, match=r"overflow in torch.float64; accepted: nearer rows$"):
+        energy_distances(y[:6], RaggedTasks.from_list([y]))

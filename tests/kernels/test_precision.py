@@ -5,9 +5,15 @@ import torch
 
 from headstart.kernels import naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
-from headstart.kernels.engine.precision import make_operand, round_tf32, split_bf16
+from headstart.kernels.engine.precision import (
+    exact_products,
+    make_operand,
+    round_tf32,
+    split_bf16,
+    stated_error,
+)
 from headstart.kernels.euclidean import euclidean_distances
-from headstart.kernels.ragged import RaggedTasks
+from headstart.kernels.ragged import RaggedTasks, common_centre
 from tests.kernels.cases import FUNCTIONS, HALF_STEP, double, rounding_error, thirds
 
 
@@ -45,6 +51,23 @@ def test_bf16_splits_to_sixteen_bits():
     assert float(((high.double() + low.double() - values) / values).abs().max()) <= 2.0**-17
 
 
+def test_the_first_thread_out_leaves_the_products_exact_and_the_last_restores_them():
+    matmul, cpu = torch.backends.mkldnn.matmul, torch.device("cpu")
+    before = matmul.fp32_precision
+    first, second, rounded = exact_products(cpu), exact_products(cpu), exact_products(cpu, "bf16")
+    try:
+        for one, other, between, outside in ((first, second, "ieee", "bf16"), (first, rounded, "bf16", "ieee")):
+            matmul.fp32_precision = outside  # as the caller has them
+            one.__enter__()
+            other.__enter__()
+            one.__exit__()
+            assert matmul.fp32_precision == between
+            other.__exit__()
+            assert matmul.fp32_precision == outside
+    finally:
+        matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_autocast_changes_no_bit_of_a_value_or_a_gradient(name: str, device: str):
     x, y = features(40, 64, 1, device), features(90, 64, 2, device) + 0.1
@@ -77,6 +100,17 @@ def test_the_error_of_a_mean_is_that_of_rounding(n: int, d: int, precision: str,
     off = (energy_distances(x, tasks, precision=precision).double() - exact).abs()
     # 2 cross terms less 2 self terms: slopes of at most 4 a row.
     assert bool((off.cpu() <= torch.tensor([rounding_error(x, y, precision, 4) for y in sources])).all())
+
+
+@pytest.mark.parametrize("precision", HALF_STEP)
+def test_the_error_of_rows_near_each_other_and_far_from_the_centre(precision: str, device: str):
+    y, other = features(40, 1, 1, device), features(300, 1, 2, device)
+    x, tasks = y[:30] + 0.1 * features(30, 1, 3, device), RaggedTasks.from_list([y, other + 100])
+    exact = naive.euclidean_distances(x.double(), double(tasks), form="pairs")[0]
+    off = float((euclidean_distances(x, tasks, form="pairs", precision=precision)[0].double() - exact).abs())
+    about = {"num_means": 1, "centre": common_centre(tasks.features)}
+    assert off <= stated_error(x, y, float(exact), precision, **about)
+    assert off > stated_error(x, y, float(exact), precision, num_means=1)  # about their own mean
 
 
 def test_self_terms_of_another_precision_would_be_off_and_are_refused(device: str):

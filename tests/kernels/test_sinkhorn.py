@@ -108,6 +108,17 @@ def test_the_distance_to_itself_is_within_the_stated_error(n: int, kind: str, de
         assert float(found.distances[1]) > 0
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e-30], ids=str)  # squares of few digits, and of none
+def test_an_epsilon_for_rows_whose_squares_vanish_in_float32(scale: float, device: str):
+    x = features(40, 7, 1, device, torch.float32) * scale
+    assert default_epsilon(x, 1) == pytest.approx(float(naive.median_distance(x.double())) / 10, rel=1e-12)
+    assert default_epsilon(x) == default_epsilon(x, 1) ** 2
+    with pytest.raises(ValueError, match=r"epsilon is .*; accepted: .* or features of another scale"):
+        sinkhorn_distances(x, RaggedTasks.from_list([x[:20]]))  # and not 0 for all, at the epsilon of equal rows
+    with pytest.raises(ValueError, match=r"so near that their costs vanish in torch.float64; accepted: rows farther"):
+        default_epsilon(x.double() * 1e-150)
+
+
 @pytest.mark.parametrize("p", [1, 2], ids="p{}".format)
 def test_the_default_epsilon_follows_the_targets_scale_alone(p: int, device: str):
     x = features(123, 7, 1, device, torch.float32)
