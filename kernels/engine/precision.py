@@ -95,13 +95,14 @@ class exact_products:  # noqa: N801 - a context manager is called like a functio
     fast on a processor with AMX. On CUDA float32 operands that are rounded, to whatever, are multiplied by the tensor
     cores as TF32, which holds all of their digits.
 
-    The setting is the process's, and the last one out of all threads restores it. Threads that compute at once keep it
-    for each other where they ask for the same; "bf16" or "bf16x3" beside "fp32" makes the products of both bfloat16.
+    The setting is the process's. Of threads that compute at once the most exact one decides, since operands that are
+    rounded have the same products in float32; within a thread the innermost does. The last one out restores it.
     """
 
     _lock = threading.Lock()
-    _open: ClassVar[dict[str, "list[exact_products]"]] = defaultdict(list)
+    _open: ClassVar[dict[str, dict[int, "list[exact_products]"]]] = defaultdict(dict)  # by device and thread
     _outside: ClassVar[dict[str, str]] = {}
+    _now: ClassVar[dict[str, str]] = {}  # asking torch each time takes as long as all else here
 
     # A class, because a generator's context takes a fifth of a millisecond of ten for the tiles of one small pair.
     def __init__(self, device: torch.device, precision: str = "fp32") -> None:
@@ -113,26 +114,32 @@ class exact_products:  # noqa: N801 - a context manager is called like a functio
             self._wanted = "tf32"
 
     def __enter__(self) -> None:
+        self._thread = threading.get_ident()  # a generator may be closed in another one
         with self._lock:
-            before = self._matmul.fp32_precision
-            if not self._open[self._device]:
-                self._outside[self._device] = before
-            self._open[self._device].append(self)
-            if before != self._wanted:
-                self._matmul.fp32_precision = self._wanted
+            threads = self._open[self._device]
+            if not threads:
+                self._outside[self._device] = self._now[self._device] = self._matmul.fp32_precision
+            threads.setdefault(self._thread, []).append(self)
+            self._settle(threads)
         self._autocast = torch.is_autocast_enabled(self._device)
         if self._autocast:  # a twentieth of the time of torch.autocast, which is entered for every tile
             torch.set_autocast_enabled(self._device, False)
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            still = self._open[self._device]
-            still.remove(self)
-            wanted = still[-1]._wanted if still else self._outside[self._device]
-            if wanted != self._wanted:
-                self._matmul.fp32_precision = wanted
+            threads = self._open[self._device]
+            threads[self._thread].remove(self)
+            if not threads[self._thread]:
+                del threads[self._thread]
+            self._settle(threads)
         if self._autocast:
             torch.set_autocast_enabled(self._device, True)
+
+    def _settle(self, threads: dict[int, "list[exact_products]"]) -> None:
+        wanted = {inside[-1]._wanted for inside in threads.values()}
+        setting = self._outside[self._device] if not wanted else "ieee" if "ieee" in wanted else wanted.pop()
+        if setting != self._now[self._device]:
+            self._matmul.fp32_precision = self._now[self._device] = setting
 
 
 class Operand(NamedTuple):

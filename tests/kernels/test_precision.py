@@ -1,5 +1,7 @@
 """What the rounded precisions cost, and that an order of tasks survives them."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -51,21 +53,35 @@ def test_bf16_splits_to_sixteen_bits():
     assert float(((high.double() + low.double() - values) / values).abs().max()) <= 2.0**-17
 
 
-def test_the_first_thread_out_leaves_the_products_exact_and_the_last_restores_them():
+def test_the_most_exact_of_all_threads_decides_and_the_last_one_out_restores():
     matmul, cpu = torch.backends.mkldnn.matmul, torch.device("cpu")
     before = matmul.fp32_precision
-    first, second, rounded = exact_products(cpu), exact_products(cpu), exact_products(cpu, "bf16")
+    outside = {"bf16": "ieee", "fp32": "bf16"}  # as the caller has them: not what the last one out wants
     try:
-        for one, other, between, outside in ((first, second, "ieee", "bf16"), (first, rounded, "bf16", "ieee")):
-            matmul.fp32_precision = outside  # as the caller has them
-            one.__enter__()
-            other.__enter__()
-            one.__exit__()
-            assert matmul.fp32_precision == between
-            other.__exit__()
-            assert matmul.fp32_precision == outside
+        with ThreadPoolExecutor(1) as elsewhere:
+            for first, second in (("fp32", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
+                here, there = exact_products(cpu, first), exact_products(cpu, second)
+                matmul.fp32_precision = outside[second]
+                here.__enter__()
+                elsewhere.submit(there.__enter__).result()
+                assert matmul.fp32_precision == "ieee"
+                here.__exit__()
+                assert matmul.fp32_precision == ("bf16" if second == "bf16" else "ieee")
+                elsewhere.submit(there.__exit__).result()
+                assert matmul.fp32_precision == outside[second]
     finally:
         matmul.fp32_precision = before
+
+
+def test_within_a_thread_the_innermost_decides():
+    matmul, cpu = torch.backends.mkldnn.matmul, torch.device("cpu")
+    before = matmul.fp32_precision
+    with exact_products(cpu), exact_products(cpu, "bf16"):
+        assert matmul.fp32_precision == "bf16"
+        with exact_products(cpu, "bf16x3"), exact_products(cpu):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "bf16"
+    assert matmul.fp32_precision == before
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
