@@ -116,7 +116,7 @@ def choose_mode(feature_correct: np.ndarray, finetune_correct: np.ndarray) -> Ch
     error = 1.0
     if num_samples > 1:
         variance = ((gains + losses) - (gains - losses) ** 2 / num_samples) / (num_samples - 1)
-        error = math.sqrt(max(variance, 0.0) / num_samples)
+        error = math.sqrt(variance / num_samples)
     better = gains > losses and (gains - losses) ** 2 > gains + losses
     points = f"{100 * difference:+.2f} points, one standard error being {100 * error:.2f}"
     reason = f"on {num_samples} validation images fine-tuning changes accuracy by {points}: "
@@ -159,7 +159,7 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bi
     confidence = np.asarray(probabilities, dtype=np.float64).max(1)
     correct = np.asarray(probabilities).argmax(1) == np.asarray(labels)
     bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(bin_of, weights=correct - confidence, minlength=bins)
+    gaps = np.bincount(bin_of, weights=correct - confidence)
     return float(np.abs(gaps).sum() / len(confidence))
 
 

@@ -7,6 +7,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 
 from headstart.trainer.evaluation import (
     accuracy_interval,
@@ -75,6 +76,11 @@ def test_paired_interval_is_that_of_resampled_indices():
     ).confidence_interval
     # Differences come in steps of 1/150; the ends of two independent bootstraps may be a step apart.
     assert paired_interval(a, b, seed=0) == pytest.approx((peer.low, peer.high), abs=1.01 / 150)
+
+
+def test_another_seed_draws_other_resamples():
+    a, b = pairs(both=6000, only_a=1500, only_b=500, neither=2000)
+    assert len({paired_interval(a, b, seed=seed, num_resamples=100) for seed in range(5)}) == 5
 
 
 def test_interval_of_ten_thousand():
@@ -202,6 +208,18 @@ def test_choice_takes_finetune_beyond_one_error(both, only_feature, only_finetun
     assert ("cheaper" in choice.reason) == (mode == "feature")
 
 
+def test_choice_says_the_difference_and_its_error_in_points():
+    # 2 images of 300 are +0.67 points; the outcomes 1, 1 and 298 zeros have a deviation of sqrt(2 - 4/300) / sqrt(299).
+    said = "fine-tuning changes accuracy by +0.67 points, one standard error being 0.47: a gain beyond it"
+    assert choose_mode(*pairs(both=280, only_b=2, neither=18)).reason.endswith(said)
+    said = "fine-tuning changes accuracy by -0.67 points, one standard error being 0.47: no gain beyond it"
+    assert said in choose_mode(*pairs(both=280, only_a=2, neither=18)).reason
+
+
+def test_a_single_validation_image_leaves_the_error_as_large_as_a_difference_can_be():
+    assert choose_mode(*pairs(only_b=1)).standard_error == 1
+
+
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=60))
 def test_choice_follows_the_printed_numbers(images):
     feature, finetune = np.array(images).T
@@ -236,13 +254,14 @@ def test_temperature_lowers_the_likelihoods_loss_and_the_calibration_error():
     assert error(overconfident / temperature) < 0.25 * error(overconfident)
 
 
-def test_temperature_of_perfect_separation_claims_no_certainty():
-    labels = np.arange(200) % 4
+@pytest.mark.parametrize("num_samples", [4, 200])
+def test_temperature_of_perfect_separation_claims_no_certainty(num_samples):
+    labels = np.arange(num_samples) % 4
     logits = 6.0 * np.eye(4)[labels]
     temperature = fit_temperature(logits, labels)
     odds = np.exp(logits[0] / temperature)
-    # One pseudo-sample in 202 is spread over the four classes: 1 - 3/4/202 is the confidence that fits.
-    assert odds.max() / odds.sum() == pytest.approx(1 - 0.75 / 202, abs=1e-4)
+    # One pseudo-sample in N + 2 is spread over the four classes: 1 - 3/4/(N + 2) is the confidence that fits.
+    assert odds.max() / odds.sum() == pytest.approx(1 - 0.75 / (num_samples + 2), abs=1e-4)
     assert fit_temperature(1e3 * logits, labels) == pytest.approx(1e3 * temperature, rel=1e-3)
 
 
@@ -250,6 +269,11 @@ def test_temperature_of_equal_logits_is_one_and_of_wrong_ones_the_highest():
     assert fit_temperature(np.zeros((10, 3)), np.arange(10) % 3) == 1
     assert fit_temperature(5 * np.eye(3), np.array([1, 2, 0])) == pytest.approx(10_000, rel=1e-3)
     assert 0.05 <= fit_temperature(np.array([[3.0, 1.0]]), np.array([0])) <= 20
+
+
+def test_temperature_of_logits_far_too_close_together_is_the_lowest():
+    labels = np.arange(200) % 4
+    assert fit_temperature(1e-4 * np.eye(4)[labels], labels) == pytest.approx(0.05, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +294,32 @@ def test_calibration_error_weighs_bins_by_their_images():
     assert expected_calibration_error(probabilities, labels) == pytest.approx(0.6 * 0.4 + 0.4 * 0.6)
     assert expected_calibration_error(probabilities, labels, bins=2) == pytest.approx(0.48)
     assert expected_calibration_error(probabilities, labels, bins=1) == pytest.approx(0)
+
+
+def test_calibration_error_counts_a_probability_on_an_edge_in_the_bin_below_it():
+    # Two bins: .5 is the upper edge of the first. In the second a miss at .5 and a hit at .8 would partly cancel.
+    probabilities = np.array([[0.5, 0.5], [0.8, 0.2]])
+    assert expected_calibration_error(probabilities, np.array([1, 0]), bins=2) == pytest.approx((0.5 + 0.2) / 2)
+
+
+def test_calibration_error_has_fifteen_bins():
+    # .91 and .96 share a bin of ten and of twelve, not of fifteen: 13/15 to 14/15 ends between them.
+    probabilities = np.array([[0.91, 0.09], [0.96, 0.04]])
+    assert expected_calibration_error(probabilities, np.array([1, 0])) == pytest.approx((0.91 + 0.04) / 2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_raw_pixels_control_is_the_strongest_of_the_penalties_that_are_best_on_validation(seed):
+    # Small parts with a few wrong labels, so that the penalties differ on training and validation, and some are level.
+    x, y = load_digits(return_X_y=True)
+    order, rng = np.random.default_rng(seed).permutation(len(y)), np.random.default_rng(seed)
+    train, validation, test = order[:80], order[80:110], order[110:510]
+    labels = np.where(rng.random(80) < 0.2, rng.integers(0, 10, 80), y[train])
+    scaled = (x - x[train].mean(0)) / (x[train] - x[train].mean(0)).std()
+    fits = [LogisticRegression(C=c, max_iter=300).fit(scaled[train], labels) for c in (0.001, 0.01, 0.1, 1, 10)]
+    best = max(fits, key=lambda fit: fit.score(scaled[validation], y[validation]))  # of equals the first
+    predicted = raw_pixels_control(x[train], labels, x[validation], y[validation], x[test])
+    np.testing.assert_array_equal(predicted, best.predict(scaled[test]))
 
 
 def test_raw_pixels_control_on_digits_of_any_scale():
@@ -301,3 +351,13 @@ def test_what_does_not_fit_is_refused():
             interval(outcomes(1, 1), level=95)
     with pytest.raises(ValueError, match=r"logits \(2, 2\) and labels \(3,\) do not fit"):
         fit_temperature(np.zeros((2, 2)), np.zeros(3))
+    with pytest.raises(ValueError, match=r"logits \(2,\) and labels \(2,\) do not fit"):
+        fit_temperature(np.zeros(2), np.zeros(2))
+    with pytest.raises(ValueError, match=r"logits \(0, 2\) and labels \(0,\) do not fit"):
+        fit_temperature(np.zeros((0, 2)), np.zeros(0))
+    for outcome in (np.ones((2, 2), dtype=bool), np.ones(0, dtype=bool)):
+        with pytest.raises(ValueError, match=r"accepted: bool \[N\] with N at least 1"):
+            accuracy_interval(outcome)
+    for level in (0, 1):
+        with pytest.raises(ValueError, match=f"level is {level}; accepted"):
+            accuracy_interval(outcomes(1, 1), level=level)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from headstart.trainer import heads
 from headstart.trainer.errors import DataError, RecipeError
 from headstart.trainer.heads import HeadBank, HeadSetting, audition, head_settings
 from headstart.trainer.recipe import Search
@@ -140,6 +141,30 @@ def test_constant_dimension_has_no_weight_and_changes_nothing():
     torch.testing.assert_close(moved, with_constants.logits(torch.cat([x, constants], 1)))
 
 
+def test_a_dimension_is_constant_where_it_varies_by_rounding_alone():
+    x, y = blobs(60, 8, 3)
+    rounding = torch.tensor([7.0, 7.0000005]).repeat(30)
+    small = 7 + 1e-3 * torch.randn(60, generator=torch.Generator().manual_seed(0))
+    weight = fitted(SETTINGS, torch.cat([x, rounding[:, None], small[:, None]], 1), y, num_classes=3).head(0).weight
+    assert (weight[:, 8] == 0).all()
+    assert (weight[:, 9] != 0).all()
+
+
+def test_passes_in_pieces_are_passes_over_all_rows(monkeypatch):
+    x, y = blobs(60, 8, 3, spread=3)
+    order = y.argsort(stable=True)  # pieces of their own mean and their own classes
+    x, y = x[order], y[order]
+    whole = fitted(SETTINGS, x, y, num_classes=3)
+    expected = (whole.logits(x), *whole.evaluate(x, y))
+    monkeypatch.setattr(heads, "_ROWS", 7)
+    pieces = fitted(SETTINGS, x, y, num_classes=3)
+    torch.testing.assert_close((pieces.logits(x), *pieces.evaluate(x, y)), expected, rtol=1e-4, atol=1e-4)
+    bad = x.clone()
+    bad[17, 2] = math.nan
+    with pytest.raises(DataError, match="row 17, dimension 2 is nan"):
+        heads.require_finite(bad, "training")
+
+
 def test_evaluate_agrees_with_the_logits():
     x, y = blobs(200, 12, 5, spread=3)
     bank = fitted(SETTINGS, x, y, num_classes=5)
@@ -178,6 +203,26 @@ def test_best_is_highest_accuracy_then_lowest_loss_then_lowest_index(spread):
     assert result.setting == head_settings(search)[order[0][2]]
     assert (result.accuracy, result.loss) == (-order[0][0], order[0][1])
     assert float((result.head(x).argmax(1) == y).double().mean()) == pytest.approx(result.accuracy)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_audition_fits_on_the_training_part_and_judges_on_the_validation_part(optimizer):
+    x, y = blobs(120, 10, 4, spread=3)
+    search = Search(learning_rates=(1e-3, 1e-1), weight_decays=(0.1, 1.0), epochs=3, batch_size=16)
+    bank = HeadBank(head_settings(search), num_classes=4, optimizer=optimizer)
+    bank.fit(x[:70], y[:70], epochs=3, batch_size=16, seed=5)
+    accuracies, losses = bank.evaluate(x[70:], y[70:])
+    result = audition(x[:70], y[:70], x[70:], y[70:], num_classes=4, search=search, optimizer=optimizer, seed=5)
+    assert (result.accuracies, result.losses) == (tuple(accuracies.tolist()), tuple(losses.tolist()))
+
+
+def test_the_higher_accuracy_is_taken_though_its_loss_is_higher():
+    x, y = blobs(140, 10, 4, spread=2)
+    search = Search(learning_rates=(1e-2, 1.0), weight_decays=(0.0,), epochs=100)
+    result = audition(x[:40], y[:40], x[40:], y[40:], num_classes=4, search=search)
+    assert result.losses[0] < result.losses[1]
+    assert result.accuracies[0] < result.accuracies[1]
+    assert result.setting.learning_rate == 1.0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
@@ -232,6 +277,8 @@ def test_what_does_not_fit_is_refused():
     x, y = blobs(20, 4, 2)
     with pytest.raises(ValueError, match=r"labels go from 0 to 1; accepted: 0 to 0"):
         fitted(SETTINGS, x, y, num_classes=1)
+    with pytest.raises(ValueError, match=r"labels go from -1 to 0; accepted: 0 to 1"):
+        fitted(SETTINGS, x, y - 1, num_classes=2)
     with pytest.raises(ValueError, match=r"\(20, 4\) and labels \(19,\) do not fit"):
         fitted(SETTINGS, x, y[1:], num_classes=2)
     with pytest.raises(ValueError, match="optimizer is 'adam'; accepted: adamw, sgd"):

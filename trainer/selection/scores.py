@@ -42,16 +42,18 @@ def score_features(features: Array, labels: Array, cap: int = 5000, seed: int = 
 def stratified_subsample(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     """Sorted indices [size] of a random subsample that keeps every class's share of N to within one sample.
 
-    Sample r of the n in its class, in random order, has the key (r + 1/2) / n; the smallest keys are taken.
+    Shares are rounded down, and the largest remainders up, those that are equal in random order.
     """
-    order = np.random.default_rng(seed).permutation(len(labels))
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(labels))
     shuffled = labels[order]
     by_class = np.argsort(shuffled, kind="stable")
     _, starts, counts = np.unique(shuffled[by_class], return_index=True, return_counts=True)
     ranks = np.arange(len(labels)) - np.repeat(starts, counts)
-    keys = np.empty(len(labels))
-    keys[by_class] = (ranks + 0.5) / np.repeat(counts, counts)
-    return np.sort(order[np.argsort(keys, kind="stable")[:size]])
+    num_each, remainders = np.divmod(counts * size, len(labels))
+    by_remainder = np.lexsort((rng.permutation(len(counts)), -remainders))
+    num_each[by_remainder[: size - num_each.sum()]] += 1
+    return np.sort(order[by_class[ranks < np.repeat(num_each, counts)]])
 
 
 def knn_score(features: Array, labels: Array, k: int = 5) -> float:

@@ -71,6 +71,23 @@ def test_sizes(split, expected):
     check_stratified(images, parts)
 
 
+@pytest.mark.parametrize("size", [3, 4])
+def test_a_small_class_leaves_one_image_for_each_part_to_come(size):
+    images = images_of([50, size, size])
+    for seed in range(5):
+        parts = split_images(images, Split(train=48, validation=4, test="rest"), seed)
+        assert all(np.bincount(images.labels[indices], minlength=3).min() >= 1 for indices in parts.values())
+
+
+def test_the_seed_decides_which_of_equal_classes_gets_the_image_left_over():
+    images = images_of([10, 10, 10])
+    larger = {
+        np.bincount(images.labels[split_images(images, Split(train=10, validation=9, test=9), seed)["train"]]).argmax()
+        for seed in range(20)
+    }
+    assert larger == {0, 1, 2}
+
+
 def test_fractions_are_rounded_together():
     parts = split_images(images_of([5, 5]), Split(train=0.5, validation=0.25, test=0.25), seed=0)
     assert sum(sizes(parts).values()) == 10  # 2.5 is not rounded up twice
@@ -195,6 +212,13 @@ def test_missing_parts_are_carved_from_train(parts, split, expected):
     for name in parts[1:]:
         assert np.array_equal(result[name], images.parts[name])
     assert set(result["train"]) <= set(images.parts["train"])
+
+
+def test_what_is_carved_from_train_is_never_of_the_test_images_that_come_before_it():
+    images = images_of([120, 80], parts=["test"] * 100 + ["train"] * 100)
+    parts = split_images(images, Split(), seed=0)
+    check_disjoint(images, parts)
+    assert set(parts["train"]) | set(parts["validation"]) == set(range(100, 200))
 
 
 def test_duplicates_are_counted():

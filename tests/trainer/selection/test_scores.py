@@ -106,6 +106,41 @@ def test_the_ridge_chosen_is_that_of_ridge_cv(n, d, c):
     assert ridge_score(x, y) == ridge_score(x, y, ridge=float(chosen))
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_the_penalties_are_17_from_a_ten_millionth_to_ten_times_the_sum_of_squares(seed):
+    rng = np.random.default_rng(seed)
+    y = np.arange(40) % 2
+    noise = rng.normal(size=(40, 60))  # the strongest penalties are best where there is nothing to learn
+    hidden = np.hstack([rng.normal(size=(40, 5)), 3e-4 * y[:, None]])  # the weakest, where little tells everything
+    for x in (noise, hidden):
+        grid = np.logspace(-7, 1, 17) * np.square(x - x.mean(0)).sum()
+        chosen = RidgeCV(alphas=grid).fit(x, np.eye(2)[y]).alpha_
+        assert ridge_score(x, y) == ridge_score(x, y, ridge=float(chosen))
+
+
+def test_the_score_is_the_mean_of_five_neighbours_and_of_the_chosen_ridge():
+    x, y = clusters(63, 9, 3, seed=1)
+    knn, ridge = naive_knn(x, y, 5), ridge_score(x, y)
+    assert knn != ridge
+    assert knn != naive_knn(x, y, 3)
+    assert score_features(x, y) == pytest.approx({"knn": knn, "ridge": ridge, "score": (knn + ridge) / 2})
+
+
+@given(sizes=st.lists(st.integers(1, 30), min_size=2, max_size=6), seed=st.integers(0, 1000), share=st.floats(0.1, 0.9))
+@settings(max_examples=100, deadline=None)
+def test_a_subsample_keeps_every_class_to_within_one_sample(sizes, seed, share):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    size = max(1, int(share * len(labels)))
+    found = np.bincount(labels[stratified_subsample(labels, size, seed)], minlength=len(sizes))
+    assert found.sum() == size
+    assert (np.abs(found - size * np.array(sizes) / len(labels)) < 1).all()
+
+
+def test_a_subsample_of_single_images_leaves_out_any_of_them():
+    chosen = np.concatenate([stratified_subsample(np.arange(10), 5, seed) for seed in range(20)])
+    assert set(chosen) == set(range(10))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
