@@ -202,16 +202,6 @@ def part(house: House, name: str) -> LabelledImages:
     return images.subset(split_images(images, recipe.data.split, recipe.seed)[name])
 
 
-def test_the_choice_is_what_fine_tuning_gains_on_validation(house: House, summary: Any):
-    stages = house.run_directory / ".stages"
-    chosen, fitted = (json.loads((stages / f"{name}.json").read_text())["result"] for name in ("choose", "fit"))
-    audition = summary["ranking"][0]["audition_accuracy"]
-    assert fitted["validation_accuracy"] != audition  # or the sign would be nobody's
-    assert chosen["difference"] == pytest.approx(fitted["validation_accuracy"] - audition)
-    gained = chosen["difference"] > chosen["standard_error"]
-    assert chosen["mode"] == summary["mode"] == ("finetune" if gained else "feature")
-
-
 def test_the_drift_record_is_that_of_the_training_images(house: House, summary: Any):
     predictor, train = Predictor(house.run_directory / "package"), part(house, "train")
     features = np.concatenate(
