@@ -26,7 +26,7 @@ class RaggedTasks:
 
     Checked once, here, so that nothing below has to: ValueError, or TypeError for what is no tensor, says what was
     given and what is accepted. The tensors are not copied, and must not be changed afterwards. Distances are
-    differentiable by the target alone: no gradient reaches the features, but those of naive.py.
+    differentiable by the target alone (those of naive.py by the features too): no gradient reaches what these are of.
     """
 
     features: Tensor

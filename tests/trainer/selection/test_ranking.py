@@ -63,6 +63,7 @@ def test_a_candidate_is_scored_on_training_images_and_auditioned_on_validation_i
     scores = score_features(x, y)
     assert {"knn": found.knn, "ridge": found.ridge, "score": found.score} == scores
     assert scores["knn"] != scores["ridge"]
+    # Features in batches there and all at once here are rounded otherwise, which training carries on.
     heads = audition(x, y, asked, truth, num_classes=10, search=search, optimizer="sgd", seed=3)
     assert found.audition_accuracy == pytest.approx(heads.accuracy, abs=1e-9)
     assert found.audition_loss == pytest.approx(heads.loss, rel=1e-4)
