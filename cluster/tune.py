@@ -19,6 +19,7 @@ from headstart.cluster.connect import Connection
 from headstart.cluster.recipe_file import recipe_document
 from headstart.cluster.report.sources import print_unavailable
 from headstart.cluster.stages.context import Reporter, cache_root
+from headstart.cluster.stages.rank import no_source
 from headstart.cluster.stages.run_directory import RunDirectory, write_json
 from headstart.trainer.errors import RunError, SourceError
 from headstart.trainer.features import extract_features
@@ -83,8 +84,7 @@ def source_features(recipe: Recipe, target: Target, cache: Path) -> tuple[dict[s
         with reporter.bar(f"features {name}") as progress:
             features[name] = extract_features(backbone, known, cache, progress=progress).tensor()
     if not features:
-        reasons = "\n".join(f"  {name}: {reason}" for name, reason in unavailable.items())
-        raise SourceError(f"no source can be used here:\n{reasons}")
+        raise no_source(unavailable)
     return features, unavailable
 
 

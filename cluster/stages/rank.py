@@ -1,6 +1,6 @@
 """The stage that ranks the sources: an audition of each, and its distance where it has a sketch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,7 @@ def rank(context: Context) -> Stage:
         entries = [_audition(context, candidate, heads, used) for candidate in candidates]
         entries += [_entry(name, None, reason) for name, reason in passed_over.items()]
         if not any(entry["available"] for entry in entries):
-            reasons = "\n".join(f"  {entry['source']}: {entry['reason']}" for entry in entries)
-            raise SourceError(f"no source can be used here:\n{reasons}")
+            raise no_source({entry["source"]: entry["reason"] for entry in entries})
         _add_distances(context, candidates, entries, used)
         # The best audition first; a tie goes to the better score, then to the order of the recipe.
         entries.sort(key=lambda e: (not e["available"], -(e["audition_accuracy"] or 0), -(e["score"] or 0)))
@@ -69,6 +68,12 @@ def rank(context: Context) -> Stage:
     return context.run.stage(
         "rank", inputs, lambda: [context.run.path / "ranking.json", *heads.glob("*.safetensors")], make, nothing_new
     )
+
+
+def no_source(reasons: Mapping[str, str]) -> SourceError:
+    """The error of a run that can use none of its sources, which says why by their names."""
+    lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+    return SourceError(f"no source can be used here:\n{lines}")
 
 
 def _tell_unknown(context: Context, candidates: Sequence[Candidate]) -> None:
