@@ -6,13 +6,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from headstart.kernels.engine.classes import chunks, class_rows, each
+from headstart.kernels.engine.classes import chunks, each
 from headstart.kernels.engine.precision import PRECISIONS, exact_products
 from headstart.kernels.engine.softmin import add_gradient
 from headstart.kernels.engine.terms import needed_centre
 from headstart.kernels.engine.transport import Settings, solve
 from headstart.kernels.engine.transport_operators import warn_of
-from headstart.kernels.label_distances import How, cross_cost, own_cost, sides, squares_gradient
+from headstart.kernels.label_distances import How, cross_cost, labelled, own_cost, sides, squares_gradient
 from headstart.kernels.ragged import RaggedTasks, check_alike, check_finite, check_labels, check_not_negative
 from headstart.kernels.sinkhorn import (
     SinkhornResult,
@@ -156,8 +156,8 @@ def label_aware_gradient(
     own, sources = sides(target, labels, features, task_labels, offsets, how)
     cuts, first, at = offsets.tolist(), sources.first.tolist(), how.settings.epsilon
     out = torch.zeros(target.shape, dtype=how.cost.dtype, device=target.device)
-    num_classes = len(own.offsets) - 1
-    masses = [out.new_zeros(num_classes, high - low) for low, high in pairwise([*first, first[-1] + num_classes])]
+    sides_of = pairwise([*first, first[-1] + own.num_classes])
+    masses = [out.new_zeros(own.num_classes, high - low) for low, high in sides_of]
     with exact_products(target.device):
         cost = cross_cost(own, sources, how)
         for t, weight in enumerate(weights.tolist()):
@@ -212,7 +212,7 @@ def label_aware_self_terms(
     at = float(resolve_epsilon(tasks.features, 2, epsilon, options.memory, None))
     centre = needed_centre(tasks, options.precision, "eager")
     how = How(label_distance, options.precision, centre, Settings(at, tolerance, max_iterations, options.memory))
-    classes = class_rows(tasks, how.cost, how.settings)
+    classes = labelled(tasks, how)
     solution = solve(classes.points, None, own_cost(classes, how), how.settings)
     warn_of(solution.errors, how.settings)
     return SinkhornSelfTerms(

@@ -5,15 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.kernels.engine.classes import ClassRows, chunks, class_rows, each
-from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, chunk_bytes
+from headstart.kernels.engine.classes import ClassRows, chunks, class_rows
+from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, Points, chunk_bytes
 from headstart.kernels.engine.memory import fit_memory
-from headstart.kernels.engine.terms import needed_centre
-from headstart.kernels.engine.transport import Settings
-from headstart.kernels.engine.transport_operators import sinkhorn_gradient, transports
+from headstart.kernels.engine.transport import Settings, solve
+from headstart.kernels.engine.transport_operators import as_points, sinkhorn_gradient, transports, warn_of
 from headstart.kernels.frechet import frechet_distances, frechet_gradient, least_bytes
 from headstart.kernels.ragged import RaggedTasks
-from headstart.kernels.sinkhorn import sinkhorn_distances
 
 
 class How(NamedTuple):
@@ -35,9 +33,21 @@ def sides(
 ) -> tuple[ClassRows, ClassRows]:
     """The classes of the target and of the tasks."""
     whole = RaggedTasks(target, torch.tensor([0, len(target)]), labels)
-    own, sources = (class_rows(one, how.cost, how.settings)
-                    for one in (whole, RaggedTasks(features, offsets, task_labels)))  # fmt: skip
-    return own, sources
+    return labelled(whole, how), labelled(RaggedTasks(features, offsets, task_labels), how)
+
+
+def labelled(tasks: RaggedTasks, how: How) -> ClassRows:
+    """The classes of labelled tasks, and what each brings to all of its label distances."""
+    classes = class_rows(tasks, how.cost, how.settings)
+    if how.label_distance == "bures":
+        return classes
+    values = []
+    for _, some in chunks(classes, how.settings):
+        settings = how.settings._replace(memory=_half(some.features, some, how))
+        itself = solve(Points(some.features, some.offsets), None, how.cost, settings)
+        warn_of(itself.errors, settings)
+        values.append(itself.values)
+    return classes._replace(values=torch.cat(values))
 
 
 def _half(rows: Tensor, classes: RaggedTasks, how: How) -> int:
@@ -47,16 +57,16 @@ def _half(rows: Tensor, classes: RaggedTasks, how: How) -> int:
     return fit_memory(how.settings.memory, 2 * least) // 2
 
 
-def squares(rows: Tensor, classes: RaggedTasks, how: How) -> Tensor:
-    """W^2 of one class's rows to each of C classes, [C] float64."""
-    settings, memory = how.settings, _half(rows, classes, how)
+def squares(own: ClassRows, c: int, classes: RaggedTasks, values: Tensor, how: How) -> Tensor:
+    """W^2 of class c of `own` to each of C classes, whose own `values` [C] are given, [C] float64."""
+    rows = own.rows(c, c + 1).features
+    memory = _half(rows, classes, how)
     if how.label_distance == "bures":
         return frechet_distances(rows, classes, precision="fp64", memory=memory)
-    result = sinkhorn_distances(
-        rows, classes, epsilon=settings.epsilon, tolerance=settings.tolerance, memory=memory,
-        max_iterations=settings.max_iterations, precision=how.precision,
-    )  # fmt: skip
-    return 2 * result.distances.double()
+    settings = how.settings._replace(memory=memory)
+    cross = solve(Points(classes.features, classes.offsets), as_points(rows), how.cost, settings)
+    warn_of(cross.errors, settings)
+    return (2 * cross.values - own.values[c] - values).clamp_(min=0)
 
 
 def squares_gradient(rows: Tensor, classes: RaggedTasks, weights: Tensor, how: How) -> Tensor:
@@ -68,19 +78,21 @@ def squares_gradient(rows: Tensor, classes: RaggedTasks, weights: Tensor, how: H
         moved = frechet_gradient(rows, *sets, weights, memory)
     else:
         epsilon = torch.tensor(settings.epsilon, dtype=torch.float64)
-        centre = needed_centre(classes, how.precision, "eager")
-        options = (2, epsilon, settings.tolerance, settings.max_iterations, how.precision, memory, centre)
+        options = (2, epsilon, settings.tolerance, settings.max_iterations, how.precision, memory, how.centre)
         potentials = transports(rows, *sets, *options)[5:]
         # Of OT(x, x), once in every distance, a half is taken off.
         parts = (2 * weights, -weights.sum())
-        moved = sinkhorn_gradient(rows, *sets, *potentials, *parts, 2, epsilon, how.precision, memory, centre)
+        moved = sinkhorn_gradient(rows, *sets, *potentials, *parts, 2, epsilon, how.precision, memory, how.centre)
     return moved
 
 
 def cross_cost(own: ClassRows, sources: ClassRows, how: How) -> Cost:
     """The cost between the tasks and the target: half of W^2 of their classes, [C of the tasks, C of the target]."""
-    table = torch.cat([torch.stack([squares(x, some, how) for x in each(own)], 1)
-                       for _, some in chunks(sources, how.settings)])  # fmt: skip
+    table = torch.cat([
+        torch.stack([squares(own, c, some, sources.values[low : low + some.num_tasks], how)
+                     for c in range(own.num_classes)], 1)
+        for low, some in chunks(sources, how.settings)
+    ])  # fmt: skip
     return how.cost._replace(labels=table.div_(2).to(how.cost.dtype))
 
 
@@ -91,8 +103,7 @@ def own_cost(classes: ClassRows, how: How) -> Cost:
     for t in range(len(first) - 1):
         low, high = first[t], first[t + 1]
         for c in range(low, high - 1):
-            rows = classes.rows(c, c + 1).features
-            found = squares(rows, classes.rows(c + 1, high), how)
+            found = squares(classes, c, classes.rows(c + 1, high), classes.values[c + 1 : high], how)
             table[c, c + 1 - low : high - low] = found
             table[c + 1 : high, c - low] = found
     return how.cost._replace(labels=table.div_(2).to(how.cost.dtype))

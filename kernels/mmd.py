@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.kernels import naive
+from headstart.kernels.engine.median import keeps_digits, median_distance
 from headstart.kernels.engine.terms import SelfTerms, make_self_terms, means_of_pairs, not_negative
 from headstart.kernels.ragged import RaggedTasks, check_alike
 
@@ -34,8 +34,11 @@ def median_bandwidths(target: Tensor) -> Tensor:
     ICML 2015.
     """
     step = -(-len(target) // MEDIAN_ROWS)
-    median = naive.median_distance(target.detach()[::step].double())
-    return (median * torch.tensor(MULTIPLES, dtype=torch.float64, device=target.device)).cpu()
+    sample = target.detach()[::step].to(torch.promote_types(target.dtype, torch.float32))
+    median = median_distance(sample)
+    if not keeps_digits(median, sample.dtype):
+        median = median_distance(sample.double())
+    return median * torch.tensor(MULTIPLES, dtype=torch.float64)
 
 
 def mmd_self_terms(

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from headstart.kernels.engine.median import keeps_digits, median_distance
 from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.precision import PRECISIONS, resolve_precision
 from headstart.kernels.engine.terms import needed_centre, not_negative, terms_of_tasks
@@ -157,10 +158,10 @@ def default_epsilon(target: Tensor, p: Literal[1, 2] = 2, memory: int | None = N
     fit_memory(memory, least, ", or an epsilon")
     index = torch.arange(num_rows, device=target.device) * len(target) // num_rows
     sample = target.detach()[index].to(dtype)
-    scale = _median(sample) / 10
-    # Squares overflow, or lose their digits below the least normal number: in float64 they do not.
-    if dtype != torch.float64 and not torch.finfo(dtype).tiny ** 0.5 < scale < math.inf:
+    median = median_distance(sample)
+    if not keeps_digits(median, dtype):
         return default_epsilon(sample.double(), p, memory)
+    scale = median / 10
     epsilon = scale if p == 1 else scale * scale
     if not 0 < epsilon < math.inf:
         what, wanted = ("far apart", "nearer rows") if epsilon else ("near", "rows farther apart")
@@ -169,16 +170,6 @@ def default_epsilon(target: Tensor, p: Literal[1, 2] = 2, memory: int | None = N
             f"{wanted}, or an epsilon"
         )
     return epsilon
-
-
-def _median(sample: Tensor) -> float:
-    """The median of the distances between rows that lie apart; 1 where all are equal, 0 where squares vanish."""
-    if bool((sample == sample[0]).all()):
-        return 1.0
-    # Of the pairs i < j alone: each distance would be there twice, which leaves the lower median where it is.
-    distances = torch.pdist(sample)
-    apart = distances[distances > 0]
-    return float(apart.median()) if len(apart) else 0.0
 
 
 class Options(NamedTuple):

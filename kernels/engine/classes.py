@@ -21,6 +21,13 @@ class ClassRows(NamedTuple):
     """[C + 1] int64 on the CPU, over all tasks."""
     first: Tensor
     """[T + 1] int64 on the CPU: the classes of task t are first[t] up to first[t + 1]."""
+    values: Tensor
+    """OT(y, y) of each, [C] float64, where label distances are Sinkhorn divergences; else 0."""
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.offsets) - 1
 
     def rows(self, low: int, high: int) -> RaggedTasks:
         """Classes low to high, as tasks: a copy of their rows."""
@@ -44,12 +51,13 @@ def class_rows(tasks: RaggedTasks, cost: Cost, settings: Settings) -> ClassRows:
     fit_memory(settings.memory, least, ", four times the largest class")
     # Half is for label distances, half for the rows of classes: see `chunks`.
     fit_memory(settings.memory, 2 * chunk_bytes(tasks.features, LEAST_CHUNK, cost))
-    return ClassRows(points, classes.argsort(stable=True), offsets, first)
+    values = torch.zeros(len(counts), dtype=torch.float64, device=device)
+    return ClassRows(points, classes.argsort(stable=True), offsets, first, values)
 
 
 def each(classes: ClassRows) -> Iterator[Tensor]:
     """The rows of one class after the other."""
-    for c in range(len(classes.offsets) - 1):
+    for c in range(classes.num_classes):
         yield classes.rows(c, c + 1).features
 
 
@@ -57,8 +65,8 @@ def chunks(classes: ClassRows, settings: Settings) -> Iterator[tuple[int, Ragged
     """Runs of classes whose rows fill an eighth of the memory, or one class; with the number of the first."""
     memory, features = fit_memory(settings.memory, 0), classes.points.features
     most = max(1, memory // 8 // (features.shape[1] * features.element_size()))
-    low, num_classes = 0, len(classes.offsets) - 1
-    while low < num_classes:
+    low = 0
+    while low < classes.num_classes:
         high = int(torch.searchsorted(classes.offsets, classes.offsets[low] + most, right=True)) - 1
         high = max(low + 1, high)
         yield low, classes.rows(low, high)
