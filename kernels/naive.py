@@ -171,15 +171,19 @@ def entropic_transport(costs: Tensor, epsilon: float, *, num_iterations: int = 5
 
         min over couplings P of  <P, C> + epsilon KL(P | a b^T)  =  mean_i f_i + mean_j g_j
 
-    with potentials f [N], g [M] found by Sinkhorn's iterations in the log domain; differentiable through them.
+    with potentials f [N], g [M] found by Sinkhorn's iterations in the log domain, until rounding alone moves them;
+    differentiable through them.
 
     Source: G. Peyré and M. Cuturi, "Computational Optimal Transport" (2019), section 4.4.
     """
     num_rows, num_columns = costs.shape
     f, g = costs.new_zeros(num_rows), costs.new_zeros(num_columns)
     for _ in range(num_iterations):
+        last = f
         f = -epsilon * (torch.logsumexp((g - costs) / epsilon, 1) - math.log(num_columns))
         g = -epsilon * (torch.logsumexp((f[:, None] - costs) / epsilon, 0) - math.log(num_rows))
+        if bool((f - last).abs().max() <= 16 * torch.finfo(f.dtype).eps * f.abs().max()):
+            break
     return f.mean() + g.mean()
 
 

@@ -21,8 +21,9 @@ DEVICE = "cpu" if units.INTERPRETED else "cuda"
 SIZES = (1, 16, 35, 2) if units.INTERPRETED else (1, 128, 257, 2100, 63, 1, 600)
 N, D, PITCH = (33 if units.INTERPRETED else 517), 70, 128
 MEMORY = 512 * 2**20
-PRECISIONS = ("fp32", "bf16", "bf16x3", "tf32")
-# The interpreter multiplies all in float32 and takes 3 ms a tile: there, two that differ in their program will do.
+# The interpreter multiplies all in float32 and takes 3 ms a tile: there tf32 is fp32, of rows rounded before, and where
+# the precision is not what is looked at, two that differ in their program will do.
+PRECISIONS = ("fp32", "bf16", "bf16x3") if units.INTERPRETED else ("fp32", "bf16", "bf16x3", "tf32")
 DISTINCT = ("fp32", "bf16x3") if units.INTERPRETED else PRECISIONS
 PATHS = ("fused", "streamed")
 BANDWIDTHS = (3.0, 9.0, 30.0)
@@ -217,7 +218,7 @@ def test_rows_of_x_are_added_one_group_after_another(kind: str):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("precision", DISTINCT)
-@pytest.mark.parametrize("pitch", [64, 1024], ids="K{}".format)
+@pytest.mark.parametrize("pitch", [64, 576], ids="K{}".format)
 def test_equal_rows_are_at_distance_zero(pitch: int, precision: str, path: str):
     n = 35
     rows = features(1, d=pitch).abs().expand(n, -1).contiguous()

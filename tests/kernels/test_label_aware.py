@@ -308,8 +308,8 @@ def test_a_step_against_the_gradient_brings_labels_together(form: str, device: s
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_keep_to_the_memory(form: str):
-    x, y = labelled(300, 256, 3, 1)
-    x, tasks = x.float().requires_grad_(), ragged([labelled(n, 256, 3, n) for n in (200, 30)])
+    x, y = labelled(150, 256, 3, 1)
+    x, tasks = x.float().requires_grad_(), ragged([labelled(n, 256, 3, n) for n in (100, 30)])
     tasks = RaggedTasks(tasks.features.float(), tasks.offsets, tasks.labels)
 
     def distances(memory: int) -> Tensor:
