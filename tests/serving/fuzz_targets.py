@@ -24,6 +24,7 @@ from headstart.serving.server.service import Service
 from headstart.serving.server.settings import HttpSettings
 from headstart.serving.server.transport.connection import Connection
 from headstart.serving.server.transport.http import HttpServer
+from headstart.serving.server.wire import documents
 from headstart.serving.server.wire.bodies import ChunkedBody, inflate, only_file
 from headstart.serving.server.wire.decoding import RequestDecoder
 from headstart.serving.server.wire.encoded import ENCODED, ImageDecoder
@@ -31,12 +32,13 @@ from headstart.serving.server.wire.grpc_codec import GrpcDecoder, encode, parse
 from headstart.serving.server.wire.grpc_messages import MESSAGES
 from headstart.serving.server.wire.head import HeadParser
 from headstart.serving.server.wire.protocol import InferRequest, InferResponse, Limits, encode_response, error_body
+from tests.serving.fuzz import MOST_BYTES
 from tests.serving.server.graphs import write_package
 from tests.serving.server.tiny_service import infer_body
 
 Made = tuple[Callable[[bytes], None], list[bytes]]
 LIMIT = 1 << 16
-"""Bytes and pixels that are accepted; an input has at most 4096 bytes, so that its claims are beyond all of it."""
+"""Bytes and pixels that are accepted, so that the claims of an input are beyond all of it."""
 LIMITS = Limits(max_tensors=8, max_elements=LIMIT, max_strings=LIMIT, max_image_bytes=LIMIT, max_pixels=LIMIT)
 
 
@@ -44,15 +46,21 @@ def body() -> Made:
     """Bodies of inference requests: two bytes of JSON's length (65535 is none), then the body."""
     decoder = RequestDecoder(LIMITS)
 
-    def target(data: bytes) -> None:
+    def read(data: bytes, short: int) -> tuple[InferRequest, bool] | ServeError:
+        documents.SHORT = short
         length = int.from_bytes(data[:2])
-        text = memoryview(data)[2:]
         try:
-            request, binary = decoder.decode(text, None if length == 65535 else length, model="m", version=None)
-            again, _ = decoder.decode(text, None if length == 65535 else length, model="m", version=None)
+            return decoder.decode(memoryview(data)[2:], None if length == 65535 else length, model="m", version=None)
         except ServeError as error:
-            json.loads(error_body(error))
+            return error
+
+    def target(data: bytes) -> None:
+        found, as_long = read(data, MOST_BYTES), read(data, 0)
+        if isinstance(found, ServeError) or isinstance(as_long, ServeError):
+            assert str(found) == str(as_long)
+            json.loads(error_body(found))
             return
+        (request, binary), (again, _) = found, as_long
         assert list(again.inputs) == list(request.inputs)
         _check_inputs(request, len(data))
         try:

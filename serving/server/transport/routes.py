@@ -21,7 +21,8 @@ from headstart.serving.server.transport.static import page
 from headstart.serving.server.watching.metrics import CONTENT_TYPE
 from headstart.serving.server.wire import predict
 from headstart.serving.server.wire.bodies import inflate
-from headstart.serving.server.wire.decoding import RequestDecoder, parse_json, read_parameters
+from headstart.serving.server.wire.decoding import RequestDecoder, read_parameters
+from headstart.serving.server.wire.documents import parse_json
 from headstart.serving.server.wire.encoded import ENCODED
 from headstart.serving.server.wire.head import Head
 from headstart.serving.server.wire.openapi import document

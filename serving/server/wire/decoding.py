@@ -4,18 +4,17 @@ Pure functions, no I/O. Everything is checked before anything is allocated for i
 raises `ServeError`, and so does what is beyond the limits.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
 from numpy.typing import NDArray
 
 from headstart.serving.server.errors import ServeError, bad_request, too_large
 from headstart.serving.server.remembered import Remembered
+from headstart.serving.server.wire.documents import parse_json, parse_quickly
 from headstart.serving.server.wire.protocol import DATATYPES, InferRequest, Limits, RequestedOutput
 from headstart.serving.server.wire.tensors import from_binary, from_json
 
@@ -23,7 +22,6 @@ HIGHEST_PRIORITY = 100
 _SHORT = 2048
 _SCALARS = (str, bool, int, float)
 _SHARED_MEMORY = "shared memory is not supported; send the tensor in the body"
-_decode_json = json.JSONDecoder().decode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +37,7 @@ class InferInput:
     size: int | None
     """Its bytes after the JSON, or None where `data` holds it."""
     data: Any
-    """Its JSON data."""
+    """Its JSON data, or the numbers of it as one array."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,9 +73,8 @@ class RequestDecoder:
         request, binary = RequestDecoder(Limits()).decode(body, header_length, model="cat", version=None)
 
     Clients that send one shape send the same JSON with every request, so the reading of a short one without
-    data and id is remembered by its bytes. All else is read by orjson, four times as fast as Python's json. What
-    orjson cannot read, or reads and is then refused, is read again by json, whose word counts: orjson knows no NaN and
-    makes a float of a whole number beyond 64 bits.
+    data and id is remembered by its bytes. All else is read quickly; what cannot be, or is then refused, is read again
+    by Python's json, whose word counts.
 
     Args:
         limits: refused beyond.
@@ -116,8 +113,8 @@ class RequestDecoder:
             )
         key = bytes(body[:length]) if length <= _SHORT else b""
         try:
-            plan, arrays = self._read(_read_quickly, key, body, length)
-        except (ServeError, orjson.JSONDecodeError):
+            plan, arrays = self._read(parse_quickly, key, body, length)
+        except (ServeError, ValueError):
             plan = None
         if plan is None:  # no earlier: while an exception is handled, all that the first reading made is kept
             plan, arrays = self._read(parse_json, key, body, length)
@@ -146,32 +143,6 @@ class RequestDecoder:
                 arrays[tensor.name] = from_binary(tensor.name, tensor.datatype, tensor.shape, body, offset, tensor.size)
                 offset += tensor.size
         return plan, arrays
-
-
-def _read_quickly(text: memoryview) -> dict[str, Any]:
-    """As `parse_json`, or what is refused and then read by that."""
-    document = orjson.loads(text)
-    return document if type(document) is dict else {}
-
-
-def parse_json(text: memoryview) -> dict[str, Any]:
-    """A body that must be a JSON object in UTF-8; NaN, Infinity and whole numbers of any size are read.
-
-    Raises:
-        ServeError: 400.
-    """
-    try:
-        document = _decode_json(str(text, "utf-8"))
-    except UnicodeDecodeError as error:
-        raise bad_request(f"the JSON is not UTF-8 at byte {error.start}") from None
-    except RecursionError:
-        raise bad_request("the JSON is nested too deeply") from None
-    except ValueError as error:  # JSONDecodeError, or an integer of thousands of digits
-        where = f" at byte {error.pos}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
-        raise bad_request(f"the body is not JSON{where}") from None
-    if type(document) is not dict:
-        raise bad_request(f"the JSON is a {type(document).__name__}; accepted: an object")
-    return document
 
 
 def read_plan(document: dict[str, Any], limits: Limits) -> RequestPlan:

@@ -67,6 +67,8 @@ def datatype_of(dtype: np.dtype[Any]) -> str:
 def from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> NDArray[Any]:
     """JSON data, flat or nested like `shape`, to an array of `shape`.
 
+    `data`: lists, or the array of all of its numbers that `documents.parse_quickly` made of them.
+
     Whole numbers are not taken for booleans nor fractions for whole numbers; a number beyond the datatype's
     range is refused and not wrapped. NaN and Infinity, which Python's and Triton's clients write, are accepted
     in floating datatypes.
@@ -77,6 +79,8 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> ND
     dtype = DATATYPES[datatype]
     if datatype == "BF16":
         raise bad_request(f"input {name!r} is BF16, which JSON cannot carry; send it with the binary extension")
+    if type(data) is np.ndarray:
+        return _narrowed(name, datatype, data).reshape(shape)
     flat = _flatten(name, shape, data)
     accepted, words = _JSON_TYPES[dtype.kind]
     if strange := _types(flat, mixed=dtype.kind == "f") - accepted:
@@ -94,8 +98,24 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> ND
     except UnicodeEncodeError:
         raise bad_request(f"input {name!r} holds a string that is not Unicode text (a lone surrogate)") from None
     except (ValueError, OverflowError, FloatingPointError):
-        raise bad_request(f"input {name!r} holds a number beyond the range of {datatype}") from None
+        raise _beyond(name, datatype) from None
     return array.reshape(shape)
+
+
+def _narrowed(name: str, datatype: str, numbers: NDArray[Any]) -> NDArray[Any]:
+    """Numbers of the widest type of their kind in that of a datatype, or the refusal of one that it has not."""
+    try:
+        with np.errstate(over="raise"):
+            array = numbers.astype(DATATYPES[datatype], copy=False)
+    except FloatingPointError:
+        raise _beyond(name, datatype) from None
+    if array.dtype.kind != "f" and not np.array_equal(array, numbers):
+        raise _beyond(name, datatype)
+    return array
+
+
+def _beyond(name: str, datatype: str) -> ServeError:
+    return bad_request(f"input {name!r} holds a number beyond the range of {datatype}")
 
 
 def _flatten(name: str, shape: tuple[int, ...], data: Any) -> list[Any]:

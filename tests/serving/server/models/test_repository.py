@@ -78,7 +78,7 @@ def rows(service: Service) -> dict[tuple[str, str], tuple[str, str]]:
     return {(row["name"], row["version"]): (row["state"], row["reason"]) for row in service.repository_index(False)}
 
 
-async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come to pass"

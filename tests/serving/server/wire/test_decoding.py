@@ -1,4 +1,4 @@
-"""What orjson reads and writes is what Python's json, its naive twin, reads and writes."""
+"""What is read quickly and written by orjson is what Python's json, their naive twin, reads and writes."""
 
 import json
 from typing import Any
@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from headstart.serving.server.errors import ServeError, bad_request
-from headstart.serving.server.wire import decoding
+from headstart.serving.server.errors import ServeError
+from headstart.serving.server.wire import decoding, documents
+from headstart.serving.server.wire.documents import parse_quickly
 from headstart.serving.server.wire.protocol import DATATYPES, Limits
 from headstart.serving.server.wire.tensors import from_json, to_json
 
@@ -63,6 +64,24 @@ def bodies(draw: st.DrawFn) -> bytes:
     return bytes(found)
 
 
+@st.composite
+def long_rows(draw: st.DrawFn) -> bytes:
+    """A request of rows long enough to be read as one array, at one place of which there may be anything."""
+    datatype = draw(st.sampled_from(["FP16", "FP32", "FP64", "INT8", "UINT64"]))
+    rows = [["1"] * 16, ["2"] * 16]
+    if draw(st.booleans()):
+        rows[draw(st.integers(0, 1))][draw(st.integers(0, 15))] = draw(ANYTHING)
+    if draw(st.integers(0, 3)) == 0:
+        rows[draw(st.integers(0, 1))][0:2] = draw(st.sampled_from([[], ["3"], ["[3]", "4"], ["3", "4", "5"]]))
+    texts = ["[" + ",".join(row) + "]" for row in rows]
+    if draw(st.integers(0, 3)) == 0:
+        texts[draw(st.integers(0, 1))] = draw(ANYTHING)
+    shape = draw(st.sampled_from(["[2,16]", "[32]", "[1,2,16]", "[2,1,16]", "[16,2]"]))
+    name = draw(st.sampled_from(["x", "x[", '\\"[', "\\u005b"]))
+    text = f'{{"inputs":[{{"name":"{name}","datatype":"{datatype}","shape":{shape},"data":[{",".join(texts)}]}}]}}'
+    return text.encode("utf-8", "surrogatepass")
+
+
 def verdict(body: bytes) -> Any:
     """All that was read, or the status and words of the refusal."""
     try:
@@ -78,16 +97,102 @@ def verdict(body: bytes) -> Any:
 
 
 def refuse(text: memoryview) -> Any:
-    raise bad_request("as if orjson could not read it")
+    raise ValueError
 
 
-@given(bodies())
-@settings(max_examples=1000, deadline=None)
-def test_orjson_and_json_come_to_the_same_verdict(body: bytes):
+@given(st.one_of(bodies(), long_rows()))
+@settings(max_examples=1500, deadline=None)
+def test_what_is_read_quickly_and_by_json_comes_to_the_same_verdict(body: bytes):
+    short = verdict(body)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "SHORT", 0)
+        long = verdict(body)
+        patch.setattr(decoding, "parse_quickly", refuse)
+        assert verdict(body) == short == long
+
+
+@pytest.fixture
+def read_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "SHORT", 0)
+
+
+def given_data(**members: Any) -> Any:
+    """The data that `parse_quickly` gives of the one input of a request."""
+    document = {"inputs": [{"name": "x", **members}], "outputs": [{"name": "y"}]}
+    return parse_quickly(memoryview(json.dumps(document).encode()))["inputs"][0]["data"]
+
+
+@pytest.mark.usefixtures("read_as_long")
+@pytest.mark.parametrize(
+    ("datatype", "dtype"),
+    [
+        ("FP16", "f8"),
+        ("FP32", "f8"),
+        ("FP64", "f8"),
+        ("INT8", "i8"),
+        ("UINT8", "i8"),
+        ("INT64", "i8"),
+        ("UINT64", "u8"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3), (2, 16), (2, 3, 20)], ids=str)
+@pytest.mark.parametrize("is_flat", [True, False], ids=["flat", "nested"])
+def test_numbers_are_read_as_one_array(is_flat: bool, shape: tuple[int, ...], datatype: str, dtype: str):
+    numbers = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    listed = numbers.ravel().tolist() if is_flat else numbers.tolist() if shape else [0]
+    found = given_data(datatype=datatype, shape=list(shape), data=listed)
+    if is_flat or len(shape) < 2 or shape[-1] >= 16:
+        assert isinstance(found, np.ndarray)
+        assert found.dtype == dtype
+        assert found.tolist() == numbers.ravel().tolist()
+    else:  # of short rows each number is an object
+        assert found == listed
+
+
+@pytest.mark.usefixtures("read_as_long")
+@pytest.mark.parametrize(
+    "data",
+    [
+        [1, [2]],
+        [[1] * 16, [2] * 15],
+        [[1] * 16, [2] * 16, 3],
+        [[1] * 16, [2] * 15 + [[3]]],
+        [[1] * 32],
+        [1, "2"],
+        [1, None],
+        [1, True],
+        "[1,2]",
+        {"a": [1]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [[2], [2, 16]], ids=str)
+def test_other_data_is_read_as_it_is(shape: list[int], data: Any):
+    assert given_data(datatype="FP32", shape=shape, data=data) == data
+
+
+@pytest.mark.usefixtures("read_as_long")
+@pytest.mark.parametrize("name", ["\0", "a\0b", "id\0"])
+def test_a_name_with_a_zero_byte_is_read_as_json_reads_it(name: str):
+    item = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1], name: 2}
+    body = json.dumps({"inputs": [item], "id": "one", name: [], "parameters": {name: 3}}).encode()
     found = verdict(body)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "_read_quickly", refuse)
+        patch.setattr(decoding, "parse_quickly", refuse)
         assert found == verdict(body)
+
+
+@pytest.mark.usefixtures("read_as_long")
+def test_a_bracket_in_a_name_and_a_name_given_twice_are_left_to_json():
+    item = {"name": "x[", "datatype": "FP32", "shape": [1, 2], "data": [1, [2]]}
+    text = json.dumps({"inputs": [item]})
+    assert parse_quickly(memoryview(text.encode()))["inputs"][0]["data"] == [1, [2]]
+    for twice in (
+        text.replace('"x["', '"x["}], "inputs": [{"name": "x"'),
+        text.replace('"name"', '"data": [1, 2], "name"'),
+    ):
+        with pytest.raises(ValueError, match=r"^$"):
+            parse_quickly(memoryview(twice.encode()))
 
 
 @given(hnp.arrays(st.sampled_from([np.float16, np.float32, np.float64]), st.integers(0, 5)))
