@@ -83,7 +83,7 @@ def mmd_distances(
 
     Error: that of d^2, some sqrt(D) u (|x|^2 + |y|^2) with norms from the centre, over 2 sigma^2 of the smallest sigma;
     d^2 below the least normal number (1e-38 for fp32) counts as 0.
-    ValueError: as for `energy_distances`, and bandwidths that are not positive and finite.
+    ValueError: as for `energy_distances`, and bandwidths that are not positive and finite. TypeError: complex ones.
     """
     check_alike(target, tasks)
     kept = None if self_terms is None else self_terms.bandwidths
@@ -116,6 +116,8 @@ def _(target: Tensor) -> Tensor:
 @torch.library.custom_op("headstart::checked_bandwidths", mutates_args=())
 def _checked(bandwidths: Tensor, kept: Tensor | None) -> Tensor:
     """Bandwidths as [B] float64 on the CPU; ValueError where those of kept self terms are others."""
+    if bandwidths.is_complex():
+        raise TypeError(f"bandwidths are {bandwidths.dtype}; accepted: real numbers")
     given = bandwidths.to("cpu", torch.float64, copy=True)
     if given.ndim != 1 or len(given) == 0 or not bool((given.isfinite() & (given > 0)).all()):
         raise ValueError(f"bandwidths are {given.tolist()}; accepted: [B], positive and finite")

@@ -149,6 +149,7 @@ def default_epsilon(target: Tensor, p: Literal[1, 2] = 2, memory: int | None = N
     `naive.median_distance` of these rows is the definition of the median: 1 where all rows are equal. ValueError: a
     bound that cannot hold the distances; a target that is not finite, or whose costs overflow or vanish in float64.
     """
+    _check_p(p)
     check_bytes(memory)
     check_finite(target)
     num_rows = min(len(target), _SAMPLE)
@@ -197,16 +198,20 @@ def checked_options(
             f"self_terms is a {type(self_terms).__name__}; accepted: SinkhornSelfTerms, as Sinkhorn and the "
             "label-aware form make them"
         )
-    check_whole("p", p, "1, 2")
+    _check_p(p)
     check_whole("max_iterations", max_iterations, "a whole number, at least 1")
-    if p not in (1, 2):
-        raise ValueError(f"p is {p!r}; accepted: 1, 2")
     precision = resolve_precision(precision, dtype)
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance is {tolerance}; accepted: more than 0 and less than 1, the sum of the weights")
     if max_iterations < 1:
         raise ValueError(f"max_iterations is {max_iterations}; accepted: at least 1")
     return Options(tolerance, max_iterations, precision, memory)
+
+
+def _check_p(p: int) -> None:
+    check_whole("p", p, "1, 2")
+    if p not in (1, 2):
+        raise ValueError(f"p is {p!r}; accepted: 1, 2")
 
 
 def resolve_epsilon(

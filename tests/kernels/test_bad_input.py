@@ -10,6 +10,7 @@ import torch
 from headstart.kernels.energy import energy_distances, energy_self_terms
 from headstart.kernels.engine.precision import PRECISIONS
 from headstart.kernels.euclidean import topk
+from headstart.kernels.mmd import mmd_distances
 from headstart.kernels.neighbours import nearest_neighbours
 from headstart.kernels.ragged import RaggedTasks
 from headstart.kernels.sinkhorn import default_epsilon, sinkhorn_distances, sinkhorn_self_terms
@@ -83,6 +84,8 @@ def test_a_memory_that_is_no_number_of_bytes(name: str, options: dict, said: str
         ),
         (lambda x, tasks: sinkhorn_self_terms(tasks, epsilon=1.0, memory=1e9), "memory is"),
         (lambda x, tasks: default_epsilon(x, memory=1e9), "memory is"),
+        (lambda x, tasks: default_epsilon(x, 2.0), r"p is 2\.0; accepted: 1, 2"),
+        (lambda x, tasks: mmd_distances(x, tasks, bandwidths=torch.tensor([1j])), "bandwidths are torch.complex"),
         (lambda x, tasks: energy_self_terms(tasks, memory="1GB"), "memory is '1GB'"),
         (lambda x, tasks: nearest_neighbours(x, tasks, 2.5), r"k is 2\.5; accepted: 1 to 9, the rows in all tasks"),
         (
@@ -95,6 +98,12 @@ def test_a_memory_that_is_no_number_of_bytes(name: str, options: dict, said: str
 def test_numbers_that_are_not_whole(call: Callable[..., object], said: str):
     with pytest.raises(TypeError, match=said):
         call(rows(6, 4, 1), RaggedTasks(rows(9, 4, 2), torch.tensor([0, 4, 9])))
+
+
+@pytest.mark.parametrize("call", [sinkhorn_distances, lambda x, tasks, p: default_epsilon(x, p)])
+def test_powers_that_are_not_there(call: Callable[..., object]):
+    with pytest.raises(ValueError, match="p is 3; accepted: 1, 2"):
+        call(rows(6, 4, 1), RaggedTasks(rows(9, 4, 2), torch.tensor([0, 4, 9])), p=3)
 
 
 def test_whole_numbers_of_numpy_are_taken():
