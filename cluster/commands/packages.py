@@ -39,6 +39,9 @@ def serve(
     port: Annotated[int, typer.Option(help="Port for HTTP; 0 takes a free one.")] = 8000,
     grpc_port: Annotated[int | None, typer.Option(help="Port for gRPC as well; 0 takes a free one.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="Holds the token that every request must bring.")] = None,
+    open_health: Annotated[
+        bool, typer.Option("--open-health", help="Liveness and readiness answer without the token.")
+    ] = False,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM; makes it HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="The certificate's key, PEM.")] = None,
     provider: Annotated[str, typer.Option(help="ONNX Runtime's execution provider.")] = "CPUExecutionProvider",
@@ -72,6 +75,7 @@ def serve(
         port=port,
         grpc_port=grpc_port,
         token_file=token_file,
+        open_health=open_health,
         tls_cert=tls_cert,
         tls_key=tls_key,
         provider=provider,

@@ -29,6 +29,7 @@ def serve(
     port: int = 8000,
     grpc_port: int | None = None,
     token_file: Path | None = None,
+    open_health: bool = False,
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
     provider: str = CPU,
@@ -57,6 +58,7 @@ def serve(
         host, port: where to listen; port 0 takes a free one.
         grpc_port: where to speak gRPC as well, at the same host; None is HTTP alone.
         token_file: holds what every request must bring as `Authorization: Bearer TOKEN`.
+        open_health: whether liveness and readiness answer without the token, for probes that cannot hold a secret.
         tls_cert, tls_key: PEM files; with them the server speaks HTTPS alone, and gRPC over TLS.
         provider: ONNX Runtime's execution provider that must run every model.
         threads: threads within an operator; None is one per core.
@@ -87,8 +89,9 @@ def serve(
     token = read_token(token_file) if token_file is not None else None
     try:
         settings = HttpSettings(
-            host=host, port=port, grpc_port=grpc_port, token=token, tls_cert=tls_cert, tls_key=tls_key
-        )
+            host=host, port=port, grpc_port=grpc_port, token=token, open_health=open_health,
+            tls_cert=tls_cert, tls_key=tls_key,
+        )  # fmt: skip
     except ValueError as error:
         raise PackageError(str(error)) from error
     if not 1 <= workers <= (MOST if provider == CPU else 1):

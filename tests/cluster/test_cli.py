@@ -23,6 +23,7 @@ FLAGS = {
         "port",
         "grpc-port",
         "token-file",
+        "open-health",
         "tls-cert",
         "tls-key",
         "provider",
