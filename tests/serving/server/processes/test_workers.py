@@ -164,6 +164,33 @@ def test_requests_are_spread_over_workers_and_counted_as_one(server: Workers):
     assert metrics['process_resident_memory_bytes{worker="1"}'] > 1e7
 
 
+def test_while_their_models_load_workers_live_and_are_not_ready(tmp_path: Path):
+    write_package(tmp_path / "demo" / "1", 1, graph=classifier(1, turns=200_000))  # half a second for each first run
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def first_answers() -> list[int]:
+        for _ in range(600):
+            with suppress(OSError), closing(RawClient(port).socket):
+                break
+            time.sleep(0.05)
+        client = RawClient(port)
+        with closing(client.socket):
+            return [client.ask("GET", f"/v2/health/{one}").status for one in ("live", "ready")]
+
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(first_answers)
+        server = Workers(tmp_path, port)
+    try:
+        assert answers.result() == [200, 503]
+        client = RawClient(port)
+        with closing(client.socket):
+            assert client.ask("GET", "/v2/health/ready").status == 200
+    finally:
+        assert server.end() == 0
+
+
 def test_grpc_shares_its_port_too(server: Workers):
     pids, statistics = server.pids(), []
     before = [sockets(pid) for pid in pids]
