@@ -156,8 +156,8 @@ def label_aware_gradient(
     own, sources = sides(target, labels, features, task_labels, offsets, how)
     cuts, first, at = offsets.tolist(), sources.first.tolist(), how.settings.epsilon
     out = torch.zeros(target.shape, dtype=how.cost.dtype, device=target.device)
-    sides_of = pairwise([*first, first[-1] + own.num_classes])
-    masses = [out.new_zeros(own.num_classes, high - low) for low, high in sides_of]
+    spans = pairwise([*first, first[-1] + own.num_classes])
+    masses = [out.new_zeros(own.num_classes, high - low) for low, high in spans]
     with exact_products(target.device):
         cost = cross_cost(own, sources, how)
         for t, weight in enumerate(weights.tolist()):
