@@ -182,6 +182,7 @@ def entropic_transport(costs: Tensor, epsilon: float, *, num_iterations: int = 5
         last = f
         f = -epsilon * (torch.logsumexp((g - costs) / epsilon, 1) - math.log(num_columns))
         g = -epsilon * (torch.logsumexp((f[:, None] - costs) / epsilon, 0) - math.log(num_rows))
+        # Sums of exponentials, and so potentials, are off by some u of their size: no step says less than that.
         if bool((f - last).abs().max() <= 16 * torch.finfo(f.dtype).eps * f.abs().max()):
             break
     return f.mean() + g.mean()

@@ -32,8 +32,8 @@ def parse_quickly(text: memoryview) -> dict[str, Any]:
     """As `parse_json` of an inference request, but that the data of an input may be an array of its numbers.
 
     That is where the text is long and they are in one list, or nested as the input's shape says: float64, int64 or
-    uint64, [count], in row-major order. What comes of it, or that it is refused, must be left to `parse_json` where it
-    is refused: both libraries know no NaN, and orjson makes a float of a whole number beyond 64 bits.
+    uint64, [count], in row-major order. On what is refused, here or later, `parse_json` has the word: neither library
+    knows NaN, and orjson makes a float of a whole number beyond 64 bits.
 
     Raises:
         ValueError: this is no JSON, or not the JSON of a request, as far as it is known here.
@@ -50,19 +50,13 @@ def parse_quickly(text: memoryview) -> dict[str, Any]:
     if type(document.get("inputs")) is not simdjson.Array:
         raise ValueError
     inputs = [_members(item) for item in document["inputs"]]
-    # Every list that the text has, if no name has a bracket and no list is where none belongs.
+    # All lists that the text has, unless a name has a bracket or a list is where none belongs.
     lists = sum(type(value) is simdjson.Array for each in (document, *inputs) for value in each.values())
-    shapes = [_shape(item) for item in inputs]
-    inner = [_inner_lists(item.get("data"), shape) for item, shape in zip(inputs, shapes, strict=True)]
+    inner = [_inner_lists(item) for item in inputs]
     brackets = np.count_nonzero(np.frombuffer(text, np.uint8) == ord("["))
     known = None not in inner and lists + sum(filter(None, inner)) == brackets
-    for item in inputs:
-        data = item.get("data")
-        numbers = _numbers(data, item.get("datatype")) if known else None
-        item.update({name: _plain(value) for name, value in item.items() if name != "data" or numbers is None})
-        if numbers is not None:
-            item["data"] = numbers
-    return {name: inputs if name == "inputs" else _plain(value) for name, value in document.items()}
+    read = [_read_input(item, known) for item in inputs]
+    return {name: read if name == "inputs" else _plain(value) for name, value in document.items()}
 
 
 def _members(value: Any) -> dict[str, Any]:
@@ -85,15 +79,17 @@ def _plain(value: Any) -> Any:
     return value.as_dict() if type(value) is simdjson.Object else value
 
 
-def _shape(item: dict[str, Any]) -> list[int]:
-    shape = _plain(item.get("shape"))
+def _read_input(item: dict[str, Any], as_array: bool) -> dict[str, Any]:
+    """The members of an input, its data as one array where that is allowed and all are numbers."""
+    numbers = _numbers(item.get("data"), item.get("datatype")) if as_array else None
+    return {name: numbers if name == "data" and numbers is not None else _plain(value) for name, value in item.items()}
+
+
+def _inner_lists(item: dict[str, Any]) -> int | None:
+    """The lists within data, 0 where it is flat; None where they are not those of the shape, or have few numbers."""
+    data, shape = item.get("data"), _plain(item.get("shape"))
     if type(shape) is not list or any(type(size) is not int for size in shape):
         raise ValueError
-    return shape
-
-
-def _inner_lists(data: Any, shape: list[int]) -> int | None:
-    """The lists within data, 0 where it is flat; None where they are not those of the shape, or have few numbers."""
     if data is None:
         return 0
     if type(data) is not simdjson.Array:
