@@ -54,13 +54,12 @@ class Batch:
     Args:
         items: the requests.
         key: their shape.
-        limit: the rows that the batch might have had.
     """
 
-    __slots__ = ("answers", "ended", "executions", "items", "key", "limit", "num_bytes", "rows", "started")
+    __slots__ = ("answers", "ended", "executions", "items", "key", "num_bytes", "rows", "started")
 
-    def __init__(self, items: list[Waiting], key: Key, limit: int) -> None:
-        self.items, self.key, self.limit = items, key, limit
+    def __init__(self, items: list[Waiting], key: Key) -> None:
+        self.items, self.key = items, key
         self.rows = sum(item.rows for item in items)
         self.num_bytes = sum(item.num_bytes for item in items)
         self.started = self.ended = 0

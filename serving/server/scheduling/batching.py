@@ -246,13 +246,13 @@ class Scheduler:
             return None
         limit = self.signature.max_batch if self.signature.batchable else 1
         if limit > 1 and not self._max_delay_ns:  # who lets batches wait to be filled wants them full
-            limit = self._sizes.limit(key)
+            limit = self._sizes.limit(key, self._queue.waiting(key, limit))
         items, gone, late = self._queue.take(key, limit)
         for item in gone:
             self._drop(item)
         for item in late:
             self._refuse(item, timeout("the deadline passed while the request waited in the queue"))
-        return Batch(items, key, limit)
+        return Batch(items, key)
 
     def _drop(self, item: Waiting) -> None:
         self.statistics.failed(CLIENT_GONE, perf_counter_ns() - item.arrived)
@@ -279,7 +279,7 @@ class Scheduler:
         if len(batch.executions) == 1:
             self._costs.learn(batch.num_bytes, batch.ended - batch.started)
             if self.signature.batchable:
-                self._sizes.learn(batch.key, batch.limit, batch.rows, batch.ended - batch.started)
+                self._sizes.learn(batch.key, batch.rows, batch.ended - batch.started)
         spent = (batch.ended - batch.started) * 1e-9 / len(batch.items)
         self._seconds_per_request += (0.2 if self._seconds_per_request else 1.0) * (spent - self._seconds_per_request)
         for item, answer in zip(batch.items, batch.answers, strict=True):

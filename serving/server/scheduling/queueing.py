@@ -114,6 +114,10 @@ class Queue:
         *_, key, oldest = min(ranked, key=lambda row: row[:3])
         return key, oldest
 
+    def waiting(self, key: Key, max_rows: int) -> int:
+        """The rows that wait for a batch of this key, or `max_rows` where there are more."""
+        return min(sum(entry[2].rows for entry in self._heaps[key][:max_rows]), max_rows)
+
     def take(self, key: Key, max_rows: int) -> tuple[list[Waiting], list[Waiting], list[Waiting]]:
         """Take a batch: in order of priority and arrival, until one does not fit.
 

@@ -250,9 +250,10 @@ async def test_a_batch_takes_no_more_rows_than_have_turned_out_to_pay():
     gate = threading.Event()
     model = Doubling(gate=gate)
     scheduler = Scheduler(model, max_batch=8, max_queue=64)
-    scheduler._sizes.limit = lambda key: 2
-    learnt: list[tuple[int, int]] = []
-    scheduler._sizes.learn = lambda *given: learnt.append(given[1:3])
+    waited: list[int] = []
+    learnt: list[int] = []
+    scheduler._sizes.limit = lambda key, waiting: waited.append(waiting) or 2
+    scheduler._sizes.learn = lambda key, rows, nanoseconds: learnt.append(rows)
     first = scheduler.infer(ask(1))
     await until(lambda: model.ran)
     waiting = [scheduler.infer(one) for one in (ask(2), ask(3), ask(4, 5, 6), ask(7))]
@@ -260,7 +261,8 @@ async def test_a_batch_takes_no_more_rows_than_have_turned_out_to_pay():
     gate.set()
     assert [await outcome(one) for one in (first, *waiting)] == [[2], [4], [6], [8, 10, 12], [14]]
     assert [len(x) for x in model.ran] == [1, 2, 3, 1]
-    assert learnt == [(2, 1), (2, 2), (2, 3), (2, 1)]
+    assert learnt == [1, 2, 3, 1]
+    assert waited == [1, 6, 4, 1]
 
 
 ARRIVALS = st.lists(
