@@ -1,6 +1,6 @@
 """Fréchet distances between the Gaussians with the moments of a target and of many ragged tasks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,9 +76,11 @@ def _distances(target: Tensor, features: Tensor, offsets: Tensor, precision: str
         max_rows, watch.planned = _max_rows(target, tasks, memory)
         centre = common_centre(target).double()
         mean, factor = _moments(target, centre, max_rows)
+        one = mean, factor, _trace(factor)
         distances = torch.empty(tasks.num_tasks, dtype=torch.float64, device=target.device)
         for members in _batches(tasks.sizes, min(max_rows, _batch_rows(tasks))):
-            distances[members.to(target.device)] = _batch_distances(tasks, members, centre, mean, factor, max_rows)
+            found = _distances_to(one, *_batch_moments(tasks, members, centre, max_rows))
+            distances[members.to(target.device)] = found
     # What rounding leaves of a value that cannot be negative.
     return as_result(distances.clamp_(min=0), precision)
 
@@ -86,6 +88,32 @@ def _distances(target: Tensor, features: Tensor, offsets: Tensor, precision: str
 @_distances.register_fake
 def _(target: Tensor, features: Tensor, offsets: Tensor, precision: str, memory: int | None) -> Tensor:
     return target.new_empty(len(offsets) - 1, dtype=PRECISIONS[precision])
+
+
+def frechet_table(sets: RaggedTasks, others: RaggedTasks | None, memory: int) -> Tensor:
+    """`frechet_distances` of each of C sets to each of K others, [C, K] float64; None: to each other.
+
+    The moments of others are made once for each batch of sets, and not for each set. The bound must hold `least_bytes`
+    of the largest set.
+    """
+    columns, largest = sets if others is None else others, sets.task(int(sets.sizes.argmax()))
+    with dispatch.Watch("Fréchet distances", largest.device) as watch:
+        max_rows, watch.planned = _max_rows(largest, columns, memory)
+        centre = common_centre(largest).double()
+        few = max_rows // 3  # the moments of sets stay while those of others are made
+        batches = list(_batches(sets.sizes, min(few, _batch_rows(sets))))
+        table = torch.zeros(sets.num_tasks, columns.num_tasks, dtype=torch.float64, device=largest.device)
+        for number, some in enumerate(batches):
+            held = _batch_moments(sets, some, centre, max_rows)
+            for members in (
+                batches[number:] if others is None else _batches(others.sizes, min(few, _batch_rows(others)))
+            ):
+                met = held if members is some else _batch_moments(columns, members, centre, max_rows)
+                for i, (c, *one) in enumerate(zip(some.tolist(), *held, strict=True)):
+                    first = i + 1 if members is some else 0
+                    found = _distances_to(one, *(part[first:] for part in met))
+                    table[c, members[first:].to(table.device)] = found
+    return as_result((table if others else table + table.T).clamp_(min=0), "fp64")
 
 
 @torch.library.custom_op("headstart::frechet_gradient", mutates_args=())
@@ -104,7 +132,7 @@ def frechet_gradient(target: Tensor, features: Tensor, offsets: Tensor, weights:
     basis, factor = torch.linalg.qr(rows) if num_rows > num_features else (None, rows)
     moved, shift = torch.zeros_like(factor), torch.zeros_like(mean)
     for members in _batches(tasks.sizes, min(max_rows // 3, _batch_rows(tasks))):  # with both sides' singular vectors
-        means, factors = _batch_moments(tasks, members, centre, max_rows)
+        means, factors, _ = _batch_moments(tasks, members, centre, max_rows)
         chosen = weights[members.to(weights.device)].double()
         shift += chosen @ (mean - means)
         products = factors @ factor.T
@@ -137,21 +165,19 @@ def _backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
 _distances.register_autograd(_backward, setup_context=_context)
 
 
-def _batch_distances(
-    tasks: RaggedTasks, members: Tensor, centre: Tensor, mean: Tensor, factor: Tensor, max_rows: int
-) -> Tensor:
-    """The distances of B tasks of like size to a target with that mean [D], less the centre, and factor [r, D]; [B]."""
-    means, factors = _batch_moments(tasks, members, centre, max_rows)
-    variances = _trace(factor) + _trace(factors)
-    return (means - mean).square().sum(1) + (variances - 2 * _fidelity(factors, factor))
+def _distances_to(one: Sequence[Tensor], means: Tensor, factors: Tensor, variances: Tensor) -> Tensor:
+    """The distances [B] of sets with these moments to one set with its own: mean [D], factor [r, D] and variance."""
+    mean, factor, variance = one
+    return (means - mean).square().sum(1) + (variance + variances - 2 * _fidelity(factors, factor))
 
 
-def _batch_moments(tasks: RaggedTasks, members: Tensor, centre: Tensor, max_rows: int) -> tuple[Tensor, Tensor]:
-    """Means [B, D] and factors [B, s, D] of B tasks of like size."""
+def _batch_moments(tasks: RaggedTasks, members: Tensor, centre: Tensor, max_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Means less the centre [B, D], factors [B, s, D] and variances tr S [B] of B tasks of like size."""
     if len(members) == 1 and int(tasks.sizes[members[0]]) > tasks.num_features:
-        mean, factor = _moments(tasks.task(int(members[0])), centre, max_rows)
-        return mean[None], factor[None]
-    return _padded_moments(tasks, members, centre)
+        means, factors = (part[None] for part in _moments(tasks.task(int(members[0])), centre, max_rows))
+    else:
+        means, factors = _padded_moments(tasks, members, centre)
+    return means, factors, _trace(factors)
 
 
 def _fidelity(factors: Tensor, factor: Tensor) -> Tensor:

@@ -171,8 +171,8 @@ def label_aware_gradient(
     cross, itself = (part.double() / 2 for part in (torch.cat(masses[:-1], 1), masses[-1]))
     members = own.order.split(own.offsets.diff().tolist())
     for table, side in ((cross, sources), (itself, own)):
-        for low, some in chunks(side, how.settings):  # outside: a chunk is a copy
-            for share, index, x in zip(table[:, low : low + some.num_tasks], members, each(own), strict=True):
+        for low, high, some in chunks(side, how.settings):  # outside: a chunk is a copy
+            for share, index, x in zip(table[:, low:high], members, each(own), strict=True):
                 out[index] += squares_gradient(x, some, share, how).to(out.dtype)
     return out.to(target.dtype)
 

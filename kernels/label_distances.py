@@ -1,5 +1,6 @@
 """Distances between the classes of labelled sets, W^2 of their rows: what a label-aware transport costs, and moves."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, Points, chun
 from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.transport import Settings, solve
 from headstart.kernels.engine.transport_operators import as_points, sinkhorn_gradient, transports, warn_of
-from headstart.kernels.frechet import frechet_distances, frechet_gradient, least_bytes
+from headstart.kernels.frechet import frechet_gradient, frechet_table, least_bytes
 from headstart.kernels.ragged import RaggedTasks
 
 
@@ -42,7 +43,7 @@ def labelled(tasks: RaggedTasks, how: How) -> ClassRows:
     if how.label_distance == "bures":
         return classes
     values = []
-    for _, some in chunks(classes, how.settings):
+    for _, _, some in chunks(classes, how.settings):
         settings = how.settings._replace(memory=_half(some.features, some, how))
         itself = solve(Points(some.features, some.offsets), None, how.cost, settings)
         warn_of(itself.errors, settings)
@@ -57,16 +58,27 @@ def _half(rows: Tensor, classes: RaggedTasks, how: How) -> int:
     return fit_memory(how.settings.memory, 2 * least) // 2
 
 
-def squares(own: ClassRows, c: int, classes: RaggedTasks, values: Tensor, how: How) -> Tensor:
-    """W^2 of class c of `own` to each of C classes, whose own `values` [C] are given, [C] float64."""
-    rows = own.rows(c, c + 1).features
-    memory = _half(rows, classes, how)
+def squares(some: RaggedTasks, others: RaggedTasks | None, values: Tensor, theirs: Tensor, how: How) -> Tensor:
+    """W^2 of each of C classes to each of K others, [C, K] float64; `others` None: to each other.
+
+    `values`, `theirs`: what `labelled` says of the classes, [C], and of the others, [K].
+    """
+    columns = some if others is None else others
+    memory = _half(some.task(int(some.sizes.argmax())), columns, how)
     if how.label_distance == "bures":
-        return frechet_distances(rows, classes, precision="fp64", memory=memory)
+        return frechet_table(some, others, memory)
     settings = how.settings._replace(memory=memory)
-    cross = solve(Points(classes.features, classes.offsets), as_points(rows), how.cost, settings)
-    warn_of(cross.errors, settings)
-    return (2 * cross.values - own.values[c] - values).clamp_(min=0)
+    table = torch.zeros(len(values), len(theirs), dtype=torch.float64, device=values.device)
+    for c in range(len(values)):
+        first = 0 if others else c + 1
+        if first == len(theirs):
+            break
+        start = int(columns.offsets[first])
+        sets = Points(columns.features[start:], columns.offsets[first:] - start)
+        cross = solve(sets, as_points(some.task(c)), how.cost, settings)
+        warn_of(cross.errors, settings)
+        table[c, first:] = (2 * cross.values - values[c] - theirs[first:]).clamp_(min=0)
+    return table if others else table + table.T
 
 
 def squares_gradient(rows: Tensor, classes: RaggedTasks, weights: Tensor, how: How) -> Tensor:
@@ -88,22 +100,22 @@ def squares_gradient(rows: Tensor, classes: RaggedTasks, weights: Tensor, how: H
 
 def cross_cost(own: ClassRows, sources: ClassRows, how: How) -> Cost:
     """The cost between the tasks and the target: half of W^2 of their classes, [C of the tasks, C of the target]."""
-    table = torch.cat([
-        torch.stack([squares(own, c, some, sources.values[low : low + some.num_tasks], how)
-                     for c in range(own.num_classes)], 1)
-        for low, some in chunks(sources, how.settings)
-    ])  # fmt: skip
+    table = own.values.new_empty(sources.num_classes, own.num_classes)
+    for a, b, mine in chunks(own, how.settings):
+        for low, high, some in chunks(sources, how.settings):
+            table[low:high, a:b] = squares(mine, some, own.values[a:b], sources.values[low:high], how).T
     return how.cost._replace(labels=table.div_(2).to(how.cost.dtype))
 
 
 def own_cost(classes: ClassRows, how: How) -> Cost:
     """The cost within each task: half of W^2 of its classes, [C, most classes of a task], 0 on the diagonals."""
-    first, device = classes.first.tolist(), classes.points.features.device
-    table = torch.zeros(first[-1], int(classes.first.diff().max()), dtype=torch.float64, device=device)
-    for t in range(len(first) - 1):
-        low, high = first[t], first[t + 1]
-        for c in range(low, high - 1):
-            found = squares(classes, c, classes.rows(c + 1, high), classes.values[c + 1 : high], how)
-            table[c, c + 1 - low : high - low] = found
-            table[c + 1 : high, c - low] = found
+    first, values = classes.first.tolist(), classes.values
+    table = values.new_zeros(first[-1], int(classes.first.diff().max()))
+    for start, end in pairwise(first):
+        for a, b, mine in chunks(classes, how.settings, start, end):
+            table[a:b, a - start : b - start] = squares(mine, None, values[a:b], values[a:b], how)
+            for low, high, others in chunks(classes, how.settings, b, end):
+                found = squares(mine, others, values[a:b], values[low:high], how)
+                table[a:b, low - start : high - start] = found
+                table[low:high, a - start : b - start] = found.T
     return how.cost._replace(labels=table.div_(2).to(how.cost.dtype))

@@ -61,13 +61,15 @@ def each(classes: ClassRows) -> Iterator[Tensor]:
         yield classes.rows(c, c + 1).features
 
 
-def chunks(classes: ClassRows, settings: Settings) -> Iterator[tuple[int, RaggedTasks]]:
-    """Runs of classes whose rows fill an eighth of the memory, or one class; with the number of the first."""
+def chunks(
+    classes: ClassRows, settings: Settings, low: int = 0, high: int | None = None
+) -> Iterator[tuple[int, int, RaggedTasks]]:
+    """(first, end, rows) of runs of the classes low to high, whose rows fill an eighth of the memory, or one class."""
     memory, features = fit_memory(settings.memory, 0), classes.points.features
     most = max(1, memory // 8 // (features.shape[1] * features.element_size()))
-    low = 0
-    while low < classes.num_classes:
-        high = int(torch.searchsorted(classes.offsets, classes.offsets[low] + most, right=True)) - 1
-        high = max(low + 1, high)
-        yield low, classes.rows(low, high)
-        low = high
+    high = classes.num_classes if high is None else high
+    while low < high:
+        end = int(torch.searchsorted(classes.offsets, classes.offsets[low] + most, right=True)) - 1
+        end = min(max(low + 1, end), high)
+        yield low, end, classes.rows(low, end)
+        low = end

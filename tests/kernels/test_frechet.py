@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.kernels import naive
-from headstart.kernels.frechet import frechet_distances
+from headstart.kernels.frechet import frechet_distances, frechet_table
 from headstart.kernels.ragged import RaggedTasks
 from tests.kernels.cases import CASES, KINDS, SIZES, Case, by_singular_values, change, held, picked
 from tests.kernels.cases import U as HALF_STEPS
@@ -185,6 +185,20 @@ def test_any_memory_gives_the_same_within_the_stated_error(d: int, device: str):
             assert float(found[t]) == pytest.approx(float(expected[t]), rel=0, abs=allowed)
     with pytest.raises(ValueError, match=f"at least {least}"):
         frechet_distances(target, tasks, memory=least - 1)
+
+
+@pytest.mark.parametrize("d", [3, 64, 420], ids="D{}".format)
+def test_a_table_has_the_distances_of_each_set_and_keeps_to_the_memory(d: int, device: str):
+    sets, others = ragged((70, 1, 9, 9, 12, 400), d, device), ragged((30, 2, 300), d, device)
+    for columns, side in ((others, others), (sets, None)):
+        least = least_memory(sets.task(5), columns)
+        for memory in (least, 2**26):
+            table, most = held(lambda memory=memory, side=side: frechet_table(sets, side, memory))
+            for c in range(sets.num_tasks):
+                assert_as_stated(table[c], sets.task(c), columns)
+            assert device != "cpu" or most <= memory + 4 * table.nbytes + 4096
+    assert torch.equal(table, table.T)
+    assert not table.diagonal().any()
 
 
 def test_against_the_fid_formula_and_pot(device: str):

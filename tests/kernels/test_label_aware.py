@@ -108,8 +108,8 @@ def test_wrong_labels_are_seen(device: str):
 
 @pytest.mark.parametrize("memory", [None, 4_600_000], ids=["held", "recomputed"])
 def test_without_a_label_term_it_is_the_sinkhorn_divergence(memory: int | None, monkeypatch, device: str):
-    def nothing(own: ClassRows, c: int, classes: RaggedTasks, *_: object) -> Tensor:
-        return torch.zeros(classes.num_tasks, dtype=torch.float64, device=own.order.device)
+    def nothing(some: RaggedTasks, others: RaggedTasks | None, values: Tensor, theirs: Tensor, _: object) -> Tensor:
+        return values.new_zeros(len(values), len(theirs))
 
     monkeypatch.setattr(label_distances, "squares", nothing)
     x, y = labelled(400, 6, 4, 3, device)
@@ -271,9 +271,11 @@ def test_gradients_are_those_of_the_definition(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_classes_that_do_not_fit_together_give_the_same_gradient(form: str, monkeypatch: pytest.MonkeyPatch):
-    def one_by_one(classes: ClassRows, _: object) -> Iterator[tuple[int, RaggedTasks]]:
-        for c in range(classes.num_classes):
-            yield c, classes.rows(c, c + 1)
+    def one_by_one(
+        classes: ClassRows, _: object, low: int = 0, high: int | None = None
+    ) -> Iterator[tuple[int, int, RaggedTasks]]:
+        for c in range(low, classes.num_classes if high is None else high):
+            yield c, c + 1, classes.rows(c, c + 1)
 
     def gradient() -> Tensor:
         at = x.clone().requires_grad_()
