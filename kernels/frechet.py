@@ -85,7 +85,7 @@ def _distances(target: Tensor, features: Tensor, offsets: Tensor, precision: str
 
 @_distances.register_fake
 def _(target: Tensor, features: Tensor, offsets: Tensor, precision: str, memory: int | None) -> Tensor:
-    return target.new_empty(len(offsets) - 1, dtype=PRECISIONS[precision])
+    return target.new_empty(offsets.shape[0] - 1, dtype=PRECISIONS[precision])
 
 
 @torch.library.custom_op("headstart::frechet_gradient", mutates_args=())
