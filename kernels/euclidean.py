@@ -113,4 +113,4 @@ def _mean_distances(target: Tensor, features: Tensor, offsets: Tensor, precision
 
 @_mean_distances.register_fake
 def _(target: Tensor, features: Tensor, offsets: Tensor, precision: str, memory: int | None) -> Tensor:
-    return target.new_empty(len(offsets) - 1, dtype=PRECISIONS[precision])
+    return target.new_empty(offsets.shape[0] - 1, dtype=PRECISIONS[precision])

@@ -124,9 +124,9 @@ def _(
     def new(size: int, dtype: torch.dtype) -> Tensor:
         return target.new_empty(size, dtype=dtype)
 
-    num_tasks, dtype = len(offsets) - 1, PRECISIONS[settings[-3]]
+    num_tasks, dtype = offsets.shape[0] - 1, PRECISIONS[settings[-3]]
     numbers = (new(num_tasks, dtype), new(num_tasks, torch.int64), new(num_tasks, torch.float64))
-    return *numbers, new(len(features), dtype), new(len(target), dtype)
+    return *numbers, new(features.shape[0], dtype), new(target.shape[0], dtype)
 
 
 @torch.library.custom_op("headstart::label_aware_gradient", mutates_args=())

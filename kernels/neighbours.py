@@ -55,10 +55,12 @@ def nearest_neighbours(
     check_bytes(memory)
     precision = resolve_precision(precision, target.dtype)
     most = tasks.smallest if per_task else len(tasks.features)
-    accepted = f"1 to {most}, the rows in {'the smallest task' if per_task else 'all tasks'}"
-    check_whole("k", k, accepted)
-    if not 1 <= k <= most:
-        raise ValueError(f"k is {k}; accepted: {accepted}")
+    if type(k) is not int or not 1 <= k <= most:
+        # Said only here: a number of rows that is said is one that a compiled graph is for.
+        accepted = f"1 to {most}, the rows in {'the smallest task' if per_task else 'all tasks'}"
+        check_whole("k", k, accepted)
+        if not 1 <= k <= most:
+            raise ValueError(f"k is {k}; accepted: {accepted}")
     distances, rows = _search(target, tasks.features, tasks.offsets, k, per_task, precision, memory)
     owner = torch.searchsorted(tasks.offsets.to(rows.device), rows, right=True) - 1
     return Neighbours(distances, rows, owner)
@@ -96,7 +98,8 @@ def _search(
 def _(
     target: Tensor, features: Tensor, offsets: Tensor, k: int, per_task: bool, precision: str, memory: int | None
 ) -> tuple[Tensor, Tensor]:
-    shape = (len(offsets) - 1, len(target), k) if per_task else (len(target), k)
+    num_rows = target.shape[0]
+    shape = (offsets.shape[0] - 1, num_rows, k) if per_task else (num_rows, k)
     return target.new_empty(shape, dtype=PRECISIONS[precision]), target.new_empty(shape, dtype=torch.int64)
 
 

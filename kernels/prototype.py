@@ -96,7 +96,7 @@ def _distances(
 
 @_distances.register_fake
 def _(target: Tensor, labels: Tensor, features: Tensor, task_labels: Tensor, offsets: Tensor, *settings: Any) -> Tensor:
-    return target.new_empty(len(offsets) - 1, dtype=PRECISIONS[settings[1]])
+    return target.new_empty(offsets.shape[0] - 1, dtype=PRECISIONS[settings[1]])
 
 
 def _matched(

@@ -249,8 +249,9 @@ def check_finite(target: Tensor) -> None:
 def check_labels(labels: Tensor, target: Tensor) -> None:
     """Refuse, with a ValueError, labels that are not a target's: [N] int64 on its device. Looks at no value."""
     check_tensor("labels", labels)
-    accepted = f"accepted: torch.int64 [{len(target)}] on {target.device}, 0 or more"
     if labels.shape != target.shape[:1] or labels.dtype != torch.int64 or labels.device != target.device:
+        # Said only here: a number of rows that is said is one that a compiled graph is for.
+        accepted = f"accepted: torch.int64 [{len(target)}] on {target.device}, 0 or more"
         raise ValueError(f"labels of the target are {_describe(labels)}; {accepted}")
 
 

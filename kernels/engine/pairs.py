@@ -182,11 +182,12 @@ def _pair_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def _pair_backward(ctx: Any, gradient: Tensor, own_gradient_: Tensor) -> tuple[Tensor | None, ...]:
     target, features, offsets, centre, coefficients = ctx.saved_tensors
     how = (centre, coefficients, ctx.kind, ctx.precision, ctx.memory)
-    weights = torch.repeat_interleave(gradient, offsets.diff().to(gradient.device), output_size=len(features))
+    weights = torch.repeat_interleave(gradient, offsets.diff().to(gradient.device), output_size=features.shape[0])
     moved = pair_gradient(target, features, weights, *how)
     if ctx.own:
         # A pair of rows counts twice, once from each side.
-        moved += own_gradient(target, torch.tensor([0, len(target)]), 2 * own_gradient_, *how)
+        whole = torch.arange(2) * target.shape[0]
+        moved += own_gradient(target, whole, 2 * own_gradient_, *how)
     return moved, *[None] * 8
 
 

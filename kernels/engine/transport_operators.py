@@ -53,8 +53,8 @@ def _(
     def new(size: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return target.new_empty(size, dtype=dtype)
 
-    num_tasks, dtype = len(offsets) - 1, PRECISIONS[settings[4]]
-    counts, potentials = new(num_tasks, torch.int64), (new(len(features), dtype), new(len(target), dtype))
+    num_tasks, dtype = offsets.shape[0] - 1, PRECISIONS[settings[4]]
+    counts, potentials = new(num_tasks, torch.int64), (new(features.shape[0], dtype), new(target.shape[0], dtype))
     return new(num_tasks), new(1), counts, new(num_tasks), new(1), *potentials
 
 
@@ -127,7 +127,7 @@ def self_values(
 
 @self_values.register_fake
 def _(features: Tensor, offsets: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    values = features.new_empty(len(offsets) - 1, dtype=torch.float64)
+    values = features.new_empty(offsets.shape[0] - 1, dtype=torch.float64)
     return values, torch.empty_like(values)
 
 

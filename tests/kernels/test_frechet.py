@@ -153,6 +153,16 @@ def test_closed_forms(device: str):
     assert one(single, other) == pytest.approx(float((single - other).square().sum() / 63), rel=1e-14)
 
 
+def test_means_far_apart_are_off_by_the_rounding_of_sums(device: str):
+    x = features(20, 3, 1, device)
+    far = features(500, 3, 2, device) + 1e3 * torch.tensor([0.3, 0.7, 0.9], dtype=torch.float64, device=device)
+    expected = float(by_singular_values(x, RaggedTasks.from_list([far])))
+    # A sum of 500 numbers, one after the other, of rows so far from the target's mean; and some u of the result.
+    apart = float((far - x.mean(0)).norm(dim=1).mean())
+    allowed = stated(x, far) + (2 * (512 + 1) * apart * math.sqrt(expected) + 64 * expected) * U
+    assert one(x, far) == pytest.approx(expected, rel=0, abs=allowed)
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**31), st.integers(1, 70), st.integers(1, 40), st.integers(1, 20))
 def test_symmetry_order_and_the_triangle(seed: int, n: int, m: int, d: int):
