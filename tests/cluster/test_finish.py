@@ -190,15 +190,16 @@ def test_what_a_run_registers_has_seen_what_its_source_has_if_it_took_that_over(
         assert getattr(card, field) == getattr(origin, field)
     assert (card.classes, card.data_fingerprint) == (tuple("0123456789"), first.target.images.fingerprint)
     assert (seen, card.notes) == (ids[0], f"made by Headstart from {SOURCE} in mode full")
-    assert registered(second, "first", "full")[1] == ids[0] | ids[1]
     assert registered(second, "first", "scratch")[1] == ids[1]
+    assert registered(second, "first", "full")[1] == ids[0] | ids[1]
     # As earlier versions left it.
     (first.cache / "sources/first/card.yaml").write_text(card_to_yaml(dataclasses.replace(card, seen_sha256="")))
     for mode, end in (("full", "full; which images that one learned from is not known"), ("scratch", "scratch")):
         card, seen = registered(second, "first", mode)
         assert (seen, card.notes) == (ids[1], f"made by Headstart from first in mode {end}")
-    # The registry was emptied, and the run is as it was.
+    # The registry was emptied, the run is as it was, and the command is given once more.
     (first.cache / "sources/second").unlink()
+    second.run.attempt = "another"
     assert registered(second, "first", "scratch")[0] == card
 
 
