@@ -79,7 +79,6 @@ def extract_features(
     cache: Path,
     *,
     tag: str = "",
-    device: str = "cpu",
     progress: Progress | None = None,
 ) -> CachedFeatures:
     """Return the features of all `images`, passing through `backbone` only those that the cache lacks.
@@ -94,8 +93,6 @@ def extract_features(
     cached = CachedFeatures(directory=directory, num_samples=len(images), num_features=backbone.num_features)
     _prepare(directory, _identity(backbone, images))
     missing = [i for i in range(_num_shards(len(images))) if not _is_sound(_shard(directory, i))]
-    if not missing:
-        return cached
     rows = [np.arange(i * SHARD_SIZE, min((i + 1) * SHARD_SIZE, len(images))) for i in missing]
     batches = [part for shard in rows for part in np.split(shard, range(BATCH_SIZE, len(shard), BATCH_SIZE))]
     pixels = pixel_batches(images, batches, backbone.preprocess)
@@ -104,7 +101,7 @@ def extract_features(
         for index, shard in zip(missing, rows, strict=True):
             parts: list[Tensor] = []
             while sum(map(len, parts)) < len(shard):
-                parts.append(backbone.features(next(pixels).to(device)).cpu())
+                parts.append(backbone.features(next(pixels)))
                 done += len(parts[-1])
                 if progress is not None:
                     progress(done, len(images))
@@ -175,7 +172,7 @@ def _is_sound(path: Path) -> bool:
 
 
 def _write_shard(directory: Path, index: int, features: Tensor, tag: str) -> None:
-    tensors = {"features": features.float().contiguous()}
+    tensors = {"features": features}
     content = save(tensors, metadata={"tag": tag, "features": tensors_fingerprint(tensors)})
     try:
         write_atomically(_shard(directory, index), content)

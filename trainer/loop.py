@@ -147,7 +147,6 @@ class Loop:
         self._average_statistics()
         return self._means(totals)
 
-    @torch.no_grad()
     def _average_statistics(self) -> None:
         """Give every rank the mean of the ranks' running statistics, so that all validate the same model."""
         if self.rank.size > 1:
@@ -192,7 +191,7 @@ def autocast(precision: str, device: str) -> "torch.autocast | nullcontext[None]
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Split the parameters so that biases and norms, which are vectors, are not decayed."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = list(model.parameters())
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
@@ -210,7 +209,7 @@ def _warmup_cosine(step: int, total: int, warmup: float) -> float:
     ramp = warmup * total
     if step < ramp:
         return (step + 1) / (ramp + 1)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - ramp) / max(1.0, total - ramp))))
+    return 0.5 * (1 + math.cos(math.pi * ((step - ramp) / (total - ramp))))
 
 
 def _totals(logits: Tensor, target: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Classifier(nn.Module):
     def train(self, mode: bool = True) -> "Classifier":
         """Switch to training; with frozen statistics BatchNorm stays in evaluation."""
         super().train(mode)
-        if mode and self.freeze_statistics:
+        if self.freeze_statistics:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()

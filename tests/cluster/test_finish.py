@@ -1,19 +1,36 @@
 """What the evaluation reports, from outcomes that are known."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from headstart.cluster.stages import finish
+from headstart.cluster.stages.choose import fitted_model
 from headstart.cluster.stages.context import Context
-from headstart.cluster.stages.finish import _conclude, _raw_pixels
+from headstart.cluster.stages.finish import _conclude, _raw_pixels, evaluate, register_source
+from headstart.cluster.stages.model import Model, load_source
+from headstart.cluster.stages.run_directory import Stage
+from headstart.trainer.backbones.card import card_to_yaml
 from headstart.trainer.evaluation import (
     accuracy_interval,
+    fit_temperature,
     mcnemar_p_value,
     paired_interval,
     raw_pixels_control,
 )
 from headstart.trainer.inputs.batches import to_pixels
+from headstart.trainer.inputs.dataset import ImageArrays
 from headstart.trainer.inputs.preprocessing import Preprocess, Preprocessing
+from headstart.trainer.recipe import Mode
+from headstart.trainer.selection.ranking import Target
+from headstart.trainer.selection.source_folder import read_card, read_seen
+from headstart.trainer.selection.sources import SourceCard, catalog, image_id
+from headstart.trainer.transfer import build_classifier
 
 
 def right(num: int, of: int, seed: int) -> np.ndarray:
@@ -64,11 +81,139 @@ def test_a_model_from_scratch_has_no_verdict(context: Context):
     assert found["controls"]["raw_pixels"]["accuracy"] == pytest.approx(200 / 363)
 
 
-def test_the_raw_pixel_control_learns_from_training_images_and_is_chosen_on_validation_images(context: Context):
-    grey = Preprocess(Preprocessing(resize=16, crop=16, channels=1, mean=(0.0,), std=(1.0,)))
+@pytest.mark.parametrize("coloured", [False, True])
+def test_the_raw_pixel_control_learns_from_training_images_and_is_chosen_on_validation_images(
+    context: Context, coloured: bool
+):
+    if coloured:  # all but the first 100
+        images = context.target.images
+        tints = np.random.default_rng(0).random((len(images), 1, 1, 3))
+        tints[:100] = 1
+        storage = ImageArrays((np.stack([images.image(i) for i in range(len(images))]) * tints).astype(np.uint8))
+        images = dataclasses.replace(images, storage=storage, grey=storage.grey())
+        context = dataclasses.replace(context, target=dataclasses.replace(context.target, images=images))
+    num = 3 if coloured else 1
+    preprocess = Preprocess(Preprocessing(resize=16, crop=16, channels=num, mean=(0.0,) * num, std=(1.0,) * num))
     parts = [context.target.part(name) for name in ("train", "validation", "test")]
     train, validation, test = (
-        to_pixels([part.image(i) for i in range(len(part))], grey).flatten(1).numpy() for part in parts
+        to_pixels([part.image(i) for i in range(len(part))], preprocess).flatten(1).numpy() for part in parts
     )
     predicted = raw_pixels_control(train, parts[0].labels, validation, parts[1].labels, test)
     np.testing.assert_array_equal(_raw_pixels(context), predicted == parts[2].labels)
+
+
+SOURCE = "mtcnn-onet"  # small, and packaged
+
+
+def small(context: Context, shared_weights: Path, *, start: int = 0, name: str = "mine") -> Context:
+    """A run on 70 of the digits, with the packaged weights at hand."""
+    if not (context.cache / "weights").exists():
+        (context.cache / "weights").symlink_to(shared_weights)
+    images = context.target.images.subset(range(start, start + 70))
+    parts = {"train": np.arange(20), "validation": np.arange(20, 30), "test": np.arange(30, 70)}
+    recipe = dataclasses.replace(context.recipe, name=name)
+    return dataclasses.replace(context, target=Target(images=images, parts=parts), recipe=recipe)
+
+
+def stage(key: str, mode: Mode, **result: object) -> Stage:
+    return Stage(key=key, result={"mode": mode, "source": SOURCE, **result}, seconds=0, skipped=False)
+
+
+def trained(context: Context, name: str, mode: Mode, favoured: int) -> Stage:
+    """What `fit` and `control` leave behind, but for the training: of a model that says one class of most images."""
+    model = build_classifier(mode, load_source(context, SOURCE), 10, head=None, seed=1)
+    model.head.bias.data[favoured] += 1
+    save_file(model.state_dict(), context.run.private / f"{name}.safetensors")
+    row = {"peak_learning_rate": 0.1, "epoch": 1, "validation_accuracy": 0.5, "train_accuracy": 0.5}
+    return stage(name, mode, rows=[row], learning_rate=0.1)
+
+
+def test_the_model_and_its_control_are_each_measured_on_the_test_images(
+    context: Context, shared_weights: Path, monkeypatch: pytest.MonkeyPatch
+):
+    context = small(context, shared_weights)
+    tuned, control = trained(context, "fit", "full", 1), trained(context, "control", "scratch", 0)
+    chosen, model = stage("chosen", "full"), fitted_model(context, "fit", tuned)
+    found = evaluate(context, model, chosen, control, tuned)
+
+    def logits(model: Model, part: str) -> torch.Tensor:
+        images = context.target.part(part)
+        pixels = to_pixels([images.image(i) for i in range(len(images))], model.backbone.preprocess)
+        return model.logits(model.backbone.features(pixels))
+
+    labels = {name: context.target.part(name).labels for name in context.target.parts}
+    accuracies = [
+        (logits(one, "test").argmax(1).numpy() == labels["test"]).mean()
+        for one in (model, fitted_model(context, "control", control))
+    ]
+    assert accuracies[0] != accuracies[1]
+    assert [found.result["test"]["accuracy"], found.result["controls"]["scratch"]["accuracy"]] == accuracies
+    assert found.result["controls"]["raw_pixels"]["accuracy"] == _raw_pixels(context).mean()
+    temperature = fit_temperature(logits(model, "validation").numpy(), labels["validation"])
+    assert found.result["temperature"] == pytest.approx(temperature, rel=1e-3)
+    assert found.result["choice"] == chosen.result
+    assert json.loads((context.run.path / "evaluation.json").read_text()) == found.result
+    assert context.run.num_backbone_images() == 40 + 10 + 40
+    # What it rests on, and what it wrote, is what it is made anew for.
+    written = context.run.path / "learning.png"
+    written.unlink()
+    assert evaluate(context, model, chosen, control, tuned).key == found.key
+    assert written.is_file()
+    other_seed = dataclasses.replace(context, recipe=dataclasses.replace(context.recipe, seed=5))
+    again = [
+        evaluate(context, model, chosen, None, tuned),
+        evaluate(context, model, chosen, None, None),
+        evaluate(context, model, stage("another", "full"), None, None),
+        evaluate(other_seed, model, chosen, None, None),
+    ]
+    monkeypatch.setattr(finish, "EVALUATION_SCHEMA", 3)
+    again.append(evaluate(other_seed, model, chosen, None, None))
+    assert len({found.key, *(one.key for one in again)}) == 6
+
+
+def test_what_a_run_registers_has_seen_what_its_source_has_if_it_took_that_over(context: Context, shared_weights: Path):
+    first = small(context, shared_weights, name="first")
+    second = small(context, shared_weights, name="second", start=70)
+    ids = [frozenset(map(image_id, one.target.known().digests)) for one in (first, second)]
+
+    def registered(context: Context, source: str, mode: Mode) -> tuple[SourceCard, frozenset[bytes] | None]:
+        backbone = load_source(context, source)
+        model = Model(source=source, mode=mode, backbone=backbone, head=torch.nn.Linear(backbone.num_features, 10))
+        register_source(context, model, stage(f"{source} {mode}", mode))
+        folder = context.cache / "sources" / context.recipe.name
+        card = read_card(folder)
+        return card, read_seen(folder, card)
+
+    card, seen = registered(first, SOURCE, "full")
+    origin = catalog()[SOURCE]
+    for field in ("architecture", "licence", "preprocessing"):
+        assert getattr(card, field) == getattr(origin, field)
+    assert (card.classes, card.data_fingerprint) == (tuple("0123456789"), first.target.images.fingerprint)
+    assert (seen, card.notes) == (ids[0], f"made by Headstart from {SOURCE} in mode full")
+    assert registered(second, "first", "scratch")[1] == ids[1]
+    assert registered(second, "first", "full")[1] == ids[0] | ids[1]
+    # As earlier versions left it.
+    (first.cache / "sources/first/card.yaml").write_text(card_to_yaml(dataclasses.replace(card, seen_sha256="")))
+    for mode, end in (("full", "full; which images that one learned from is not known"), ("scratch", "scratch")):
+        card, seen = registered(second, "first", mode)
+        assert (seen, card.notes) == (ids[1], f"made by Headstart from first in mode {end}")
+    # The registry was emptied, the run is as it was, and the command is given once more.
+    (first.cache / "sources/second").unlink()
+    second.run.attempt = "another"
+    assert registered(second, "first", "scratch")[0] == card
+
+
+def test_a_source_is_made_anew_for_another_name_model_or_data(context: Context, shared_weights: Path):
+    context = small(context, shared_weights)
+    backbone = load_source(context, SOURCE)
+    model = Model(source=SOURCE, mode="full", backbone=backbone, head=torch.nn.Linear(backbone.num_features, 10))
+    keys = [
+        register_source(one, model, stage(key, "full")).key
+        for one, key in (
+            (context, "a"), (context, "a"), (context, "b"), (dataclasses.replace(context, data_key="other"), "b"),
+            (dataclasses.replace(context, recipe=dataclasses.replace(context.recipe, name="yours")), "b"),
+        )
+    ]  # fmt: skip
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 4
+    assert sorted(path.name for path in (context.cache / "sources").glob("[!.]*")) == ["mine", "yours"]

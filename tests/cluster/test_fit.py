@@ -1,5 +1,6 @@
 """Fine-tuning under Ray Train: two workers learn, survive a worker's death, and refuse who has no token."""
 
+import json
 import os
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from headstart.trainer.recipe import Train
 from headstart.trainer.transfer import Classifier
 
 SETTINGS = Train(epochs=3, batch_size=20, workers=2)
-RATES = (1e-5, 1e-2)
+RATES = (1e-5, 1e-2, 1e-5)
 
 
 def task() -> Task:
@@ -89,8 +90,10 @@ def test_two_workers_learn_and_validation_chooses_the_rate(connection: Connectio
     assert [(row["peak_learning_rate"], row["epoch"]) for row in rows] == [
         (rate, epoch) for rate in RATES for epoch in (1, 2, 3)
     ]
-    assert {row["total"] for row in rows} == {6}
-    assert [row["validation_loss"] for row in fitted.rows] == [row["validation_loss"] for row in rows]
+    assert {row["total"] for row in rows} == {9}
+    losses = [row["validation_loss"] for row in rows]
+    assert [row["validation_loss"] for row in fitted.rows] == losses
+    assert losses[6:] == losses[:3]  # each rate starts where the first did
     model = Classifier(Network(), nn.Linear(288, 10))
     model.load_state_dict(fitted.weights)
     data = task()
@@ -98,6 +101,34 @@ def test_two_workers_learn_and_validation_chooses_the_rate(connection: Connectio
     with torch.no_grad():
         right = model.eval()(pixels).argmax(1) == torch.from_numpy(data.validation.labels)
     assert float(right.double().mean()) == pytest.approx(fitted.validation_accuracy)
+
+
+def test_the_newest_state_that_was_registered_is_the_one_to_go_on_from(tmp_path: Path):
+    assert latest_state(tmp_path) is None
+    for attempt in (2, 9, 10, 11, 12, 13):
+        folder = tmp_path / f"attempt-{attempt}" / "train"
+        (folder / "made").mkdir(parents=True)
+        if attempt != 13:  # killed before its first epoch
+            latest = None if attempt == 12 else {"checkpoint_dir_name": "made"}
+            (folder / "checkpoint_manager_snapshot.json").write_text(json.dumps({"latest_checkpoint_result": latest}))
+        if attempt != 11:
+            torch.save({"position": attempt}, folder / "made" / "state.pt")
+    assert latest_state(tmp_path) == {"position": 10}
+
+
+@pytest.mark.slow
+def test_of_rates_that_validate_alike_the_one_with_the_smaller_loss_is_kept(connection: Connection, tmp_path: Path):
+    torch.manual_seed(1)
+    model = Classifier(Network(), nn.Linear(288, 10))
+    rates = (1e-8, 1e-6, 1e-7)
+    fitted = fit(
+        model, task(), replace(SETTINGS, epochs=1), learning_rates=rates, seed=3, connection=connection,
+        storage=tmp_path / "alike",
+    )  # fmt: skip
+    assert len({row["validation_accuracy"] for row in fitted.rows}) == 1
+    losses = [row["validation_loss"] for row in fitted.rows]
+    assert fitted.learning_rate == rates[losses.index(min(losses))]
+    assert losses.index(max(losses)) != losses.index(min(losses))
 
 
 @pytest.mark.slow

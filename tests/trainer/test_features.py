@@ -2,9 +2,11 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +95,15 @@ def test_the_key_is_all_that_decides_a_feature():
     assert len(keys) == 7
     relabelled = LabelledImages(("x", "y"), data.labels % 2, data.digests, data.storage, data.grey)
     assert feature_key(net, relabelled) == feature_key(backbone(), data)
+    assert feature_key(replace(net, name="another"), data) == feature_key(net, data)
+
+
+@pytest.mark.parametrize(("constant", "other"), [("SCHEMA", 2), ("DTYPE", "float16"), ("SHARD_SIZE", 128)])
+def test_another_layout_of_the_cache_has_keys_of_its_own(monkeypatch: pytest.MonkeyPatch, constant: str, other: object):
+    net, data = backbone(), images(3)
+    key = feature_key(net, data)
+    monkeypatch.setattr(features, constant, other)
+    assert feature_key(net, data) != key
 
 
 def test_a_manifest_of_other_features_is_refused(tmp_path: Path):
@@ -104,18 +115,26 @@ def test_a_manifest_of_other_features_is_refused(tmp_path: Path):
         extract_features(net, data, tmp_path)
 
 
-def test_a_shard_of_another_shape_is_refused(tmp_path: Path):
-    net, data = backbone(), images(5)
-    cached = extract_features(net, data, tmp_path)
-    other = extract_features(net, images(4), tmp_path)
-    (other.directory / "00000.safetensors").replace(cached.directory / "00000.safetensors")
-    with pytest.raises(RunError, match=r"are \[4, 54\], their manifest says \[5, 54\]"):
+@pytest.mark.parametrize("shape", [[4, 54], [5, 53]])
+def test_a_shard_of_another_shape_is_refused(tmp_path: Path, shape: list[int]):
+    cached = extract_features(backbone(), images(5), tmp_path)
+    save_file({"features": torch.zeros(shape)}, cached.directory / "00000.safetensors", {"tag": ""})
+    with pytest.raises(RunError, match=re.escape(f"are {shape}, their manifest says [5, 54]")):
         cached.tensor()
 
 
+def test_a_single_shard_is_the_files_own_memory_map(tmp_path: Path):
+    found = extract_features(backbone(), images(5), tmp_path).tensor()
+    maps = [
+        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line
+    ]
+    assert any(int(low, 16) <= found.data_ptr() < int(high, 16) for low, high in maps)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "altered", "emptied"])
-def test_a_damaged_shard_is_made_anew(tmp_path: Path, damage: str):
-    net, data = backbone(), images(SHARD_SIZE + 5)
+def test_a_damaged_shard_is_made_anew_and_no_other(tmp_path: Path, damage: str):
+    total = 2 * SHARD_SIZE + 5
+    net, data = backbone(), images(total)
     cached = extract_features(net, data, tmp_path)
     expected, seen = cached.tensor().clone(), net.module.seen
     shard = cached.directory / "00001.safetensors"
@@ -123,8 +142,11 @@ def test_a_damaged_shard_is_made_anew(tmp_path: Path, damage: str):
     altered = content[:-2] + bytes([content[-2] ^ 0x7F]) + content[-1:]
     shard.unlink()  # not written into: `cached` may be mapped
     shard.write_bytes({"truncated": content[:-10], "altered": altered, "emptied": b""}[damage])
-    assert torch.equal(extract_features(net, data, tmp_path).tensor(), expected)
-    assert net.module.seen == seen + 5
+    told: list[tuple[int, int]] = []
+    again = extract_features(net, data, tmp_path, progress=lambda done, total: told.append((done, total)))
+    assert torch.equal(again.tensor(), expected)
+    assert net.module.seen == seen + SHARD_SIZE
+    assert told == [(done, total) for done in range(SHARD_SIZE + 5 + 32, total + 1, 32)]
 
 
 def test_a_damaged_manifest_is_written_anew(tmp_path: Path):
@@ -147,19 +169,20 @@ def test_shards_of_earlier_versions_are_taken(tmp_path: Path):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_features_that_are_not_finite_are_refused_by_image(tmp_path: Path, bad: float):
-    net, data = backbone(), images(40)
+    net, data = backbone(), images(SHARD_SIZE + 40)
     plain = net.module.forward
 
     def spoil(pixels: Tensor) -> Tensor:
         found = plain(pixels)
-        if net.module.seen > 32:
-            found[3] = bad
+        if net.module.seen > SHARD_SIZE + 32:
+            found[[3, 6], [5, 0]] = bad
         return found
 
     net.module.forward = spoil
-    with pytest.raises(DataError, match=r"counting .* the first is number 35"):
+    place = rf"number {SHARD_SIZE + 35} \(sample {SHARD_SIZE + 35} in memory, 9x9x3\)"
+    with pytest.raises(DataError, match=rf"counting gives NaN or infinite features for 2 images, the first is {place}"):
         extract_features(net, data, tmp_path)
-    assert not list(tmp_path.glob("features/*/*.safetensors"))
+    assert [path.name for path in tmp_path.glob("features/*/*.safetensors")] == ["00000.safetensors"]
 
 
 def test_a_full_disk_keeps_the_whole_shards_and_leaves_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -182,6 +205,33 @@ def test_a_full_disk_keeps_the_whole_shards_and_leaves_no_rubbish(tmp_path: Path
     resumed = extract_features(net, data, tmp_path)
     assert net.module.seen == 10
     assert torch.equal(resumed.tensor(), extract_features(backbone(), data, tmp_path / "other").tensor())
+
+
+def test_a_full_disk_is_told_before_the_first_shard_and_keeps_nobody_from_what_is_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    net, data = backbone(), images(5)
+    cached = extract_features(net, data, tmp_path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert torch.equal(extract_features(net, data, tmp_path).tensor(), cached.tensor())
+    with pytest.raises(RunError, match="No space left on device"):
+        extract_features(net, images(4), tmp_path)
+    assert net.module.seen == 5
+
+
+def test_an_interrupted_extraction_leaves_no_thread_behind(tmp_path: Path):
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt) as interrupted:
+        extract_features(backbone(), images(100), tmp_path, progress=interrupt)
+    assert set(threading.enumerate()) <= before
+    assert interrupted.tb is not None
 
 
 KILLED = """

@@ -9,7 +9,7 @@ from torch import nn
 from headstart.trainer.backbones.backbone import Backbone, build_architecture
 from headstart.trainer.backbones.tensors import tensors_fingerprint
 from headstart.trainer.inputs.preprocessing import Preprocessing
-from headstart.trainer.transfer import build_classifier
+from headstart.trainer.transfer import Classifier, build_classifier
 
 GREY = Preprocessing(resize=48, crop=48, channels=1, mean=(0.5,), std=(0.5,))
 
@@ -48,6 +48,23 @@ def test_full_starts_from_the_source_and_a_new_head():
     model = build_classifier("full", backbone(), 3, head=trained, seed=0)
     assert equal(model.backbone, backbone().module)
     assert not equal(model.head, trained)
+    assert (model.head.weight.shape, model.head.bias.shape) == ((3, 256), (3,))
+
+
+def test_a_classifier_gives_the_heads_logits_of_the_backbones_features():
+    source, trained = backbone(), head()
+    pixels = torch.rand(2, 1, 48, 48)
+    with torch.no_grad():
+        found = build_classifier("finetune", source, 3, head=trained, seed=0).eval()(pixels)
+        torch.testing.assert_close(found, source.features(pixels) @ trained.weight.T + trained.bias)
+
+
+def test_frozen_statistics_are_those_of_any_batch_norm_and_leave_dropout_on():
+    inside = nn.Sequential(nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.BatchNorm1d(24), nn.Dropout())
+    for freeze in (True, False):
+        model = Classifier(inside, nn.Linear(24, 3), freeze_statistics=freeze).train()
+        assert [module.training for module in inside] == [True, not freeze, True, not freeze, True]
+        assert not any(module.training for module in model.eval().modules())
 
 
 def test_scratch_takes_nothing_over_and_is_the_architectures_own_start():
