@@ -2,7 +2,6 @@
 
 import json
 import math
-import threading
 from typing import Any
 
 import numpy as np
@@ -26,19 +25,6 @@ SHORT = 4096
 _SHORT_ROW = 16
 """Numbers of an innermost list below which looking at the lists costs more than reading the numbers one by one."""
 
-_KEPT = 1 << 20
-"""Bytes of a text up to which its parser is kept for the next: its memory, up to 12 times as large, is half of the time
-of 42 KB to get and to give back."""
-
-
-class _Parsers(threading.local):
-    """The parser of each thread."""
-
-    def __init__(self) -> None:
-        self.kept = simdjson.Parser()
-
-
-_parsers = _Parsers()
 _decode = json.JSONDecoder().decode
 
 
@@ -58,7 +44,7 @@ def parse_quickly(text: memoryview) -> dict[str, Any]:
             raise ValueError
         return short
     try:
-        document = _members(_parse(text))
+        document = _members(simdjson.Parser().parse(text))
     except RuntimeError as error:  # a whole number beyond 64 bits
         raise ValueError from error
     if type(document.get("inputs")) is not simdjson.Array:
@@ -71,16 +57,6 @@ def parse_quickly(text: memoryview) -> dict[str, Any]:
     known = None not in inner and lists + sum(filter(None, inner)) == brackets
     read = [_read_input(item, known) for item in inputs]
     return {name: read if name == "inputs" else _plain(value) for name, value in document.items()}
-
-
-def _parse(text: memoryview) -> Any:
-    if len(text) > _KEPT:
-        return simdjson.Parser().parse(text)
-    try:
-        return _parsers.kept.parse(text)
-    except RuntimeError:  # what it read before is still held by somebody, or a whole number beyond 64 bits
-        _parsers.kept = simdjson.Parser()
-        return _parsers.kept.parse(text)
 
 
 def _members(value: Any) -> dict[str, Any]:

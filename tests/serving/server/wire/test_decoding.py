@@ -1,7 +1,6 @@
 """What is read quickly and written by orjson is what Python's json, their naive twin, reads and writes."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -194,44 +193,6 @@ def test_a_bracket_in_a_name_and_a_name_given_twice_are_left_to_json():
     ):
         with pytest.raises(ValueError, match=r"^$"):
             parse_quickly(memoryview(twice.encode()))
-
-
-def of_numbers(count: int) -> memoryview:
-    """A request whose input has so many numbers, all the same as their count."""
-    item = {"name": "x", "datatype": "FP64", "shape": [count], "data": [float(count)] * count}
-    return memoryview(json.dumps({"inputs": [item]}).encode())
-
-
-def test_what_was_read_stays_as_it_is_while_the_next_is_read():
-    counts = [1000, 1200, 300_000, 1000, 1100]  # the third is longer than what a parser is kept for
-    found = []
-    for count in counts:
-        found.append(parse_quickly(of_numbers(count))["inputs"][0]["data"])
-        if count == 1200:  # refused half-way
-            with pytest.raises(ValueError, match=r"^$"):
-                parse_quickly(memoryview(b'{"inputs": [{"shape": [], "shape": []}]}'.ljust(5000)))
-    for count, data in zip(counts, found, strict=True):
-        np.testing.assert_array_equal(data, np.full(count, float(count)))
-
-
-def test_whoever_holds_what_was_read_half_way_keeps_nobody_from_reading():
-    parser = documents._parsers.kept
-    held = documents._parse(of_numbers(1000))
-    assert documents._parsers.kept is parser
-    assert len(parse_quickly(of_numbers(1100))["inputs"][0]["data"]) == 1100
-    assert len(held["inputs"][0]["data"]) == 1000
-    kept = documents._parsers.kept
-    assert kept is not parser
-    parse_quickly(of_numbers(1200))
-    assert documents._parsers.kept is kept
-
-
-def test_threads_read_each_for_itself():
-    def read(count: int) -> bool:
-        return all((parse_quickly(of_numbers(count))["inputs"][0]["data"] == count).all() for _ in range(50))
-
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(read, range(1000, 1016)))
 
 
 @given(hnp.arrays(st.sampled_from([np.float16, np.float32, np.float64]), st.integers(0, 5)))
