@@ -115,7 +115,7 @@ def frechet_table(sets: RaggedTasks, others: RaggedTasks | None, memory: int) ->
                     first = i + 1 if members is some else 0
                     found = _distances_to(one, *(part[first:] for part in met))
                     table[c, members[first:].to(table.device)] = found
-    return as_result((table if others else table + table.T).clamp_(min=0), "fp64")
+    return as_result((table + table.T if others is None else table).clamp_(min=0), "fp64")
 
 
 @torch.library.custom_op("headstart::frechet_gradient", mutates_args=())

@@ -69,16 +69,14 @@ def squares(some: RaggedTasks, others: RaggedTasks | None, values: Tensor, their
         return frechet_table(some, others, memory)
     settings = how.settings._replace(memory=memory)
     table = torch.zeros(len(values), len(theirs), dtype=torch.float64, device=values.device)
-    for c in range(len(values)):
-        first = 0 if others else c + 1
-        if first == len(theirs):
-            break
+    for c in range(len(values) - (others is None)):
+        first = c + 1 if others is None else 0
         start = int(columns.offsets[first])
         sets = Points(columns.features[start:], columns.offsets[first:] - start)
         cross = solve(sets, as_points(some.task(c)), how.cost, settings)
         warn_of(cross.errors, settings)
         table[c, first:] = (2 * cross.values - values[c] - theirs[first:]).clamp_(min=0)
-    return table if others else table + table.T
+    return table + table.T if others is None else table
 
 
 def squares_gradient(rows: Tensor, classes: RaggedTasks, weights: Tensor, how: How) -> Tensor:

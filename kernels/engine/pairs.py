@@ -186,7 +186,7 @@ def _pair_backward(ctx: Any, gradient: Tensor, own_gradient_: Tensor) -> tuple[T
     moved = pair_gradient(target, features, weights, *how)
     if ctx.own:
         # A pair of rows counts twice, once from each side.
-        whole = torch.arange(2) * target.shape[0]
+        whole = torch.arange(2) * target.shape[0]  # torch.tensor would make a compiled graph for this number of rows
         moved += own_gradient(target, whole, 2 * own_gradient_, *how)
     return moved, *[None] * 8
 
