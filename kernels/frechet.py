@@ -95,20 +95,24 @@ def _(target: Tensor, features: Tensor, offsets: Tensor, precision: str, memory:
 def frechet_table(sets: RaggedTasks, others: RaggedTasks | None, memory: int) -> Tensor:
     """`frechet_distances` of each of C sets to each of K others, [C, K] float64; None: to each other.
 
-    The moments of others are made once for each batch of sets, and not for each set. The bound must hold `least_bytes`
-    of the largest set.
+    The moments of others are made once for each batch of sets, and not for each set. `memory` bounds, in bytes, what is
+    held beside the inputs and the table. ValueError: less than `least_bytes` of the largest set; as there, features or
+    distances that overflow.
     """
     columns, largest = sets if others is None else others, sets.task(int(sets.sizes.argmax()))
     with dispatch.Watch("Fréchet distances", largest.device) as watch:
-        max_rows, watch.planned = _max_rows(largest, columns, memory)
+        least, moments = least_bytes(largest, columns), 16 * sets.num_features  # bytes of a row's factor, and its mean
+        # The moments of a batch of sets stay while those of others are made; those of one set are in `least`.
+        few = min((fit_memory(memory, least) - least) // 4 // moments, _batch_rows(sets))
+        max_rows, planned = _max_rows(largest, columns, memory - few * moments)
+        watch.planned = planned + few * moments
         centre = common_centre(largest).double()
-        few = max_rows // 3  # the moments of sets stay while those of others are made
-        batches = list(_batches(sets.sizes, min(few, _batch_rows(sets))))
+        batches = list(_batches(sets.sizes, few))
         table = torch.zeros(sets.num_tasks, columns.num_tasks, dtype=torch.float64, device=largest.device)
         for number, some in enumerate(batches):
             held = _batch_moments(sets, some, centre, max_rows)
             for members in (
-                batches[number:] if others is None else _batches(others.sizes, min(few, _batch_rows(others)))
+                batches[number:] if others is None else _batches(others.sizes, min(max_rows, _batch_rows(others)))
             ):
                 met = held if members is some else _batch_moments(columns, members, centre, max_rows)
                 for i, (c, *one) in enumerate(zip(some.tolist(), *held, strict=True)):

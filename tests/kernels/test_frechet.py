@@ -202,11 +202,12 @@ def test_a_table_has_the_distances_of_each_set_and_keeps_to_the_memory(d: int, d
     sets, others = ragged((70, 1, 9, 9, 12, 400), d, device), ragged((30, 2, 300), d, device)
     for columns, side in ((others, others), (sets, None)):
         least = least_memory(sets.task(5), columns)
-        for memory in (least, 2**26):
+        for memory in (least, 2 * least, 2**26):
             table, most = held(lambda memory=memory, side=side: frechet_table(sets, side, memory))
             for c in range(sets.num_tasks):
                 assert_as_stated(table[c], sets.task(c), columns)
-            assert device != "cpu" or most <= memory + 4 * table.nbytes + 4096
+            # Beside it the table, which is added to its transpose, and some numbers a set.
+            assert device != "cpu" or most <= memory + 2 * table.nbytes + 80 * (sets.num_tasks + columns.num_tasks)
     assert torch.equal(table, table.T)
     assert not table.diagonal().any()
 
