@@ -163,15 +163,19 @@ def register_source(context: Context, model: Model, chosen: Stage) -> Stage:
     """Write the run's `source/` folder and put a copy into the cache's list of sources."""
     folder = context.run.path / "source"
     origin = find_source(model.source, context.recipe.sources, context.cache)
+    seen, lacks = frozenset(map(image_id, context.target.known().digests)), ""
     # From scratch nothing is taken over, and so nothing that the source has seen.
-    earlier = frozenset() if model.mode == "scratch" or origin.base is None else origin.seen()
-    seen = frozenset(map(image_id, context.target.known().digests)) | (earlier or frozenset())
-    card = _card(context, model, origin.card, earlier_known=earlier is not None)
+    if model.mode != "scratch" and origin.base is not None:
+        earlier = origin.seen()
+        seen |= earlier or frozenset()
+        lacks = origin.card.seen_lacks or (origin.card.name if earlier is None else "")
+    card = _card(context, model, origin.card, lacks)
     inputs = {
         "model": chosen.key,
         "data": context.data_key,
         "name": card.name,
         "seen": sorted(map(bytes.hex, seen)),
+        "lacks": lacks,
     }
 
     def make() -> tuple[Result, list[CachedFeatures]]:
@@ -191,7 +195,7 @@ def register_source(context: Context, model: Model, chosen: Stage) -> Stage:
     return stage
 
 
-def _card(context: Context, model: Model, source: SourceCard, *, earlier_known: bool) -> SourceCard:
+def _card(context: Context, model: Model, source: SourceCard, lacks: str) -> SourceCard:
     images = context.target.images
     return SourceCard(
         name=registered_name(context.recipe.name, images.fingerprint, context.cache),
@@ -203,6 +207,7 @@ def _card(context: Context, model: Model, source: SourceCard, *, earlier_known: 
         preprocessing=source.preprocessing,
         classes=images.classes,
         data_fingerprint=images.fingerprint,
+        seen_lacks=lacks,
         notes=f"made by Headstart from {model.source} in mode {model.mode}"
-        + ("" if earlier_known else "; which images that one learned from is not known"),
+        + (f"; which images {lacks} learned from is not known" if lacks else ""),
     )

@@ -77,8 +77,12 @@ def no_source(reasons: Mapping[str, str]) -> SourceError:
 
 
 def _tell_unknown(context: Context, candidates: Sequence[Candidate]) -> None:
-    """Say which finished runs keep no list of the images they learned from, as earlier versions kept none."""
-    unknown = [c.card.name for c in candidates if c.base is not None and not c.card.seen_sha256]
+    """Say of which finished runs it is not known what they learned from: earlier versions kept no list of images."""
+    unknown = [
+        candidate.card.name
+        for candidate in candidates
+        if candidate.base is not None and (candidate.card.seen_lacks or not candidate.card.seen_sha256)
+    ]
     if unknown:
         context.reporter.say(
             f"not known which images these sources learned from, this run's may be among them: {', '.join(unknown)}"

@@ -221,8 +221,11 @@ def test_a_source_of_an_earlier_version_is_used_and_told(headstart: Run, folder:
     card = replace(sources.catalog()["mtcnn-onet"], name="old")
     sources.write_source(tmp_path / "source", card, None, {"bias": torch.zeros(2)}, sketch)
     sources.register(tmp_path / "source", cache)
-    ended = headstart("rank", "folder", "--set", f"data.path={folder}", "--set", "sources=[old]", "--json")
+    child = replace(card, name="child", seen_lacks="old")
+    sources.write_source(tmp_path / "child", child, None, {"bias": torch.zeros(2)}, sketch, seen={bytes(16)})
+    sources.register(tmp_path / "child", cache)
+    ended = headstart("rank", "folder", "--set", f"data.path={folder}", "--set", "sources=[old, child]", "--json")
     assert ended.code == 0, ended.stderr
     assert ended.json()["ranking"][0]["available"]
     told = " ".join(ended.stderr.split())
-    assert told.count("not known which images these sources learned from, this run's may be among them: old") == 1
+    assert told.count("not known which images these sources learned from, this run's may be among them: old, child") == 1

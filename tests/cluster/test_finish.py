@@ -192,11 +192,19 @@ def test_what_a_run_registers_has_seen_what_its_source_has_if_it_took_that_over(
     assert (seen, card.notes) == (ids[0], f"made by Headstart from {SOURCE} in mode full")
     assert registered(second, "first", "scratch")[1] == ids[1]
     assert registered(second, "first", "full")[1] == ids[0] | ids[1]
-    # As earlier versions left it.
+    # As earlier versions left it: what follows from it lacks its images, to the last.
     (first.cache / "sources/first/card.yaml").write_text(card_to_yaml(dataclasses.replace(card, seen_sha256="")))
-    for mode, end in (("full", "full; which images that one learned from is not known"), ("scratch", "scratch")):
-        card, seen = registered(second, "first", mode)
-        assert (seen, card.notes) == (ids[1], f"made by Headstart from first in mode {end}")
+    end = "; which images first learned from is not known"
+    child, seen = registered(second, "first", "full")
+    assert (seen, child.seen_lacks) == (ids[1], "first")
+    assert child.notes == "made by Headstart from first in mode full" + end
+    grandchild, seen = registered(small(context, shared_weights, name="third", start=140), "second", "full")
+    assert grandchild.seen_lacks == "first"
+    assert grandchild.notes == "made by Headstart from second in mode full" + end
+    assert seen is not None
+    assert seen > ids[1]
+    card, seen = registered(second, "first", "scratch")
+    assert (seen, card.seen_lacks, card.notes) == (ids[1], "", "made by Headstart from first in mode scratch")
     # The registry was emptied, the run is as it was, and the command is given once more.
     (first.cache / "sources/second").unlink()
     second.run.attempt = "another"

@@ -51,6 +51,8 @@ class SourceCard:
     """Of the labelled data it was made from; empty for other people's models."""
     seen_sha256: str = ""
     """SHA-256 of the `seen.bin` beside the card; empty where it is not known which images it learned from."""
+    seen_lacks: str = ""
+    """The source before it of which that is not known, whose images `seen.bin` lacks; empty where it lacks none."""
     notes: str = ""
     """Anything else a user should know."""
 
