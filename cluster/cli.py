@@ -2,13 +2,15 @@
 neither torch nor ray.
 """
 
+import importlib.metadata
 import os
 import sys
 import traceback
+from typing import Annotated
 
 import typer
 
-from headstart.cluster.commands import packages, runs, sources
+from headstart.cluster.commands import packages, recipes, runs, sources
 
 app = typer.Typer(
     help="Transfer learning: find the closest source task, take over what it knows, say whether it helped.",
@@ -21,10 +23,26 @@ for command in (
     runs.submit, sources.doctor,
 ):  # fmt: skip
     app.command()(command)
+app.add_typer(recipes.recipes_app, name="recipes")
 app.add_typer(sources.sources_app, name="sources")
 app.add_typer(packages.package_app, name="package")
 
 _INTERRUPTED = 130  # 128 + SIGINT
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(importlib.metadata.version("headstart"))
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What every command has."""
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from headstart.trainer.errors import RecipeError
 from headstart.trainer.recipe import Data, Export, Recipe, Search, Split, Train
 
 _SHIPPED = "headstart.cluster.recipes"
-_EXAMPLE = "cluster/recipes/folder.yaml shows every field"
+_EXAMPLE = "`headstart recipes show folder` has every field"
 _NAMED_DATA = re.compile(r"[a-z0-9]+:\w")
 _SECTIONS: dict[tuple[str, ...], type] = {
     (): Recipe,
@@ -56,12 +56,21 @@ def shipped_recipes() -> list[str]:
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
+def shipped_text(name: str) -> str:
+    """Return the YAML of a recipe that comes with Headstart; raises `RecipeError` where none is called `name`."""
+    if name not in (names := shipped_recipes()):
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise RecipeError(f"no recipe {name!r}: {hint}{_accepted()}")
+    return files(_SHIPPED).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
 def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from a path or a shipped name and apply `KEY.KEY=VALUE` overrides, each a YAML value.
 
     Relative paths in it are made absolute. Raises `RecipeError` naming each field that cannot be and what it accepts.
     """
-    document = _read(reference)
+    document = read_document(reference)
     for override in overrides:
         _override(document, override)
     try:
@@ -88,20 +97,16 @@ def recipe_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe_document(recipe), sort_keys=False, allow_unicode=True)
 
 
-def _read(reference: str) -> dict[str, Any]:
+def read_document(reference: str) -> dict[str, Any]:
+    """Return the mapping in a recipe's file, or in a shipped one, as it is written; raises `RecipeError`."""
     path = Path(reference)
-    shipped = files(_SHIPPED).joinpath(f"{reference}.yaml")
     if path.suffix in (".yaml", ".yml") or path.is_file():
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"cannot read recipe {reference}: {error}. {_accepted()}") from error
-    elif "/" not in reference and shipped.is_file():
-        text = shipped.read_text(encoding="utf-8")
     else:
-        close = difflib.get_close_matches(reference, shipped_recipes(), n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise RecipeError(f"no recipe {reference!r}: {hint}{_accepted()}")
+        text = shipped_text(reference)
     try:
         document = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has, 2026-13-01

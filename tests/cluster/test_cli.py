@@ -1,9 +1,13 @@
 """The command line as it is promised: its commands and flags, and that the README speaks of no others."""
 
 import re
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import typer
+import yaml
 
 from headstart.cluster.cli import app
 
@@ -39,6 +43,8 @@ FLAGS = {
     "tune": {"set", "out", "address"} | COMMON,
     "submit": {"set", "out", "address"} | COMMON,
     "doctor": COMMON,
+    "recipes list": COMMON,
+    "recipes show": COMMON,
     "sources list": COMMON,
     "sources show": COMMON,
     "sources fetch": COMMON,
@@ -62,6 +68,27 @@ def commands() -> dict[str, set[str]]:
 
 def test_every_flag_is_a_decision():
     assert commands() == FLAGS
+
+
+def test_the_version_is_that_of_the_distribution(headstart: Callable[..., Any]):
+    ended = headstart("--version")
+    assert (ended.code, ended.stdout.strip()) == (0, version("headstart"))
+
+
+def test_shipped_recipes_are_listed_and_printed_to_be_changed(headstart: Callable[..., Any], tmp_path: Path):
+    listed = headstart("recipes", "list", "--json").json()
+    shipped = ROOT / "cluster/recipes"
+    assert sorted(listed) == sorted(path.stem for path in shipped.glob("*.yaml"))
+    assert all(line.strip() for line in listed.values())
+    assert [line.split()[0] for line in headstart("recipes", "list").stdout.splitlines()] == list(listed)
+    printed = headstart("recipes", "show", "folder").stdout
+    assert printed == (shipped / "folder.yaml").read_text()
+    read = headstart("recipes", "show", "folder", "--json").json()
+    assert read.keys() == yaml.safe_load(printed).keys()
+    assert read["train"]["learning_rate"] == 3e-4  # which YAML 1.1 takes for text
+    ended = headstart("recipes", "show", "folders")
+    assert ended.code == 2
+    assert "no recipe 'folders': did you mean folder?" in ended.stderr
 
 
 def test_the_readme_says_which_commands_have_no_json():
