@@ -88,11 +88,11 @@ def fit(
         "seed": seed,
         "rows_file": str(attempt / "rows.jsonl"),
     }
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= settings.workers
+    num_processes, use_gpu = divide_work(settings, int(ray.cluster_resources().get("GPU", 0)))
     trainer = ray_train_torch.TorchTrainer(
         _worker,
         train_loop_config=config,
-        scaling_config=ray.train.ScalingConfig(num_workers=settings.workers, use_gpu=use_gpu),
+        scaling_config=ray.train.ScalingConfig(num_workers=num_processes, use_gpu=use_gpu),
         run_config=ray.train.RunConfig(
             name="train",
             storage_path=str(attempt),
@@ -107,6 +107,18 @@ def fit(
         raise RunError(f"Ray Train ended without a finished checkpoint in {attempt}; run the same command again")
     accuracy, _, rate = state["best"]
     return Fitted(weights=state["weights"], learning_rate=rate, validation_accuracy=accuracy, rows=state["rows"])
+
+
+def divide_work(settings: Train, num_gpus: int) -> tuple[int, bool]:
+    """Return how many processes train, and whether each has a GPU.
+
+    Where there are fewer GPUs than `workers`, one process a GPU is faster than `workers` on the CPU: the most of them
+    that the batch is a multiple of.
+    """
+    if num_gpus < 1:
+        return settings.workers, False
+    most = min(settings.workers, num_gpus)
+    return next(n for n in range(most, 0, -1) if settings.batch_size % n == 0), True
 
 
 def latest_state(storage: Path) -> dict[str, Any] | None:

@@ -118,7 +118,7 @@ def _gpus() -> list[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        return [_finding("GPUs", "warn", "none", "everything runs on the CPU in fp32; it works, it is slower")]
+        return [_finding("GPUs", "warn", "none", "training runs on the CPU in fp32; it works, it is slower")]
     findings = []
     for index in range(torch.cuda.device_count()):
         name = torch.cuda.get_device_name(index)
@@ -183,7 +183,7 @@ def _disk() -> Finding:
         free = shutil.disk_usage(_existing(cache_root())).free / 1e9
     except OSError as error:
         return _finding("free disk", "warn", "unknown", f"cannot be told: {error.strerror}")
-    meaning = "weights take about 0.3 GB; features 4 bytes a dimension and image"
+    meaning = "all weights take about 1 GB; features 4 bytes a dimension and image"
     if free < _LOW_DISK_GB:
         meaning = f"little: {meaning}. Free some, or set HEADSTART_CACHE to another disk's folder"
     return _finding("free disk", "ok" if free >= _LOW_DISK_GB else "warn", f"{free:.1f} GB", meaning)

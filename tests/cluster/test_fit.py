@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from headstart.cluster.connect import Connection
-from headstart.cluster.fit import fit, latest_state
+from headstart.cluster.fit import divide_work, fit, latest_state
 from headstart.trainer.errors import RunError
 from headstart.trainer.inputs.dataset import ImageArrays, LabelledImages
 from headstart.trainer.inputs.preprocessing import Preprocess, Preprocessing
@@ -101,6 +101,14 @@ def test_two_workers_learn_and_validation_chooses_the_rate(connection: Connectio
     with torch.no_grad():
         right = model.eval()(pixels).argmax(1) == torch.from_numpy(data.validation.labels)
     assert float(right.double().mean()) == pytest.approx(fitted.validation_accuracy)
+
+
+@pytest.mark.parametrize(
+    ("workers", "batch_size", "num_gpus", "processes"),
+    [(2, 32, 0, (2, False)), (2, 32, 1, (1, True)), (2, 32, 8, (2, True)), (4, 32, 3, (2, True)), (6, 18, 5, (3, 1))],
+)
+def test_each_process_has_a_gpu_where_there_is_one(workers: int, batch_size: int, num_gpus: int, processes: object):
+    assert divide_work(Train(workers=workers, batch_size=batch_size), num_gpus) == processes
 
 
 def test_the_newest_state_that_was_registered_is_the_one_to_go_on_from(tmp_path: Path):
