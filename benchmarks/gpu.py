@@ -11,7 +11,7 @@ from benchmarks import distances, energy, euclidean, mmd, neighbours, sinkhorn
 from benchmarks.distances import FAILED, copy_rate, kept_going, print_rows, product_rate, root_rate
 from benchmarks.rows import device_name
 
-BUDGET = 7 * 60
+BUDGET = 6 * 60
 """Seconds after which no further workload is begun."""
 
 

@@ -131,7 +131,8 @@ class Watch:
         """Begin to watch."""
         if self._device.type == "cuda" and _State.reports is not None:
             # With its workspace, 32 MiB on Hopper, which would be counted for whatever multiplies first.
-            torch.cuda.current_blas_handle()
+            with torch.cuda.device(self._device):
+                torch.cuda.current_blas_handle()
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
         return self

@@ -62,7 +62,8 @@ def own_sums(sweep: Sweep, features: Tensor, offsets: Tensor, panels: Panels | N
         for squares in sweep.own_batches(features, cuts, members, width):
             beyond = squares >= sweep.far
             rows = value.apply_(squares).masked_fill_(beyond, 0).sum(2).double()
-            sums[members[done : done + len(rows)]] += rows.sum(1).cpu()
+            # Added on the host: on CUDA the order of a row's sum depends on how many rows there are.
+            sums[members[done : done + len(rows)]] += rows.cpu().sum(1)
             done += len(rows)
     return sums.to(features.device)
 

@@ -101,7 +101,8 @@ class Sweep:
         if not self._hold:
             return Panels(centre, None)
         starts = range(0, len(target), self.panel)
-        return Panels(centre, [self._panel(target, centre, start, True) for start in starts])
+        with exact_products(self.device, self.precision):
+            return Panels(centre, [self._panel(target, centre, start, True) for start in starts])
 
     def tiles(
         self, target: Tensor, features: Tensor, panels: Panels | None = None, take: Take | None = None

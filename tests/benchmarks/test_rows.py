@@ -24,6 +24,15 @@ def test_rows_are_appended_with_where_they_come_from(results: Path):
     assert path.name.startswith("speed-")
 
 
+def test_a_tree_without_its_history_loses_no_row(results: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(results))  # where there is no git
+    monkeypatch.delenv("HEADSTART_COMMIT", raising=False)
+    rows.append_rows("speed", [{"case": "a"}])
+    monkeypatch.setenv("HEADSTART_COMMIT", "abc1234")
+    path = rows.append_rows("speed", [{"case": "b"}])
+    assert [row["commit"] for row in csv.DictReader(path.open())] == ["unknown", "abc1234"]
+
+
 def test_other_columns_go_into_another_file(results: Path):
     first = rows.append_rows("speed", [{"case": "a"}])
     second = rows.append_rows("speed", [{"case": "a", "unit": "ms"}])

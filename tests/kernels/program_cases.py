@@ -276,7 +276,9 @@ def test_rows_beyond_two_to_the_31_numbers(path: str):
     offsets = torch.tensor([0, num_rows - 300, num_rows])
     options = {"precision": "bf16", "value": Value("sqrt"), "path": path, "memory": MEMORY}
     found = launch.cross_sums(few, Operand(high, None, squares), offsets, **options)
-    assert found[1] == launch.own_sums(few, torch.tensor([0, 300]), **options)[0]
+    own = launch.own_sums(few, torch.tensor([0, 300]), **options)[0]
+    # Below 4,096 rows own sums are fused, whatever the path: of streamed products each is off by its own rounding.
+    assert found[1] == (own if path == "fused" else pytest.approx(float(own), rel=cancellation("bf16", 64)))
 
 
 def test_rows_of_another_length_are_refused():

@@ -86,6 +86,10 @@ def test_neighbours_against_the_definition(case: Case, where: str):
     distances, _ = naive.nearest_neighbours(target.double(), tasks.features.double(), k)
     # Distances come from differences: rounded by u a coordinate and by the sum of D squares.
     allowed = 4 * case.dim**0.5 * U["fp32"] * distances
+    if dispatch.choose(target.device, "fp32", case.dim)[0] != "eager":
+        # Squares below tau tie there, and so a row may be missed that is nearer by less than the error of a product.
+        lost = _wide(target) * square_error(target, tasks.features, "fp32", common_centre(tasks.features))
+        allowed = allowed + ((distances**2 + lost.amax(1, keepdim=True)).sqrt() - distances)
     assert bool(((found.distances.double() - distances).abs() <= allowed + 1e-300).all())
     chosen = (target.double()[:, None] - tasks.features.double()[found.rows]).norm(dim=2)
     assert bool(((chosen - distances).abs() <= 2 * allowed + 1e-300).all())

@@ -228,7 +228,9 @@ OTHERS = {
     "prototypes": labelled(prototype_distances),
     "median mmd": lambda x, t: mmd_distances(x, t).distances,
     "sinkhorn": lambda x, t: sinkhorn_distances(x, t, epsilon=3.0).distances,
-    "sinkhorn, default epsilon": lambda x, t: torch.stack([*(r := sinkhorn_distances(x, t)).distances, r.epsilon]),
+    "sinkhorn, default epsilon": lambda x, t: torch.stack(
+        [*(r := sinkhorn_distances(x, t)).distances, r.epsilon.to(x.device)]
+    ),
     "label-aware": lambda x, t: labelled(label_aware_distances)(x, t).distances,
 }
 DIFFERENTIABLE = (*FUNCTIONS, "median mmd", "sinkhorn", "sinkhorn, default epsilon", "frechet", "label-aware")

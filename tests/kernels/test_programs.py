@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-OPTIONS = ("-q", "-x", "--no-header", "-p", "no:cacheprovider")
+OPTIONS = ("-q", "-rfE", "--tb=short", "--no-header", "-p", "no:cacheprovider")
 CASES = ("program_cases.py", "path_cases.py")
 
 
@@ -22,7 +22,7 @@ def run_cases(name: str, **environment: str) -> None:
         text=True,
         check=False,
     )
-    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-2000:]
+    assert ended.returncode == 0, ended.stdout[-12000:] + ended.stderr[-2000:]
     assert " passed" in ended.stdout
 
 

@@ -203,8 +203,10 @@ def test_products_stay_in_float32_whatever_the_process_has_set(device: str):
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    with torch.autocast(device, torch.bfloat16):
-        assert torch.equal(energy_distances(x, tasks), plain)
+    for precision in ("fp32", "bf16x3"):
+        plain = energy_distances(x, tasks, precision=precision)
+        with torch.autocast(device, torch.bfloat16):
+            assert torch.equal(energy_distances(x, tasks, precision=precision), plain)
 
 
 def test_squares_that_overflow_are_refused(device: str):
