@@ -25,7 +25,7 @@ demo: $(INSTALLED)  ## 300 labelled digits, eight sources, one served model
 test: $(INSTALLED)  ## all tests but the slow ones and those that need a GPU
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
 
-WHOLE_RUNS := tests/cluster/test_fit.py tests/cluster/test_pipeline.py tests/test_demo.py
+WHOLE_RUNS := tests/cluster/test_cifar10_recipe.py tests/cluster/test_fit.py tests/cluster/test_pipeline.py tests/test_demo.py
 test-slow: $(INSTALLED)  ## the slow tests
 	$(BIN)/python -m pytest -n 2 -m "slow and not gpu" $(addprefix --ignore=,$(WHOLE_RUNS))
 	$(BIN)/python -m pytest -m "slow and not gpu" $(WHOLE_RUNS)

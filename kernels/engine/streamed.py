@@ -142,7 +142,7 @@ class Streamed:
                     self._finish(product, partials.view(-1)[place:], None, width)
                 columns = 16 if INTERPRETED else 256
                 add_kernel[(-(-width // columns),)](
-                    partials, totals[start:], self.num_groups, width, BLOCK=columns, num_warps=4
+                    partials, totals[start:], self.num_groups, width, BLOCK=columns, num_warps=4, enable_fp_fusion=True
                 )
 
     def rows(self, values: Tensor, indices: Tensor | None = None) -> None:
@@ -199,7 +199,7 @@ def task_sums(totals: Tensor, sizes: Tensor) -> Tensor:
     table = torch.stack([blocks.starts, blocks.sizes], 1).to(totals.device)
     sums = torch.empty(len(table), dtype=torch.float64, device=totals.device)
     with on(totals.device):
-        task_kernel[(len(table),)](totals, table, sums, BLOCK=BLOCK, num_warps=4)
+        task_kernel[(len(table),)](totals, table, sums, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True)
     return sums_of_runs(sums, blocks.first_of_task.diff())
 
 

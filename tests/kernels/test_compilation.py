@@ -73,29 +73,27 @@ def adding_cases(capability: int) -> Iterator[dict[str, Any]]:
     for kernel, block in (("add_kernel", 256), ("task_kernel", streamed.BLOCK)):
         yield {
             "name": f"sm_{capability}-{kernel}", "kernel": kernel, "capability": capability, "types": TYPES,
-            "constants": {"BLOCK": block}, "aligned": [], "options": {"num_warps": 4},
+            "constants": {"BLOCK": block}, "aligned": [], "options": {"num_warps": 4, "enable_fp_fusion": True},
         }  # fmt: skip
 
 
-def quick_cases() -> Iterator[dict[str, Any]]:
-    """Each precision on each target, each epilogue and kernel on the newer one, once."""
-    for capability in (80, 90):
-        for precision in PRECISIONS:
-            yield case(capability, precision, "sqrt")
+def quick_cases(capability: int) -> Iterator[dict[str, Any]]:
+    """Each precision, each epilogue and each kernel, once."""
+    for precision in PRECISIONS:
+        yield case(capability, precision, "sqrt")
     for epilogue, p, bandwidths in (("rbf", 2, 5), ("nearest", 2, 0), ("lse", 2, 0)):
-        yield case(90, "bf16", epilogue, p, bandwidths, pitch=512)
-    yield case(90, "fp32", "sqrt", kernel="finish_kernel")
-    yield from adding_cases(90)
+        yield case(capability, "bf16", epilogue, p, bandwidths, pitch=512)
+    yield case(capability, "fp32", "sqrt", kernel="finish_kernel")
+    yield from adding_cases(capability)
 
 
-def all_cases() -> Iterator[dict[str, Any]]:
-    for capability in (80, 90):
-        for epilogue, p, bandwidths in EPILOGUES:
-            for precision in PRECISIONS:
-                for pitch in (64, *PITCHES) if epilogue == "sqrt" else PITCHES:  # 64: a single step
-                    yield case(capability, precision, epilogue, p, bandwidths, pitch)
-            yield case(capability, "fp32", epilogue, p, bandwidths, kernel="finish_kernel")
-        yield from adding_cases(capability)
+def all_cases(capability: int) -> Iterator[dict[str, Any]]:
+    for epilogue, p, bandwidths in EPILOGUES:
+        for precision in PRECISIONS:
+            for pitch in (64, *PITCHES) if epilogue == "sqrt" else PITCHES:  # 64: a single step
+                yield case(capability, precision, epilogue, p, bandwidths, pitch)
+        yield case(capability, "fp32", epilogue, p, bandwidths, kernel="finish_kernel")
+    yield from adding_cases(capability)
 
 
 def compile_all(
@@ -142,7 +140,7 @@ def check(case: dict[str, Any], found: dict[str, Any]) -> None:
 
 
 def test_each_precision_and_each_epilogue_fits_and_does_not_spill(tmp_path: Path):
-    cases = list(quick_cases())
+    cases = [*quick_cases(90), *(case(80, precision, "sqrt") for precision in PRECISIONS)]
     for each, found in zip(cases, compile_all(cases, tmp_path), strict=True):
         assert found["version"] == triton.__version__
         check(each, found)
@@ -151,22 +149,25 @@ def test_each_precision_and_each_epilogue_fits_and_does_not_spill(tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_layout_fits_and_does_not_spill(tmp_path: Path):
-    cases = list(all_cases())
+    cases = [*all_cases(80), *all_cases(90)]
     for each, found in zip(cases, compile_all(cases, tmp_path), strict=True):
         check(each, found)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_layout_compiles_with_the_oldest_triton(tmp_path: Path):
-    """With 3.6, which GPU machines have, in an environment with Triton alone: it needs no PyTorch to compile."""
+def test_every_program_compiles_with_the_oldest_triton(tmp_path: Path):
+    """With 3.6, which GPU machines have, in an environment with Triton alone: it needs no PyTorch to compile.
+
+    All layouts of the newer target, each precision and kernel of the older one.
+    """
     python = str(tmp_path / "venv/bin/python")
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True, capture_output=True)
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "triton==3.6.0"]
     ended = subprocess.run(install, capture_output=True, text=True, check=False)
     if ended.returncode:
         pytest.skip(f"pip cannot install triton 3.6.0 here: {ended.stderr.strip()[-300:]}")
-    cases = list(all_cases())
+    cases = [*all_cases(90), *quick_cases(80)]
     for each, found in zip(cases, compile_all(cases, tmp_path / "cache", (python, "-I")), strict=True):
         assert found["version"] == "3.6.0"
         check(each, found)
