@@ -130,7 +130,8 @@ def try_out(model: Path, shape: tuple[int, ...]) -> None:
     Raises:
         PackageError: that process was ended by a signal; other failures are for the caller to meet.
     """
-    command = [sys.executable, "-c", _TRIAL, str(model), json.dumps(shape)]
+    # -P: nothing is imported from the folder that the user is in.
+    command = [sys.executable, "-P", "-c", _TRIAL, str(model), json.dumps(shape)]
     code = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode
     if code < 0:
         raise PackageError(

@@ -145,7 +145,11 @@ def _providers() -> list[Finding]:
 def _provider(name: str, model: bytes) -> Finding:
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _PROBE, name], input=model, capture_output=True, timeout=_PROBE_SECONDS, check=False
+            [sys.executable, "-P", "-c", _PROBE, name],
+            input=model,
+            capture_output=True,
+            timeout=_PROBE_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return _finding(name, "warn", "listed", f"gives no answer in {_PROBE_SECONDS} s")

@@ -224,7 +224,7 @@ def test_the_image_copies_what_is_there_and_starts_what_exists():
     health = json.loads(words["HEALTHCHECK"].partition("CMD ")[2])
     compile(health[2], "HEALTHCHECK", "exec")
     port = next(one.partition("=")[2] for one in command if one.startswith("--port="))
-    assert f":{port}/v2/health/ready" in health[2]
+    assert f"('127.0.0.1', {port})" in health[2]
     assert port in words["EXPOSE"].split()
 
 

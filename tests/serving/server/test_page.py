@@ -108,6 +108,24 @@ def test_what_the_server_refuses_is_said_on_the_page(browser: Browser, tmp_path:
         assert not browser.text("answer").strip()
 
 
+def test_the_card_of_a_model_that_was_left_again_is_not_shown(browser: Browser):
+    leave_it = """
+        const model = document.getElementById("model"), here = model.value, asked = window.fetch;
+        model.add(new Option("another"));
+        model.value = "another";
+        window.fetch = () => Promise.resolve(new Response('{"name": "another"}'));
+        const late = showCard();
+        [model.value, window.fetch] = [here, asked];
+        return late;
+    """
+    with Running(HttpSettings(port=0)) as running:
+        browser.call("POST", "/url", {"url": f"http://{running.url}/"})
+        wait_until(lambda: "grey" in browser.text("card"))
+        browser.script(leave_it)
+        assert "grey" in browser.text("card")
+        assert "another" not in browser.text("card")
+
+
 def test_the_page_asks_no_other_host(browser: Browser):
     with Running(HttpSettings(port=0)) as running:
         browser.call("POST", "/url", {"url": f"http://{running.url}/"})
