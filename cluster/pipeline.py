@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.markup import escape
+
 from headstart.cluster.connect import Connection
 from headstart.cluster.recipe_file import recipe_yaml
 from headstart.cluster.stages.choose import choose, chosen_model, train_control, tune_source, write_training_csv
@@ -20,6 +22,7 @@ from headstart.cluster.stages.finish import evaluate, register_source
 from headstart.cluster.stages.rank import rank
 from headstart.cluster.stages.run_directory import Result, RunDirectory, Stage, fingerprint, write_json
 from headstart.trainer.files import write_atomically
+from headstart.trainer.inputs.dataset import some
 from headstart.trainer.inputs.readers import load_images
 from headstart.trainer.inputs.split import split_images
 from headstart.trainer.recipe import Recipe
@@ -82,8 +85,11 @@ def _prepare(
     with reporter.bar("data") as progress:
         images = load_images(recipe.data, cache, progress)
     parts = split_images(images, recipe.data.split, recipe.seed)
+    if images.skipped:
+        reporter.say(escape(f"left out, being no images: {some(images.skipped)}"))
     inputs: dict[str, object] = {
         "images": images.fingerprint,
+        "skipped": list(images.skipped),
         "parts": {name: fingerprint(part.tolist()) for name, part in parts.items()},
     }
     result: Result = {

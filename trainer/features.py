@@ -1,10 +1,11 @@
 """The feature cache: each image is decoded and passed through a frozen backbone once, ever.
 
 Features live in safetensors shards under `<cache>/features/<key>/`. The key is the SHA-256 of everything that
-decides a feature's value: the backbone's weights and pooling, the preprocessing, the dtype and the content of the
-samples in order. A shard appears under its name only when it is whole, so a killed extraction goes on at the first
-missing shard; the batches inside a shard are always cut alike, so it ends with the same bits. Each shard carries the
-fingerprint of its features, and one that is no longer what was written is made anew.
+decides a feature's value: the backbone's weights and pooling, the preprocessing, the dtype, the versions of what
+decodes and computes, and the content of the samples in order. A shard appears under its name only when it is whole, so
+a killed extraction goes on at the first missing shard; the batches inside a shard are always cut alike, so it ends with
+the same bits. Each shard carries the fingerprint of its features, and one that is no longer what was written is made
+anew.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -114,6 +116,8 @@ def _identity(backbone: Backbone, images: LabelledImages) -> dict[str, object]:
     return {
         "schema": SCHEMA,
         "backbone": backbone.fingerprint,
+        # Another decoder or another library of kernels rounds otherwise: one folder has features of one of each.
+        "versions": {"pillow": PIL.__version__, **backbone.versions},
         "preprocessing": asdict(backbone.preprocessing),
         "dtype": DTYPE,
         "shard_size": SHARD_SIZE,

@@ -44,7 +44,7 @@ def print_ranking(outcome: Outcome, console: Console) -> None:
             _number(distances["energy"]),
             _number(distances["euclidean"]),
             f"{entry['seconds']:.1f}",
-            entry["licence"],
+            escape(entry["licence"]),
         )
     console.print(table)
     console.print(
@@ -89,7 +89,7 @@ def _print_package(outcome: Outcome, console: Console) -> None:
     assert outcome.manifest is not None
     parity, latency = outcome.manifest["parity"], outcome.manifest["latency"]
     path = outcome.path.relative_to(Path.cwd()) if outcome.path.is_relative_to(Path.cwd()) else outcome.path
-    console.print(f"\n[bold]Package: {path / 'package'}[/bold] (licence: {outcome.manifest['licence']})")
+    console.print(f"\n[bold]Package: {path / 'package'}[/bold] (licence: {escape(outcome.manifest['licence'])})")
     worst = max(parity["rows"], key=lambda row: row["relative_difference"])
     batches = ", ".join(str(row["batch"]) for row in parity["rows"])
     agreement = min(row["top1_agreement"] for row in parity["rows"])

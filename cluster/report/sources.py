@@ -57,7 +57,9 @@ def print_sources(found: list[Description], console: Console | None = None) -> N
         style = "green" if source["made_here"] else None
         side = str(source["preprocessing"]["crop"])
         architecture = (source["architecture"],) if wide else ()
-        table.add_row(source["name"], escape(source["task"]), *architecture, side, source["licence"], style=style)
+        table.add_row(
+            source["name"], escape(source["task"]), *architecture, side, escape(source["licence"]), style=style
+        )
     console.print(table)
     if any(source["made_here"] for source in found):
         console.print("green: made here, by runs that are finished", style="dim")

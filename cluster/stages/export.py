@@ -66,7 +66,7 @@ def export(context: Context, model: Model, chosen: Stage, evaluated: Stage) -> S
                 labels=context.target.images.classes,
                 temperature=evaluated.result["temperature"],
                 reference=reference,
-                samples=_samples(context.target.part("validation")),
+                samples=_samples(context),
                 preprocessing=asdict(backbone.preprocessing),
                 licence=card.licence,
                 drift=drift,
@@ -145,7 +145,7 @@ def _export_variant(context: Context, name: str, exported: Stage) -> Stage:
                     name,
                     context.run.path / "package",
                     folder,
-                    samples=_samples(validation),
+                    samples=_samples(context),
                     validation=labelled(),
                     calibration=map(calibration.image, range(len(calibration))),
                     max_loss=max_loss,
@@ -164,6 +164,7 @@ def _variant_folder(context: Context, name: str) -> Path:
     return context.run.path / f"package-{name}"
 
 
-def _samples(validation: LabelledImages) -> list[np.ndarray]:
-    """Images for the proof of parity."""
-    return [validation.image(i) for i in range(min(len(validation), NUM_PARITY_SAMPLES))]
+def _samples(context: Context) -> list[np.ndarray]:
+    """Validation images for the proof of parity, drawn: the first ones may be of one class."""
+    drawn = _drawn(context.target.part("validation"), NUM_PARITY_SAMPLES, context.recipe.seed)
+    return [drawn.image(i) for i in range(len(drawn))]

@@ -67,6 +67,7 @@ def test_a_corrupt_image(headstart: Run, folder: Path):
     refused(rank(headstart, folder), str(bad), "skip")
     ended = rank(headstart, folder, "--set", "data.unreadable=skip", "--json")
     assert ended.code == 0, ended.stderr
+    assert f"left out, being no images: {bad}" in "".join(ended.stderr.splitlines())
 
 
 def test_labels_that_name_a_missing_image(headstart: Run, folder: Path, tmp_path: Path):

@@ -3,14 +3,18 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from torch import nn
 
+from headstart.cluster.stages import export
 from headstart.serving.runtime import Predictor
+from headstart.trainer.inputs.dataset import ImageArrays, LabelledImages
 
 Run = Callable[..., Any]
 
@@ -38,6 +42,19 @@ def outlier(tmp_path: Path) -> Path:
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )  # fmt: skip
     return path
+
+
+def test_parity_is_proven_on_images_of_several_classes():
+    """Data sets are often sorted by class, and the first validation images of one."""
+    images = ImageArrays(tuple(np.full((2, 2, 3), value, np.uint8) for value in range(100)))
+    labels = np.arange(100) // 10
+    sorted_ones = LabelledImages(tuple("abcdefghij"), labels, images.digests(), images, images.grey())
+    context: Any = SimpleNamespace(
+        target=SimpleNamespace(part={"validation": sorted_ones}.get), recipe=SimpleNamespace(seed=0)
+    )
+    drawn = [int(image[0, 0, 0]) for image in export._samples(context)]
+    assert len(set(drawn)) == len(drawn) == export.NUM_PARITY_SAMPLES
+    assert len({labels[i] for i in drawn}) > 5
 
 
 def test_variants_that_lose_too_much_are_told_and_left_out(

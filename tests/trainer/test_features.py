@@ -10,8 +10,10 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -96,6 +98,14 @@ def test_the_key_is_all_that_decides_a_feature():
     relabelled = LabelledImages(("x", "y"), data.labels % 2, data.digests, data.storage, data.grey)
     assert feature_key(net, relabelled) == feature_key(backbone(), data)
     assert feature_key(replace(net, name="another"), data) == feature_key(net, data)
+
+
+@pytest.mark.parametrize("library", [PIL, torch], ids=["Pillow", "torch"])
+def test_another_version_of_what_computes_features_has_keys_of_its_own(monkeypatch: pytest.MonkeyPatch, library: Any):
+    net, data = backbone(), images(3)
+    key = feature_key(net, data)
+    monkeypatch.setattr(library, "__version__", "99.0")
+    assert feature_key(net, data) != key
 
 
 @pytest.mark.parametrize(("constant", "other"), [("SCHEMA", 2), ("DTYPE", "float16"), ("SHARD_SIZE", 128)])

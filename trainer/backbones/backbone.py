@@ -66,6 +66,16 @@ class Backbone:
         """The graph's output [N, D]; empty for a module."""
         return self.onnx.output_name if self.onnx is not None else ""
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the libraries that compute features, whose rounding follows from them."""
+        found = {"torch": str(torch.__version__)}
+        if self.onnx is not None:
+            import onnxruntime
+
+            found["onnxruntime"] = onnxruntime.__version__
+        return found
+
     def features(self, pixels: Tensor) -> Tensor:
         """Return float32 features [N, D] of pixels [N, C, S, S], without gradient.
 

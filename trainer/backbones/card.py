@@ -62,6 +62,11 @@ class SourceCard:
             value = getattr(self, name)
             if not value.strip() or "\n" in value:
                 raise ValueError(f"{name} is {value!r}; accepted: one line of text")
+        # It names files: of heads, of folders in the list of sources.
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", self.name):
+            raise ValueError(
+                f"name is {self.name!r}; accepted: up to 200 letters, digits, '.', '_' and '-', '.' and '-' not first"
+            )
         if not re.fullmatch(r"[0-9a-f]{64}", self.sha256) and not (
             self.weights.startswith("torchvision:") and re.fullmatch(r"[0-9a-f]{8,64}", self.sha256)
         ):

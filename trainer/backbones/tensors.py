@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from headstart.trainer.backbones.architectures import Architecture
 from headstart.trainer.backbones.weights import WeightsFile, locked
 from headstart.trainer.errors import RunError, SourceError
+from headstart.trainer.files import write_atomically
 
 _SHOWN = 3  # mismatching tensors of each kind that an error names
 
@@ -123,12 +124,10 @@ def _converted(path: Path, origin: str) -> dict[str, Tensor] | None:
 
 
 def _convert(tensors: Mapping[str, Tensor], path: Path, origin: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with locked(path):
             metadata = {"origin": origin, "tensors": tensors_fingerprint(tensors)}
-            temporary.write_bytes(save(dict(tensors), metadata))
-            temporary.replace(path)
+            write_atomically(path, save(dict(tensors), metadata))
     except OSError as error:
         raise RunError(
             f"cannot write {path}: {error}; free space there, or set HEADSTART_CACHE to another disk's folder"

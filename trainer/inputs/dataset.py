@@ -209,8 +209,8 @@ def label_images(
 ) -> LabelledImages:
     """Number the classes of N named samples and gather them.
 
-    Raises DataError for no image at all, for one class only, for class names that are not UTF-8, and for parts
-    without training images of every class.
+    Raises DataError for no image at all, for one class only, for class names that are not UTF-8 or not printable, and
+    for parts without training images of every class.
     """
     classes = natural_order(names)
     if not names:
@@ -225,6 +225,12 @@ def label_images(
         raise DataError(
             f"{origin} has classes whose names are not UTF-8: {some(illegible)}; rename their folders, which no card, "
             "manifest or picture could name"
+        )
+    broken = [repr(name) for name in classes if not name.isprintable()]
+    if broken:
+        raise DataError(
+            f"{origin} has classes with line breaks or other control characters in their names: {some(broken)}; rename "
+            "them"
         )
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number[name] for name in names], dtype=np.int64)

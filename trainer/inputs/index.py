@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import sqlite3
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -97,6 +98,8 @@ def _stamp(path: str) -> tuple[int, int]:
 
 def _check(path: str) -> Checked:
     try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            return Checked(error="is no regular file")  # a pipe would be waited for without end
         content = Path(path).read_bytes()
     except OSError as error:
         return Checked(error=f"cannot be read: {error.strerror or error}")

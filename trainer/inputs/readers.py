@@ -191,9 +191,13 @@ def _read_csv(path: Path) -> Listing:
     """List the rows of a table with columns path (relative to the table), label and perhaps split."""
     table = _read_table(path)
     samples, wrong = [], []
+    labels: dict[Path, str] = {}
     for line, row in table:
         try:
             samples.append(_read_row(row, path.parent))
+            image, name, _ = samples[-1]
+            if labels.setdefault(image, name) != name:
+                raise ValueError(f"gives {row['path'].strip()} the label {name!r}, which has {labels[image]!r} already")
         except ValueError as error:
             wrong.append(f"line {line} {error}")
     if wrong:
@@ -215,6 +219,8 @@ def _read_table(path: Path) -> list[tuple[int, dict[str, str]]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, skipinitialspace=True, restval="")
             columns = [(column or "").strip().lower() for column in rows.fieldnames or []]
+            if twice := [column for column in ("path", "label", "split") if columns.count(column) > 1]:
+                raise DataError(f"{path} has the column {twice[0]} twice; keep one of them")
             if not {"path", "label"} <= set(columns):
                 raise DataError(
                     f"{path} has the columns {', '.join(columns) or 'none'}; needed: path and label, "
@@ -249,8 +255,8 @@ def _read_npz(path: Path) -> LabelledImages:
             if missing:
                 raise DataError(f"{path} has the arrays {some(file.files) or 'none'}; {needed}")
             images, labels = file["images"], file["labels"]
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        # TypeError: a single array, as np.save writes it, is no context manager.
+    except (OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        # TypeError: a single array, as np.save writes it, is no context manager. RuntimeError: an encrypted archive.
         raise DataError(f"{path} cannot be read as a .npz file: {error}; {needed}") from error
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)):
         raise DataError(f"{path}: images are {images.dtype} {list(images.shape)}; {needed}")

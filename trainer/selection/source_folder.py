@@ -86,6 +86,7 @@ def write_source(
     metadata = {"probe": sketch.probe, "precision": sketch.precision, "centre": sketch.centre}
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / CARD).unlink(missing_ok=True)  # of an earlier one: with its card a folder is whole
         write_atomically(directory / WEIGHTS, save(own))
         write_atomically(directory / SKETCH, save(columns, metadata))
         if seen:

@@ -127,11 +127,8 @@ def register(source: Path, cache: Path) -> Path:
     whole.
     """
     card = read_card(source)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", card.name) or card.name in catalog():
-        raise SourceError(
-            f"a source cannot be registered as {card.name!r}; accepted: letters, digits, '.', '_', '-', and "
-            "not the name of a source in the catalog"
-        )
+    if card.name in catalog():
+        raise SourceError(f"a source cannot be registered as {card.name!r}, which the catalog has; take another name")
     entry = cache / "sources" / card.name
     versions = entry.parent / f".{card.name}"
     try:
@@ -314,4 +311,4 @@ def _user_card(
 
 def _file_safe(spec: str) -> str:
     """Return a name for files and tables."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", spec).strip("-")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", spec).strip(".-")[-200:]

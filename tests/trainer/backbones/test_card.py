@@ -22,7 +22,7 @@ _number = st.floats(0.001, 10)
 
 
 @given(
-    name=_line,
+    name=st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", fullmatch=True),
     task=_line,
     licence=_line,
     notes=st.text(st.characters(exclude_categories=("C",))),
@@ -65,6 +65,9 @@ def test_defaults():
         ("sha256: '0e0e", "sha256: '", "sha256 is .*64 hexadecimal digits"),
         ("name: x", "classes: [1, 2]\nname: x", r"classes is \[1, 2\]; accepted: a list of text"),
         ("name: x", "name: [", "while parsing"),
+        ("name: x", "name: ../../x", "name is '../../x'; accepted: up to 200 letters"),
+        ("name: x", "name: ..", "name is '..'; accepted"),
+        ("name: x", "name: team/model", "name is 'team/model'; accepted"),
     ],
 )
 def test_refusals_name_the_key(old, new, message):

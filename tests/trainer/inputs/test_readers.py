@@ -145,8 +145,17 @@ class TestFolder:
     def test_a_name_that_is_not_utf8_is_refused(self, refused, make_folder):
         refused(make_folder({os.fsdecode(b"caf\xe9"): 1, "tea": 1}), r"not UTF-8: 'caf\udce9'", "rename")
 
+    def test_a_name_with_a_line_break_is_refused(self, refused, make_folder):
+        refused(make_folder({"two\nlines": 1, "tea": 1}), r"control characters in their names: 'two\nlines'", "rename")
+
 
 class TestUnreadable:
+    def test_a_pipe_is_not_waited_for(self, refused, make_folder):
+        folder = make_folder(a=2, b=2)
+        (folder / "a/deeper").mkdir()
+        os.mkfifo(folder / "a/deeper/pipe.png")
+        refused(folder, "pipe.png is no regular file")
+
     def test_all_are_listed_and_refused(self, refused, make_folder):
         folder = make_folder(a=15, b=3)
         for i in range(12):

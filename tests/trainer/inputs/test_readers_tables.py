@@ -58,6 +58,14 @@ class TestTable:
     def test_what_is_refused(self, refused, table, lines, said):
         refused(table(*lines), said, "labels.csv")
 
+    def test_one_image_with_two_labels_is_refused(self, refused, load, table):
+        path = table("path,label", "a/0.png,cat", "a/1.png,dog", "a/0.png,dog")
+        refused(path, "line 4 gives a/0.png the label 'dog', which has 'cat' already")
+        assert len(load(table("path,label", "a/0.png,cat", "a/1.png,dog", "a/0.png,cat"))) == 3
+
+    def test_a_column_twice_is_refused(self, refused, table):
+        refused(table("path,label,Label", "a/0.png,cat,dog", "a/1.png,dog,cat"), "the column label twice")
+
     def test_another_encoding_is_refused(self, refused, table):
         refused(table("path,label", "a/0.png,Käse", encoding="latin-1"), "comma-separated UTF-8 text")
 
@@ -113,6 +121,17 @@ class TestArrays:
         path = write(images=self.IMAGES, labels=np.arange(6) % 2)
         path.write_bytes(path.read_bytes()[:kept])
         refused(path, "data.npz cannot be read as a .npz file")
+
+    def test_an_encrypted_file_is_refused(self, refused, write):
+        path = write(images=self.IMAGES, labels=np.arange(6) % 2)
+        content = bytearray(path.read_bytes())
+        for header, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # bit 0 of a member's flags, in both its headers
+            start = content.find(header)
+            while start >= 0:
+                content[start + flags] |= 1
+                start = content.find(header, start + 1)
+        path.write_bytes(bytes(content))
+        refused(path, "cannot be read as a .npz file", "encrypted")
 
     def test_a_single_array_is_refused(self, refused, tmp_path):
         with (tmp_path / "data.npz").open("wb") as file:

@@ -140,6 +140,22 @@ def test_full_disk(tmp_path, monkeypatch):
         write_source(tmp_path, card(), None, HEAD, sketch())
 
 
+def test_a_folder_that_is_written_anew_has_no_card_until_it_is_whole(tmp_path, monkeypatch):
+    write_source(tmp_path, card(), None, HEAD, sketch())
+    plain = source_folder.write_atomically
+
+    def killed(path, content):
+        if path.name == source_folder.SKETCH:
+            raise KeyboardInterrupt
+        plain(path, content)
+
+    monkeypatch.setattr(source_folder, "write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_source(tmp_path, card(), None, HEAD, sketch())
+    with pytest.raises(SourceError, match=r"has no card\.yaml"):
+        read_card(tmp_path)
+
+
 def test_folder_without_a_card(tmp_path):
     with pytest.raises(SourceError, match=r"has no card.yaml; name the source/ folder"):
         read_card(tmp_path)
