@@ -313,6 +313,7 @@ class Scheduler:
             outputs=outputs,
             parameters={},
             timings_ns={"queue": started - arrived, "compute": ended - started},
+            labels=self.model.labels,
         )
 
     def _failure(self, error: Exception, request_id: str) -> ServeError:

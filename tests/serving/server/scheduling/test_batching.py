@@ -54,7 +54,7 @@ def on_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
 class Doubling:
     """`x` float32 [batch, width] -> `y` = 2 x; a negative value makes it fail, `gate` makes it wait."""
 
-    name, version = "doubling", "7"
+    name, version, labels = "doubling", "7", None
     inputs = (Tensor(name="x", dtype="float32", shape=("batch", "width")),)
     outputs = (Tensor(name="y", dtype="float32", shape=("batch", "width")),)
 
