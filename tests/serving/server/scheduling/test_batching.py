@@ -491,6 +491,31 @@ async def test_two_threads_run_two_batches_at_once():
 
 
 @on_a_loop
+async def test_a_thread_that_cannot_be_started_is_told_and_tried_again(monkeypatch: pytest.MonkeyPatch):
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    gate = threading.Event()
+    model = Doubling(gate=gate)
+    scheduler = Scheduler(model, max_batch=1, max_queue=9, threads=2)
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", refused)
+        given = [scheduler.infer(ask(value)) for value in (1, 2, 3)]
+        assert [await outcome(one) for one in given] == [503, 503, 503]
+        await scheduler.drained()
+    given = [scheduler.infer(ask(4))]
+    await until(lambda: model.ran)
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", refused)
+        given += [scheduler.infer(ask(value)) for value in (5, 6)]  # for the thread that there is
+        await turns()
+        gate.set()
+        assert [await outcome(one) for one in given] == [[8], [10], [12]]
+    assert scheduler.statistics.errors == {503: 3}
+    await scheduler.drained()
+
+
+@on_a_loop
 async def test_a_delay_waits_for_a_batch_to_fill_and_no_longer():
     model = Doubling()
     scheduler = Scheduler(model, max_batch=3, max_queue=9, max_delay_s=0.05)
