@@ -1,6 +1,7 @@
 """From the files of a version to a model that is verified, warmed up and scheduled, or to the reason why not."""
 
 import asyncio
+import collections
 import logging
 import threading
 from collections.abc import Callable
@@ -65,6 +66,8 @@ class Loading:
         self._root, self._load_model, self._scheduling, self._metrics = root, loader, scheduling, metrics
         self._memory = Memory(max_memory)
         self._budget = Budget(scheduling.max_queue_bytes)
+        self._open: collections.Counter[tuple[str, str]] = collections.Counter()
+        """Models that were loaded and not released, by name and version: two while one takes the other's place."""
         self._warming: LoadedModel | None = None
         self._stopping = False
         self.suspects: set[Opening] = set()
@@ -147,6 +150,7 @@ class Loading:
             model.cut()
 
     def _schedule(self, model: LoadedModel, known: list[tuple[int, int]], taken: Taken) -> Scheduler:
+        self._open[model.name, model.version] += 1
         statistics = self._metrics.track(model.name, model.version)
         statistics.memory = taken.measured
         statistics.drift = model.drift.state if model.drift else dict
@@ -161,7 +165,11 @@ class Loading:
         )
 
     def release(self, one: Served) -> None:
-        """Close a version that no longer answers."""
+        """Close a version that no longer answers; its counts go with the last that was loaded of it."""
         one.scheduler.close()
         one.model.close()
         self._memory.release(one.memory)
+        self._open[key := (one.model.name, one.model.version)] -= 1
+        if not self._open[key]:
+            del self._open[key]
+            self._metrics.forget(*key)

@@ -277,20 +277,17 @@ class Repository:
         for version, one in before.items():
             if entry.served.get(version) is not one:
                 one.scheduler.stop_accepting()
-                tasks.append(asyncio.create_task(self._retire(entry, one)))
+                tasks.append(asyncio.create_task(self._retire(one)))
         self._retiring.update(tasks)
         for task in tasks:
             task.add_done_callback(self._retiring.discard)
         return tasks
 
-    async def _retire(self, entry: Entry, one: Served) -> None:
+    async def _retire(self, one: Served) -> None:
         try:
             await one.scheduler.drained()
         finally:
             self.loading.release(one)
-            now = self._entries.get(entry.name)
-            if now is None or int(one.model.version) not in now.served:
-                self.metrics.forget(one.model.name, one.model.version)
 
     def _is_there(self, entry: Entry, one: Served) -> bool:
         return int(one.model.version) in entry.folder.versions

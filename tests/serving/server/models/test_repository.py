@@ -407,6 +407,40 @@ async def test_a_canary_takes_its_share_of_the_requests_that_name_no_version(roo
 
 
 @on_a_loop
+async def test_what_was_loaded_anew_is_counted_also_where_a_canary_loads_while_the_old_one_ends(root: Path):
+    write_package(root / "demo" / "1", 1, graph=classifier(1, turns=10_000))  # which runs in a thread
+    write_package(root / "demo" / "2", 2)
+    opened, answers, gate = (threading.Event() for _ in range(3))
+
+    def loader(folder: Path, name: str, version: str) -> LoadedModel:
+        if version == "2" and opened.is_set():
+            assert gate.wait(10)
+        return load_package(folder, name=name, version=version, device=Device(threads=1))
+
+    async with serving(root, loader=loader, policy=Policy.parse("canary:2:1%"), poll_s=NEVER) as service:
+        model = service.repository.find("demo", None).model
+        run = model.run
+        model.run = lambda feed, outputs: [answers.wait(10), run(feed, outputs)][1]
+        opened.set()
+        asked = asyncio.create_task(infer(service))
+        await asyncio.sleep(0)
+        unloading = asyncio.create_task(service.unload("demo"))
+        await asyncio.sleep(0)
+        loading = asyncio.create_task(service.load("demo", {}))
+        await until(lambda: rows(service)["demo", "2"][0] == "LOADING")
+        answers.set()
+        await asyncio.gather(asked, unloading)
+        gate.set()
+        await loading
+        await infer(service)
+        counted = [(one["version"], one["inference_count"]) for one in service.statistics("demo", None)["model_stats"]]
+        assert counted == [("1", 4), ("2", 0)]
+        assert b'answered_total{model="demo",version="1"} 2.0' in service.metrics_text()
+        await service.unload("demo")
+        assert service.statistics(None, None) == {"model_stats": []}
+
+
+@on_a_loop
 async def test_the_file_of_a_model_goes_before_the_setting_and_is_followed(root: Path):
     for version in (1, 2, 3):
         write_package(root / "demo" / str(version), version)
