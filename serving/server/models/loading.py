@@ -2,21 +2,26 @@
 
 import asyncio
 import collections
+import concurrent.futures
 import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import ParamSpec, TypeVar
 
 from headstart.serving.errors import PackageError, first_line
 from headstart.serving.server.models.entry import Attempt, Entry, Served
 from headstart.serving.server.models.folder import Opening
 from headstart.serving.server.models.memory import Memory, Taken, resident
 from headstart.serving.server.models.model import LoadedModel, public
-from headstart.serving.server.scheduling.batching import Scheduler
+from headstart.serving.server.scheduling.batching import THREADS, Scheduler
 from headstart.serving.server.scheduling.queueing import Budget
 from headstart.serving.server.watching.metrics import Metrics
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _RETRY_S = 30.0  # a failure of the machine, not of the package: no memory, no space
 _WARM_S = 600.0
@@ -94,7 +99,7 @@ class Loading:
             estimated, before = self._memory.estimate(files), resident()
             self.on_opening(opening, False)
             try:
-                model, known = await asyncio.to_thread(self._load, entry.name, version)
+                model, known = await _in_a_thread(self._load, entry.name, version)
             finally:
                 self.on_opening(opening, True)
         except PackageError as error:
@@ -144,7 +149,7 @@ class Loading:
         self.suspects = {one for one in self.suspects if one.name != name}
 
     def stop(self) -> None:
-        """Cut a warm-up off, so that its thread does not hold up the end."""
+        """Cut a warm-up off."""
         self._stopping = True
         if model := self._warming:
             model.cut()
@@ -173,3 +178,18 @@ class Loading:
         if not self._open[key]:
             del self._open[key]
             self._metrics.forget(*key)
+
+
+async def _in_a_thread(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """As `asyncio.to_thread`, in a thread that the end of the process does not wait for: a load cannot be cut off."""
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+    done.set_running_or_notify_cancel()  # from now on nobody cancels it
+
+    def run() -> None:
+        try:
+            done.set_result(function(*arguments, **named))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name=f"{THREADS}load", daemon=True).start()
+    return await asyncio.wrap_future(done)

@@ -30,6 +30,8 @@ SHORT_NS = 2_000_000
 """A model that takes less on average may hold up the event loop; other connections wait as long."""
 ALONE_NS = 20_000_000
 """The same where the request's client is the only one: who connects just then waits as long."""
+THREADS = "headstart-"
+"""What the names of threads begin with that may be within ONNX Runtime."""
 _CALM_AFTER = 8  # turns with a single request before the next may run where it arrived
 
 _LOG = logging.getLogger(__name__)
@@ -234,7 +236,7 @@ class Scheduler:
     def _has_workers(self) -> bool:
         """Start another thread where there may be more; False where there is none, since the machine gives none."""
         if len(self._workers) < self._threads:
-            name = f"headstart-{self.model.name}-{self.model.version}"
+            name = f"{THREADS}{self.model.name}-{self.model.version}"
             worker = threading.Thread(target=self._work, name=name, daemon=True)
             try:
                 worker.start()
