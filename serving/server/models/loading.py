@@ -4,6 +4,7 @@ import asyncio
 import collections
 import concurrent.futures
 import logging
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from headstart.serving.server.watching.metrics import Metrics
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_RETRY_S = 30.0  # a failure of the machine, not of the package: no memory, no space
+_RETRY_S = 30.0  # a failure of the machine, not of the package: no memory, no space, no thread
+_LACKING = re.compile("bad_alloc|Failed to allocate memory|out of memory|pthread_create failed|can't start new thread")
+"""What Python and ONNX Runtime, whose errors have no type for it, say where there is no memory or no thread."""
 _WARM_S = 600.0
 """Seconds that a warm-up may take, in which TensorRT may build an engine; nothing else is loaded meanwhile."""
 _LOG = logging.getLogger(__name__)
@@ -102,11 +105,9 @@ class Loading:
                 model, known = await _in_a_thread(self._load, entry.name, version)
             finally:
                 self.on_opening(opening, True)
-        except PackageError as error:
+        except (PackageError, RuntimeError) as error:  # the latter: there is no thread to load it in
             reason = public(str(error), self._root / entry.name / str(version))
-            cause = error.__cause__
-            passes = isinstance(cause, (OSError, MemoryError)) and not isinstance(cause, FileNotFoundError)
-            again_at = monotonic() + _RETRY_S if passes else None
+            again_at = monotonic() + _RETRY_S if _may_pass(error) else None
             entry.failed[version] = Attempt(files=files, reason=reason, again_at=again_at)
             self._metrics.loaded(ready=False)
             _LOG.warning("%s version %d is refused: %s", entry.name, version, error)
@@ -178,6 +179,16 @@ class Loading:
         if not self._open[key]:
             del self._open[key]
             self._metrics.forget(*key)
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether a load failed because the machine lacked something, and not for what the package is."""
+    while error is not None:
+        words = "" if isinstance(error, PackageError) else str(error)  # whose words may be the package's
+        if isinstance(error, (OSError, MemoryError)) or _LACKING.search(words):
+            return True
+        error = error.__cause__
+    return False
 
 
 async def _in_a_thread(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
