@@ -221,10 +221,10 @@ def load_manifest(directory: Path) -> Manifest:
     path = Path(directory) / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except (FileNotFoundError, NotADirectoryError):
         raise PackageError(
             f"{directory} is no package: it has no {MANIFEST}; give a folder that headstart export RUN wrote"
-        ) from error
+        ) from None  # of no error of the machine, which a server would wait for to pass
     except (OSError, UnicodeDecodeError) as error:
         raise PackageError(f"{path} cannot be read ({error}); {MEND}") from error
     try:

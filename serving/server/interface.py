@@ -1,6 +1,6 @@
 """What the transports call: the one interface between HTTP or gRPC and the models."""
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from typing import Any, Protocol
 
 from headstart.serving.server.wire.protocol import InferRequest, InferResponse
@@ -56,9 +56,6 @@ class InferenceService(Protocol):
 
     async def unload(self, name: str) -> None:
         """Stop serving a model."""
-
-    def labels(self, name: str, version: str) -> Sequence[str] | None:
-        """The class names of a version that has answered, also when it has been replaced since."""
 
     def card(self, name: str) -> dict[str, Any]:
         """A model's labels, task, licence, provenance and latency."""

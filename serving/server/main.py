@@ -1,9 +1,12 @@
 """A serving process: start, serve until it is told to stop, drain, end."""
 
 import asyncio
+import atexit
 import gc
 import logging
+import os
 import signal
+import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +15,7 @@ import uvloop
 
 from headstart.serving.server.errors import StartError
 from headstart.serving.server.interface import InferenceService
+from headstart.serving.server.scheduling.batching import THREADS
 from headstart.serving.server.settings import HttpSettings
 from headstart.serving.server.transport.http import serve_http
 from headstart.serving.server.watching.watch import Watch
@@ -22,6 +26,9 @@ if TYPE_CHECKING:
     from headstart.serving.server.transport.http import HttpServer
 
 log = logging.getLogger(__name__)
+
+_GRACE = 0.5
+"""Seconds for which a thread within ONNX Runtime is waited for at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +53,9 @@ def run(
 
     The port opens before the models load, so that a taken one is told at once and liveness can be probed while
     readiness says no; only a worker that takes another's place opens it last. At the signal the server stops
-    accepting, answers what it has begun and returns 0; a second signal cuts off what is left.
+    accepting, answers what it has begun and returns 0; a second signal cuts off what is left. Where ONNX Runtime is
+    still at work then, as on a model that is being loaded, the process ends here: nothing can interrupt that, and an
+    interpreter that comes to its end meanwhile crashes (SIGSEGV, SIGABRT).
 
     Args:
         settings: of the HTTP server, and of gRPC's where `grpc_port` is set.
@@ -59,10 +68,17 @@ def run(
         StartError: the server cannot listen, or gRPC is asked for and not installed.
     """
     try:
-        return uvloop.run(_serve(settings, service, on_ready, link, watch))
+        code = uvloop.run(_serve(settings, service, on_ready, link, watch))
     finally:
         if watch is not None:
             watch.close()
+    working = [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]
+    for thread in working:
+        thread.join(_GRACE)
+    if any(thread.is_alive() for thread in working):
+        atexit._run_exitfuncs()
+        os._exit(code)
+    return code
 
 
 async def _serve(

@@ -21,6 +21,8 @@ class Scratch:
     """
 
     def __init__(self) -> None:
+        # A cleaner of temporary folders may have taken the one that a worker was given.
+        Path(tempfile.gettempdir()).mkdir(mode=0o700, exist_ok=True)
         while True:
             self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True)
             self.path = Path(self._folder.name)

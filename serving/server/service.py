@@ -178,13 +178,6 @@ class Service:
         """Take a model down; returns when its last request is answered."""
         await self.repository.unload(name)
 
-    def labels(self, name: str, version: str) -> tuple[str, ...] | None:
-        """Class names of the version that answered, in the order of its outputs' columns, where it has them.
-
-        Known also when that version has been replaced since: its answer may still be on its way.
-        """
-        return self.repository.labels.get((name, version))
-
     def card(self, name: str, version: str | None = None) -> dict[str, Any]:
         """What a reader wants to know of a model: labels, task, licence, provenance, parity and latency."""
         served = self.repository.find(name, version)

@@ -1,23 +1,32 @@
 """From the files of a version to a model that is verified, warmed up and scheduled, or to the reason why not."""
 
 import asyncio
+import collections
+import concurrent.futures
 import logging
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import ParamSpec, TypeVar
 
 from headstart.serving.errors import PackageError, first_line
 from headstart.serving.server.models.entry import Attempt, Entry, Served
 from headstart.serving.server.models.folder import Opening
 from headstart.serving.server.models.memory import Memory, Taken, resident
 from headstart.serving.server.models.model import LoadedModel, public
-from headstart.serving.server.scheduling.batching import Scheduler
+from headstart.serving.server.scheduling.batching import THREADS, Scheduler
 from headstart.serving.server.scheduling.queueing import Budget
 from headstart.serving.server.watching.metrics import Metrics
 
-_RETRY_S = 30.0  # a failure of the machine, not of the package: no memory, no space
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_RETRY_S = 30.0  # a failure of the machine, not of the package: no memory, no space, no thread
+_LACKING = re.compile("bad_alloc|Failed to allocate memory|out of memory|pthread_create failed|can't start new thread")
+"""What Python and ONNX Runtime, whose errors have no type for it, say where there is no memory or no thread."""
 _WARM_S = 600.0
 """Seconds that a warm-up may take, in which TensorRT may build an engine; nothing else is loaded meanwhile."""
 _LOG = logging.getLogger(__name__)
@@ -65,6 +74,8 @@ class Loading:
         self._root, self._load_model, self._scheduling, self._metrics = root, loader, scheduling, metrics
         self._memory = Memory(max_memory)
         self._budget = Budget(scheduling.max_queue_bytes)
+        self._open: collections.Counter[tuple[str, str]] = collections.Counter()
+        """Models that were loaded and not released, by name and version: two while one takes the other's place."""
         self._warming: LoadedModel | None = None
         self._stopping = False
         self.suspects: set[Opening] = set()
@@ -91,14 +102,12 @@ class Loading:
             estimated, before = self._memory.estimate(files), resident()
             self.on_opening(opening, False)
             try:
-                model, known = await asyncio.to_thread(self._load, entry.name, version)
+                model, known = await _in_a_thread(self._load, entry.name, version)
             finally:
                 self.on_opening(opening, True)
-        except PackageError as error:
+        except (PackageError, RuntimeError) as error:  # the latter: there is no thread to load it in
             reason = public(str(error), self._root / entry.name / str(version))
-            cause = error.__cause__
-            passes = isinstance(cause, (OSError, MemoryError)) and not isinstance(cause, FileNotFoundError)
-            again_at = monotonic() + _RETRY_S if passes else None
+            again_at = monotonic() + _RETRY_S if _may_pass(error) else None
             entry.failed[version] = Attempt(files=files, reason=reason, again_at=again_at)
             self._metrics.loaded(ready=False)
             _LOG.warning("%s version %d is refused: %s", entry.name, version, error)
@@ -141,12 +150,13 @@ class Loading:
         self.suspects = {one for one in self.suspects if one.name != name}
 
     def stop(self) -> None:
-        """Cut a warm-up off, so that its thread does not hold up the end."""
+        """Cut a warm-up off."""
         self._stopping = True
         if model := self._warming:
             model.cut()
 
     def _schedule(self, model: LoadedModel, known: list[tuple[int, int]], taken: Taken) -> Scheduler:
+        self._open[model.name, model.version] += 1
         statistics = self._metrics.track(model.name, model.version)
         statistics.memory = taken.measured
         statistics.drift = model.drift.state if model.drift else dict
@@ -161,7 +171,36 @@ class Loading:
         )
 
     def release(self, one: Served) -> None:
-        """Close a version that no longer answers."""
+        """Close a version that no longer answers; its counts go with the last that was loaded of it."""
         one.scheduler.close()
         one.model.close()
         self._memory.release(one.memory)
+        self._open[key := (one.model.name, one.model.version)] -= 1
+        if not self._open[key]:
+            del self._open[key]
+            self._metrics.forget(*key)
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether a load failed because the machine lacked something, and not for what the package is."""
+    while error is not None:
+        words = "" if isinstance(error, PackageError) else str(error)  # whose words may be the package's
+        if isinstance(error, (OSError, MemoryError)) or _LACKING.search(words):
+            return True
+        error = error.__cause__
+    return False
+
+
+async def _in_a_thread(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """As `asyncio.to_thread`, in a thread that the end of the process does not wait for: a load cannot be cut off."""
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+    done.set_running_or_notify_cancel()  # from now on nobody cancels it
+
+    def run() -> None:
+        try:
+            done.set_result(function(*arguments, **named))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name=f"{THREADS}load", daemon=True).start()
+    return await asyncio.wrap_future(done)

@@ -33,6 +33,7 @@ _CANDIDATES = 2  # versions that are copied of those that may take the requests:
 _STORE = ".versions"
 _CHUNK = 8 << 20
 _KEPT_S = 5.0  # what was replaced is deleted later than that: somebody may be reading it
+_PAUSE_S = 300.0  # at most, between two attempts at what cannot be copied: each may read all of it, which costs
 _JOIN_S = 5.0  # a listing that hangs is not waited for
 # What the file systems call the time, the digest or the generation of a file; other entries may change by themselves.
 _TELLING = (
@@ -61,8 +62,8 @@ class Mirror:
 
     A URL that cannot be reached later changes nothing, nor does one whose listing is empty all at once, as that of a
     bucket without its permissions is; a version that cannot be copied leaves the one that was there. All of it is in
-    the log, once for each reason, and tried again at the next look. Credentials come from where the file system looks
-    for them: its environment variables and files.
+    the log, once for each reason, and tried again, a copy after pauses that grow. Credentials come from where the file
+    system looks for them: its environment variables and files.
 
     Args:
         url: what fsspec understands.
@@ -86,6 +87,7 @@ class Mirror:
         self._policy_of = policy_of
         self._look_s = look_s
         self._copied: dict[tuple[str, str], str] = {}  # (name, version) or (name, "policy") -> what the listing said
+        self._failed: dict[tuple[str, str], tuple[str, float, float]] = {}  # what it said, the pause, and its end
         self._refused: dict[str, set[int]] = {}
         self._told: dict[str, str] = {}
         self._number = 0
@@ -135,7 +137,10 @@ class Mirror:
             self._awake.wait(self._look_s)
             self._awake.clear()
             if not self._stopping.is_set():
-                self.look()
+                try:
+                    self.look()
+                except Exception:  # no space for the folder itself; without this thread nothing is deployed any more
+                    _LOG.exception("the look at %s failed; it is tried again", self.url)
 
     def _look(self) -> str:
         try:
@@ -151,15 +156,31 @@ class Mirror:
         self.folder.mkdir(mode=0o700, exist_ok=True)  # a cleaner of temporary folders may have taken it
         while self._replaced and time.monotonic() - self._replaced[0][0] >= _KEPT_S:
             shutil.rmtree(self._replaced.popleft()[1], ignore_errors=True)
-        for key in itertools.chain([one for one in found if one[1] == POLICY_FILE], self._chosen(found)):
+        policies = [one for one in found if one[1] == POLICY_FILE]
+        gone = [one for one in self._copied if one not in found]
+        for key in itertools.chain(policies, self._chosen(found), gone):
             if self._stopping.is_set():
                 break
-            says = _digest(found[key])
-            if self._copied.get(key) != says or not self._is_whole(key, found[key]):
-                self._follow(key, found[key], says)
-        for key in [key for key in self._copied if key not in found]:
-            self._remove(key)
+            self._keep_up(key, found.get(key, {}))
         return ""
+
+    def _keep_up(self, key: tuple[str, str], files: _Files) -> None:
+        """Copy what has changed, and delete what has no files any more; a failure concerns this one alone."""
+        name, says = "/".join(key), _digest(files)
+        said, pause, again_at = self._failed.get(key, ("", 0.0, 0.0))
+        if said == says and time.monotonic() < again_at:
+            return
+        try:
+            if not files:
+                self._remove(key)
+            elif self._copied.get(key) != says or not self._is_whole(key, files):
+                self._follow(key, files, says)
+            self._failed.pop(key, None)
+        except Exception as error:  # as above; and no space, a disk that fails, or a file that is a folder as well
+            pause = min(2 * pause, _PAUSE_S) if said == says else self._look_s
+            self._failed[key] = says, pause, time.monotonic() + pause
+            problem = getattr(error, "strerror", None) or _without_secrets(first_line(error))
+            self._tell(name, f"{name} of {self.url} cannot be {'copied' if files else 'deleted'}: {problem}")
 
     def _list(self) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
         """What lies at the URL, by name and version; `policy` stands for a version where it is that file."""
@@ -231,14 +252,12 @@ class Mirror:
                     self._replaced.append((time.monotonic(), before))
             else:
                 new.replace(place)
-        except Exception as error:  # as above; and no space, or a file that is a folder as well
+        except Exception:
             if new.is_dir():
                 shutil.rmtree(new, ignore_errors=True)
             else:
                 new.unlink(missing_ok=True)
-            problem = getattr(error, "strerror", None) or _without_secrets(first_line(error))
-            self._tell(f"{name}/{version}", f"{name}/{version} of {self.url} cannot be copied: {problem}")
-            return
+            raise
         self._copied[key] = says
         self._told.pop(f"{name}/{version}", None)
         _LOG.info("%s/%s was copied from %s", name, version, self.url)
@@ -276,7 +295,7 @@ class Mirror:
         """Log a failure once, and not at each look for as long as it lasts."""
         if self._told.get(what) != message and not self._stopping.is_set():
             self._told[what] = message
-            _LOG.warning("%s; it is tried again every %g s", message, self._look_s)
+            _LOG.warning("%s; it is tried again", message)
 
 
 def _open(url: str) -> tuple[Any, str]:

@@ -20,13 +20,12 @@ from headstart.serving.server.models.entry import Entry, Served
 from headstart.serving.server.models.folder import POLICY_FILE, Folder, Refused, scan
 from headstart.serving.server.models.loading import Loader, Loading, Scheduling
 from headstart.serving.server.models.mirror import Mirror
-from headstart.serving.server.models.model import LoadedModel, load_package
+from headstart.serving.server.models.model import load_package
 from headstart.serving.server.models.policy import VERSION, Policy
 from headstart.serving.server.watching.metrics import Metrics
 from headstart.serving.signing import check_public_key
 
 POLL_S = 1.0
-_REMEMBERED = 64  # versions whose labels are kept when they no longer serve
 _LOG = logging.getLogger(__name__)
 
 
@@ -108,8 +107,6 @@ class Repository:
         )
         self.loading = Loading(self.root, load, self.scheduling, self.metrics, max_memory)
         """How versions are opened."""
-        self.labels: dict[tuple[str, str], tuple[str, ...] | None] = {}
-        """Class names by name and version: of what serves, and of the last that did."""
         self.unloaded: set[str] = set()
         """Names that were taken down by request."""
         self._entries: dict[str, Entry] = {}
@@ -271,39 +268,26 @@ class Repository:
         if not self.stopping:
             self._set(entry, base or canary, canary if base else None)
 
-    def _remember(self, model: LoadedModel) -> None:
-        self.labels.pop((model.name, model.version), None)
-        self.labels[model.name, model.version] = model.labels
-        serving = {(name, str(version)) for name, entry in self._entries.items() for version in entry.served}
-        for key in [key for key in self.labels if key not in serving][:-_REMEMBERED]:
-            del self.labels[key]
-
     def _set(self, entry: Entry, base: Served | None, canary: Served | None) -> list["asyncio.Task[None]"]:
         """Let these answer from the next request on; the others answer what they have and are closed."""
         before = entry.served
         entry.served = {int(one.model.version): one for one in (base, canary) if one}
         entry.base, entry.canary = base, canary
-        for version, one in entry.served.items():
-            if before.get(version) is not one:
-                self._remember(one.model)
         tasks = []
         for version, one in before.items():
             if entry.served.get(version) is not one:
                 one.scheduler.stop_accepting()
-                tasks.append(asyncio.create_task(self._retire(entry, one)))
+                tasks.append(asyncio.create_task(self._retire(one)))
         self._retiring.update(tasks)
         for task in tasks:
             task.add_done_callback(self._retiring.discard)
         return tasks
 
-    async def _retire(self, entry: Entry, one: Served) -> None:
+    async def _retire(self, one: Served) -> None:
         try:
             await one.scheduler.drained()
         finally:
             self.loading.release(one)
-            now = self._entries.get(entry.name)
-            if now is None or int(one.model.version) not in now.served:
-                self.metrics.forget(one.model.name, one.model.version)
 
     def _is_there(self, entry: Entry, one: Served) -> bool:
         return int(one.model.version) in entry.folder.versions

@@ -23,6 +23,7 @@ class Runnable(Protocol):
     version: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    labels: tuple[str, ...] | None
 
     def run(self, feed: dict[str, Any], outputs: list[str]) -> list[Any]:
         """Compute the named outputs; called by one thread or by several."""

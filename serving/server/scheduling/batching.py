@@ -30,6 +30,8 @@ SHORT_NS = 2_000_000
 """A model that takes less on average may hold up the event loop; other connections wait as long."""
 ALONE_NS = 20_000_000
 """The same where the request's client is the only one: who connects just then waits as long."""
+THREADS = "headstart-"
+"""What the names of threads begin with that may be within ONNX Runtime."""
 _CALM_AFTER = 8  # turns with a single request before the next may run where it arrived
 
 _LOG = logging.getLogger(__name__)
@@ -104,7 +106,8 @@ class Scheduler:
 
         Raises:
             ServeError: here or from the future. 400: it does not fit the model. 429: the queue is full. 503: the
-                scheduler has stopped accepting. 504: its deadline passed before it ran. 500: the model failed.
+                scheduler has stopped accepting, or the machine gives no thread. 504: its deadline passed before it
+                ran. 500: the model failed.
         """
         arrived = perf_counter_ns()
         try:
@@ -222,13 +225,26 @@ class Scheduler:
                     self._dispatching = True
                     self._loop.call_soon(self._dispatch)
                 return
+            if not self._has_workers():
+                for item in batch.items:
+                    self._refuse(item, unavailable("the server is out of threads for this request"))
+                continue
             self._running += 1
-            if len(self._workers) < self._threads:
-                name = f"headstart-{self.model.name}-{self.model.version}"
-                self._workers.append(threading.Thread(target=self._work, name=name, daemon=True))
-                self._workers[-1].start()
             self._jobs.put(batch)
         self._note_idle()
+
+    def _has_workers(self) -> bool:
+        """Start another thread where there may be more; False where there is none, since the machine gives none."""
+        if len(self._workers) < self._threads:
+            name = f"{THREADS}{self.model.name}-{self.model.version}"
+            worker = threading.Thread(target=self._work, name=name, daemon=True)
+            try:
+                worker.start()
+            except RuntimeError as error:  # a limit on processes: the next request tries again
+                _LOG.error("%s version %s: %s", self.model.name, self.model.version, error)
+            else:
+                self._workers.append(worker)
+        return bool(self._workers)
 
     def _timer_over(self) -> None:
         self._timer = None
@@ -313,6 +329,7 @@ class Scheduler:
             outputs=outputs,
             parameters={},
             timings_ns={"queue": started - arrived, "compute": ended - started},
+            labels=self.model.labels,
         )
 
     def _failure(self, error: Exception, request_id: str) -> ServeError:

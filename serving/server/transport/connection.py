@@ -149,7 +149,7 @@ class Connection(asyncio.BufferedProtocol):
         """The client reads again."""
         self._writing = True
         if self._state is _State.HEAD:
-            self.deadline = self._server.clock() + self._settings.idle_timeout
+            self.deadline = self._server.clock() + self._server.idle_timeout
             self._advance()
         elif self._state is _State.BUSY:
             self.deadline = _NEVER
@@ -171,10 +171,10 @@ class Connection(asyncio.BufferedProtocol):
         elif self._state is not _State.BUSY:
             self._refuse(too_slow(f"the body took longer than {settings.body_timeout:g} s"), self._head)
 
-    def wind_down(self, deadline: float) -> None:
-        """Serve what has come, and close by `deadline` where nothing does."""
-        if self._state is _State.HEAD:
-            self.deadline = min(self.deadline, deadline)
+    def wind_down(self) -> None:
+        """Serve what has come, and close soon where nothing does; a client that has yet to take an answer may first."""
+        if self._state is _State.HEAD and self._writing:
+            self.deadline = min(self.deadline, self._server.clock() + self._server.idle_timeout)
 
     def abort(self) -> None:
         """Close at once."""
@@ -332,7 +332,7 @@ class Connection(asyncio.BufferedProtocol):
             if self._server.routes.service.clients == 1:
                 self._server.polling.answered()
             if self._writing:
-                self.deadline = self._server.clock() + self._settings.idle_timeout
+                self.deadline = self._server.clock() + self._server.idle_timeout
         else:
             self._linger()
         if self._watch is not None:

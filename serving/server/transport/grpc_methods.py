@@ -40,13 +40,13 @@ class Methods:
     async def infer(self, body: bytes, context: Any, seen: Seen) -> bytes:
         """ModelInfer. A client that goes, or whose deadline passes, cancels its request."""
         request, response = await self._inferred(body, context, seen)
-        return encode(response, request.outputs, self._label(request, response))
+        return encode(response, request.outputs, _label(request, response))
 
     async def stream_infer(self, body: bytes, context: Any, seen: Seen) -> bytes:
         """One message of ModelStreamInfer, to which there is one answer, marked as the last as Triton does."""
         request, response = await self._inferred(body, context, seen)
         response.parameters[FINAL] = True
-        return streamed(encode(response, request.outputs, self._label(request, response)))
+        return streamed(encode(response, request.outputs, _label(request, response)))
 
     async def _inferred(self, body: bytes, context: Any, seen: Seen) -> tuple[InferRequest, InferResponse]:
         request = self._decoder.decode(body)
@@ -64,11 +64,6 @@ class Methods:
             raise
         seen.told(response)
         return request, response
-
-    def _label(self, request: InferRequest, response: InferResponse) -> Callable[[int], str | None]:
-        if not any(output.classification for output in request.outputs or ()):
-            return lambda index: None
-        return dict(enumerate(self.service.labels(response.model, response.version) or ())).get
 
     def document(self, name: str) -> Answer:
         """The method of this name, whose answer the service gives as a document."""
@@ -121,6 +116,12 @@ class Methods:
         working.add_done_callback(self._working.discard)
         await asyncio.shield(working)
         return {}
+
+
+def _label(request: InferRequest, response: InferResponse) -> Callable[[int], str | None]:
+    if not any(output.classification for output in request.outputs or ()):
+        return lambda index: None
+    return dict(enumerate(response.labels or ())).get
 
 
 NAMES = ("ModelInfer", *(name[1:] for name in vars(Methods) if name[1:2].isupper()))

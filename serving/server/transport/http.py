@@ -43,6 +43,8 @@ class HttpServer:
         self.routes = Routes(service, settings)
         self.closing = False
         """Whether it has stopped accepting."""
+        self.idle_timeout = settings.idle_timeout
+        """Seconds that a connection may stay open without a request: the settings', and few once it is closing."""
         self.port = 0
         """The port that it listens on."""
         self.date = b""
@@ -98,8 +100,9 @@ class HttpServer:
         self.closing = self.routes.closing = True
         if self._listener is not None:
             self._listener.close()
+        self.idle_timeout = min(self.idle_timeout, _GRACE)
         for connection in self._connections:
-            connection.wind_down(self.clock() + _GRACE)
+            connection.wind_down()
         self._tick = min(self._tick, _GRACE / 2)
         self._sweep()
 

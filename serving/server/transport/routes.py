@@ -166,7 +166,7 @@ class Routes:
         outputs = request.outputs
         label: Callable[[int], str | None] = _no_label
         if outputs is not None and any(output.classification for output in outputs):
-            label = dict(enumerate(self.service.labels(response.model, response.version) or ())).get
+            label = dict(enumerate(response.labels or ())).get
         parts, length = self._encoder.encode(response, outputs, binary, label)
         return Response(200, _JSON if length is None else _BINARY % length, parts)
 
@@ -192,8 +192,7 @@ class Routes:
     def _predicted(self, exchange: Exchange, response: InferResponse) -> Response:
         exchange.told(response)
         timing = ", ".join(f"{stage};dur={ns / 1e6:.3f}" for stage, ns in response.timings_ns.items())
-        document = predict.prediction(response, self.service.labels(response.model, response.version))
-        answer = json_response(document)
+        answer = json_response(predict.prediction(response))
         return answer._replace(headers=answer.headers + f"Server-Timing: {timing}\r\n".encode()) if timing else answer
 
     def _home(self, exchange: Exchange) -> Response:

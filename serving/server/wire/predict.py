@@ -1,6 +1,6 @@
 """`POST /v1/predict`: an encoded image in, a label and probabilities out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -61,9 +61,9 @@ def check(metadata: Mapping[str, Any]) -> None:
         )
 
 
-def prediction(response: InferResponse, labels: Sequence[str] | None) -> dict[str, Any]:
+def prediction(response: InferResponse) -> dict[str, Any]:
     """The document that answers: `label`, its `probability`, and `probabilities` by label."""
-    row = response.outputs["probabilities"].reshape(-1).tolist()
+    row, labels = response.outputs["probabilities"].reshape(-1).tolist(), response.labels
     names = labels if labels is not None and len(labels) == len(row) else [str(index) for index in range(len(row))]
     best = max(range(len(row)), key=row.__getitem__)
     return {

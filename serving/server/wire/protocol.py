@@ -102,6 +102,8 @@ class InferResponse:
     """What else the server says: strings, numbers and booleans."""
     timings_ns: dict[str, int] = field(default_factory=dict)
     """Nanoseconds by stage: `queue`, `compute`."""
+    labels: Sequence[str] | None = None
+    """Class names of the model that answered, in the order of its outputs' columns, where it has them."""
 
 
 def output_of(response: InferResponse, wanted: RequestedOutput, label: Callable[[int], str | None]) -> NDArray[Any]:

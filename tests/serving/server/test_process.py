@@ -42,6 +42,28 @@ settings = HttpSettings(port=int(sys.argv[3]), drain_timeout=float(sys.argv[4]))
 sys.exit(run(settings, Service(), on_ready=lambda server: print("ready", server.port, flush=True)))
 """
 
+LOADING = """
+import sys
+from pathlib import Path
+import numpy as np
+from headstart.serving.device import Device
+from headstart.serving.server.main import run
+from headstart.serving.server.models.model import load_graph
+from headstart.serving.server.models.repository import Repository
+from headstart.serving.server.scratch import Scratch
+from headstart.serving.server.service import Service
+from headstart.serving.server.settings import HttpSettings
+from tests.serving.server.graphs import looping
+
+def loader(folder, name, version):
+    with Scratch():
+        model = load_graph(looping(1 << 40), name=name, device=Device(threads=2), max_batch=1)
+        print("loads", flush=True)
+        return model.run({"x": np.zeros((1, 64), np.float32)}, ["y"])
+
+sys.exit(run(HttpSettings(port=0), Service(Repository(Path(sys.argv[1]), loader=loader))))
+"""
+
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -286,6 +308,23 @@ def test_a_signal_while_models_load_ends_the_process():
             time.sleep(0.05)
         process.terminate()
         assert process.wait(10) == 0
+
+
+def test_a_signal_while_onnx_runtime_loads_a_model_ends_the_process(tmp_path: Path):
+    (root := tmp_path / "models" / "demo" / "1").mkdir(parents=True)
+    (scratch := tmp_path / "scratch").mkdir()
+    command = [sys.executable, "-c", LOADING, str(root.parent.parent)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(scratch)}
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "loads\n"
+            process.terminate()
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+    assert not [*scratch.glob("headstart-*")]
 
 
 def test_a_service_that_cannot_start_ends_the_process_with_its_reason():

@@ -52,6 +52,13 @@ def test_what_a_killed_process_left_is_deleted_and_what_a_process_holds_is_not(p
     ours.close()  # once more is nothing
 
 
+def test_a_temporary_folder_that_a_cleaner_took_is_made_again(place: Path):
+    place.rmdir()
+    with Scratch() as scratch:
+        assert scratch.path.parent == place
+        assert place.stat().st_mode & 0o077 == 0
+
+
 def test_descriptors_are_given_back(place: Path):
     before = len([*Path("/proc/self/fd").iterdir()])
     with Scratch():

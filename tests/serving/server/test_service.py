@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.processes import supervisor
 from headstart.serving.server.service import Service
 from headstart.serving.server.settings import HttpSettings
-from tests.serving.server.graphs import LABELS, identities, logits, write_package
+from tests.serving.server.graphs import LABELS, classifier, identities, logits, write_package
 from tests.serving.server.models.test_repository import IMAGE, NEVER, Graph, infer, served_by, serving
 from tests.serving.server.scheduling.test_batching import on_a_loop
 
@@ -213,15 +214,22 @@ async def test_the_card_says_what_a_reader_wants_to_know(root: Path):
 
 
 @on_a_loop
-async def test_labels_are_those_of_the_version_that_answered_even_when_it_is_gone(root: Path):
+async def test_labels_are_those_of_the_model_that_answered_also_where_it_was_replaced_in_place(root: Path):
     labels = ("x", "y", "z")
+    write_package(root / "demo" / "3", 3, graph=classifier(3, turns=10_000))  # which runs in a thread
     async with serving(root, poll_s=NEVER) as service:
-        response = await infer(service)
+        model, gate = service.repository.find("demo", None).model, threading.Event()
+        run = model.run
+        model.run = lambda feed, outputs: [gate.wait(10), run(feed, outputs)][1]
+        asked = asyncio.create_task(infer(service))
+        await asyncio.sleep(0)
+        shutil.rmtree(root / "demo" / "3")
         write_package(root / "demo" / "3", 3, labels=labels)
         await service.repository.look()
-        assert service.labels(response.model, response.version) == LABELS
-        assert service.labels("demo", "3") == labels
         assert service.card("demo")["labels"] == list(labels)
+        gate.set()
+        assert (await asked).labels == LABELS
+        assert (await infer(service)).labels == labels
 
 
 class Server:

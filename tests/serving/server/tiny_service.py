@@ -62,8 +62,16 @@ class TinyService:
             outputs = {"logits": np.log(scores), "probabilities": scores / scores.sum()}
         timings = {"queue": 0, "compute": 1000}
         return InferResponse(
-            model=request.model, version=request.version or "1", id=request.id, outputs=outputs, timings_ns=timings
+            model=request.model,
+            version=request.version or "1",
+            id=request.id,
+            outputs=outputs,
+            timings_ns=timings,
+            labels=self._labels(request.model),
         )
+
+    def _labels(self, name: str) -> list[str] | None:
+        return LABELS if name in ("photo", "echo") else None
 
     def _known(self, name: str, version: str | None = None) -> None:
         if name not in ("echo", "slow", "photo", "broken", "full"):
@@ -112,12 +120,9 @@ class TinyService:
             raise unavailable("it is still busy")
         self.calls.append(("unload", name))
 
-    def labels(self, name: str, version: str) -> list[str] | None:
-        return LABELS if name in ("photo", "echo") else None
-
     def card(self, name: str) -> dict[str, Any]:
         self._known(name)
-        return {"name": name, "labels": self.labels(name, "1")}
+        return {"name": name, "labels": self._labels(name)}
 
     def metrics_text(self) -> bytes:
         return b"# TYPE up gauge\nup 1.0\n"

@@ -37,7 +37,7 @@ from headstart.serving.server.models.mirror import Mirror, is_url
 from headstart.serving.server.models.policy import Policy
 from headstart.serving.server.service import Service
 from tests.serving.server.graphs import write_package
-from tests.serving.server.models.test_repository import NEVER, rows, served_by, serving, status_of
+from tests.serving.server.models.test_repository import NEVER, rows, served_by, serving, status_of, until
 from tests.serving.server.scheduling.test_batching import on_a_loop
 
 
@@ -377,6 +377,67 @@ async def test_a_disk_that_is_full_refuses_the_version_alone(remote: Path, caplo
         assert await served_by(service) == "1"
         assert os.strerror(errno.EFBIG) in caplog.text
         assert len(list((mirror.folder / ".versions").glob("[0-9]*"))) == 1, "no half is left"
+
+
+@pytest.mark.parametrize("fault", ["unlink", "mkdir"])
+@on_a_loop
+async def test_a_disk_that_fails_ends_no_deployment(
+    remote: Path, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    failed = []
+    real = getattr(Path, fault)
+
+    def failing(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.is_relative_to(mirror.folder) and (fault == "mkdir" or path.name == "1"):
+            failed.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        real(path, *arguments, **options)
+
+    write_package(remote / "demo" / "2", 2)
+    write_package(remote / "other" / "1", 1)
+    mirror = Mirror(f"file://{remote}", look_s=0.02)
+    async with serving(mirror.folder, mirror=mirror, poll_s=NEVER) as service:
+        with monkeypatch.context() as broken:
+            broken.setattr(Path, fault, failing)
+            shutil.rmtree(remote / "demo" / "1")
+            shutil.rmtree(remote / "other")
+            await until(lambda: len(failed) > 2)
+        assert os.strerror(errno.EIO) in caplog.text
+        write_package(remote / "demo" / "3", 3)
+        await served_in_the_end(service, "3")
+        assert copied(mirror) == ["2", "3"]
+        assert not (mirror.folder / "other").exists()
+
+
+@on_a_loop
+async def test_what_cannot_be_copied_is_read_again_after_pauses_that_grow(
+    remote: Path, monkeypatch: pytest.MonkeyPatch
+):
+    now, attempts = [0.0], []
+    copy = Mirror._copy
+
+    def full(mirror: Mirror, entry: Any, target: Path) -> None:
+        copy(mirror, entry, target)
+        if target.name == MODEL:
+            attempts.append(now[0])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async with mirrored(f"file://{remote}") as (service, mirror):
+        write_package(remote / "demo" / "2", 2)
+        mirror._look_s = 10.0
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        with monkeypatch.context() as disk:
+            disk.setattr(Mirror, "_copy", full)
+            for look in range(150):
+                now[0] = look * 10.0
+                mirror.look()
+            assert attempts == [0, 10, 30, 70, 150, 310, 610, 910, 1210]
+            os.utime(remote / "demo" / "2" / MODEL, (2e9, 2e9))  # what changes is copied at once
+            mirror.look()
+            assert attempts[-1] == 1490
+        now[0] += 10.0
+        await follow(service, mirror)
+        assert await served_by(service) == "2"
 
 
 def test_names_that_lead_elsewhere_are_not_followed(remote: Path, tmp_path: Path):

@@ -31,7 +31,15 @@ from headstart.serving.server.models.policy import Policy
 from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.service import Service
 from headstart.serving.server.wire.protocol import InferRequest, InferResponse
-from tests.serving.server.graphs import classifier, identities, logits, mlp, rewrite_manifest, write_package
+from tests.serving.server.graphs import (
+    classifier,
+    identities,
+    logits,
+    mlp,
+    model_bytes,
+    rewrite_manifest,
+    write_package,
+)
 from tests.serving.server.scheduling.test_batching import on_a_loop
 
 NEVER = 1e9
@@ -284,6 +292,75 @@ async def test_a_full_disk_refuses_a_version_until_there_is_space_again(root: Pa
         assert await served_by(service) == "2"
 
 
+def lacks_memory() -> None:
+    """What ONNX Runtime says where it is given no 4 TiB."""
+    size = onnx.helper.make_tensor_value_info("size", onnx.TensorProto.INT64, [1])
+    zeros = onnx.helper.make_tensor_value_info("zeros", onnx.TensorProto.FLOAT, ["n"])
+    nodes = [onnx.helper.make_node("ConstantOfShape", ["size"], ["zeros"])]
+    model = load_graph(model_bytes(nodes, [size], [zeros], {}), name="zeros", device=Device(threads=1), max_batch=1)
+    model.run({"size": np.array([1 << 40])}, ["zeros"])
+
+
+def lacks_descriptors() -> None:
+    try:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    except OSError as error:
+        wrapped = PackageError("manifest.json cannot be read")
+        wrapped.__cause__ = error
+        raise PackageError("the folder that the operator knows") from wrapped
+
+
+def lacks_a_folder() -> None:
+    raise PackageError("it cannot be copied") from FileNotFoundError("No usable temporary directory found")
+
+
+def lacks_a_thread() -> None:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("fails", [lacks_memory, lacks_descriptors, lacks_a_folder, lacks_a_thread, "start"])
+@on_a_loop
+async def test_what_fails_for_want_of_something_is_tried_again_with_the_same_files(
+    root: Path, fails: Any, monkeypatch: pytest.MonkeyPatch
+):
+    def loader(folder: Path, name: str, version: str) -> LoadedModel:
+        if version == "2" and lacking and fails != "start":
+            fails()
+        return load_package(folder, name=name, version=version, device=Device(threads=1))
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "headstart-load":
+            lacks_a_thread()
+        start_thread(thread)
+
+    lacking, start_thread = True, threading.Thread.start
+    write_package(root / "demo" / "1", 1)
+    async with serving(root, loader=loader, poll_s=NEVER) as service:
+        write_package(root / "demo" / "2", 2)
+        with monkeypatch.context() as full:
+            if fails == "start":
+                full.setattr(threading.Thread, "start", start)
+            await looks(service)
+        assert rows(service)["demo", "2"][0] == "UNAVAILABLE"
+        assert await served_by(service) == "1"
+        assert service.repository.entries["demo"].refused == []
+        lacking = False
+        await looks(service)
+        assert await served_by(service) == "1"  # after a pause
+        monkeypatch.setattr(loading, "monotonic", lambda: time.monotonic() + 31)
+        await looks(service)
+        assert await served_by(service) == "2"
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@on_a_loop
+async def test_a_bad_package_is_refused_until_its_files_change(root: Path, name: str):
+    damage, _ = BROKEN[name]
+    damage(write_package(root / "demo" / "1", 1))
+    async with serving(root, poll_s=NEVER) as service:
+        assert [one.again_at for one in service.repository.entries["demo"].failed.values()] == [None]
+
+
 @on_a_loop
 async def test_a_folder_that_cannot_be_read_concerns_its_own_model_alone(root: Path, monkeypatch: pytest.MonkeyPatch):
     iterdir = Path.iterdir
@@ -404,6 +481,40 @@ async def test_a_canary_takes_its_share_of_the_requests_that_name_no_version(roo
         shutil.rmtree(root / "demo" / "3")
         await looks(service)
         assert {await served_by(service) for _ in range(10)} == {"2"}
+
+
+@on_a_loop
+async def test_what_was_loaded_anew_is_counted_also_where_a_canary_loads_while_the_old_one_ends(root: Path):
+    write_package(root / "demo" / "1", 1, graph=classifier(1, turns=10_000))  # which runs in a thread
+    write_package(root / "demo" / "2", 2)
+    opened, answers, gate = (threading.Event() for _ in range(3))
+
+    def loader(folder: Path, name: str, version: str) -> LoadedModel:
+        if version == "2" and opened.is_set():
+            assert gate.wait(10)
+        return load_package(folder, name=name, version=version, device=Device(threads=1))
+
+    async with serving(root, loader=loader, policy=Policy.parse("canary:2:1%"), poll_s=NEVER) as service:
+        model = service.repository.find("demo", None).model
+        run = model.run
+        model.run = lambda feed, outputs: [answers.wait(10), run(feed, outputs)][1]
+        opened.set()
+        asked = asyncio.create_task(infer(service))
+        await asyncio.sleep(0)
+        unloading = asyncio.create_task(service.unload("demo"))
+        await asyncio.sleep(0)
+        loading = asyncio.create_task(service.load("demo", {}))
+        await until(lambda: rows(service)["demo", "2"][0] == "LOADING")
+        answers.set()
+        await asyncio.gather(asked, unloading)
+        gate.set()
+        await loading
+        await infer(service)
+        counted = [(one["version"], one["inference_count"]) for one in service.statistics("demo", None)["model_stats"]]
+        assert counted == [("1", 4), ("2", 0)]
+        assert b'answered_total{model="demo",version="1"} 2.0' in service.metrics_text()
+        await service.unload("demo")
+        assert service.statistics(None, None) == {"model_stats": []}
 
 
 @on_a_loop

@@ -54,7 +54,7 @@ def on_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
 class Doubling:
     """`x` float32 [batch, width] -> `y` = 2 x; a negative value makes it fail, `gate` makes it wait."""
 
-    name, version = "doubling", "7"
+    name, version, labels = "doubling", "7", None
     inputs = (Tensor(name="x", dtype="float32", shape=("batch", "width")),)
     outputs = (Tensor(name="y", dtype="float32", shape=("batch", "width")),)
 
@@ -488,6 +488,31 @@ async def test_two_threads_run_two_batches_at_once():
     assert len(model.ran) == 2
     gate.set()
     assert [await outcome(one) for one in given] == [[2], [4], [6]]
+
+
+@on_a_loop
+async def test_a_thread_that_cannot_be_started_is_told_and_tried_again(monkeypatch: pytest.MonkeyPatch):
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    gate = threading.Event()
+    model = Doubling(gate=gate)
+    scheduler = Scheduler(model, max_batch=1, max_queue=9, threads=2)
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", refused)
+        given = [scheduler.infer(ask(value)) for value in (1, 2, 3)]
+        assert [await outcome(one) for one in given] == [503, 503, 503]
+        await scheduler.drained()
+    given = [scheduler.infer(ask(4))]
+    await until(lambda: model.ran)
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", refused)
+        given += [scheduler.infer(ask(value)) for value in (5, 6)]  # for the thread that there is
+        await turns()
+        gate.set()
+        assert [await outcome(one) for one in given] == [[8], [10], [12]]
+    assert scheduler.statistics.errors == {503: 3}
+    await scheduler.drained()
 
 
 @on_a_loop

@@ -137,3 +137,29 @@ def test_a_client_that_reads_no_answer_is_given_the_time_of_a_body_and_not_that_
 
     assert asyncio.run(run(reads_again=False))
     assert not asyncio.run(run(reads_again=True))
+
+
+@pytest.mark.parametrize("takes_it_after", [0.0, 9.0, None])
+def test_a_server_that_winds_down_waits_for_a_client_that_takes_its_answer_and_no_longer(takes_it_after: float | None):
+    """Seconds from the end's beginning until the connection is closed."""
+
+    async def run() -> float:
+        server = HttpServer(TinyService(), HttpSettings(port=0, body_timeout=60, idle_timeout=75))
+        server.clock = lambda: 0.0
+        connection, transport = Connection(server), _Slow()
+        connection.connection_made(transport)
+        transport.feed(connection, b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.pause_writing()
+        server.close()
+        for tenth in range(700):
+            expire_at(connection, tenth / 10)
+            if tenth / 10 == takes_it_after:
+                connection.resume_writing()
+            if transport.aborted or connection._closing:
+                break
+        assert transport.aborted is (takes_it_after is None)
+        connection.connection_lost(None)
+        return tenth / 10
+
+    closed_after = asyncio.run(run())
+    assert closed_after == pytest.approx(60 if takes_it_after is None else takes_it_after + 0.5)

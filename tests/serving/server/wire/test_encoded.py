@@ -341,9 +341,11 @@ def test_one_part_that_fails_drops_the_others_and_answers_without_rows_are_refus
 
 def test_labels_that_are_not_the_columns_name_none():
     response = InferResponse(model="m", version="1", outputs={"probabilities": np.float32([[0.25, 0.75]])})
+    assert prediction(response)["probabilities"] == {"0": 0.25, "1": 0.75}
     found = {1: {"0": 0.25, "1": 0.75}, 2: {"cat": 0.25, "dog": 0.75}}
     for count, probabilities in found.items():
-        assert prediction(response, ["cat", "dog"][:count])["probabilities"] == probabilities
+        response.labels = ["cat", "dog"][:count]
+        assert prediction(response)["probabilities"] == probabilities
 
 
 def test_a_model_that_takes_no_images_knows_no_files(tmp_path: Path):
