@@ -44,9 +44,7 @@ class Admission:
             return self.head
         self.head, self._raw = None, b""
         head = self._parser.parse(raw)
-        if not self._server.trusts(head.headers.get(b"authorization")) and not (
-            self._settings.open_health and head.path in _HEALTH_PATHS
-        ):
+        if not self._server.trusts(head.headers.get(b"authorization")) and not self._is_open(head):
             raise unauthenticated()
         self.head = head
         try:
@@ -60,6 +58,10 @@ class Admission:
             raise too_large(f"Content-Length is {head.length}; accepted: {self._settings.max_body_bytes} bytes")
         self._raw = raw
         return head
+
+    def _is_open(self, head: Head) -> bool:
+        """Whether it is a probe's, without a body: those of strangers would fill the memory that bodies may take."""
+        return self._settings.open_health and head.path in _HEALTH_PATHS and not (head.length or head.chunked)
 
     def _check_page(self, head: Head) -> None:
         """Refuse a web page of another site, and one that has had its name lead to this machine (DNS rebinding)."""

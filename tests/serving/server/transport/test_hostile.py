@@ -365,6 +365,17 @@ def test_health_can_be_open_and_nothing_else_is():
         assert raw.ask("GET", "/v2/models/echo/ready").status == 401
 
 
+@pytest.mark.parametrize("body", ["Content-Length: 9", "Transfer-Encoding: chunked"])
+def test_open_health_takes_no_body_of_a_stranger(body: str):
+    with Running(HttpSettings(port=0, token="t", open_health=True)) as running:
+        head = f"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n{body}\r\n"
+        assert told(running, f"{head}\r\n".encode()).status == 401
+        sent = b"9\r\nunheeded.\r\n0\r\n\r\n" if "chunked" in body else b"unheeded."
+        with running.connect() as raw:
+            raw.send(f"{head}Authorization: Bearer t\r\n\r\n".encode() + sent)
+            assert raw.read().status == 200
+
+
 def test_where_memory_ends_a_client_is_told_to_come_again(running: Running, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(running.service, "infer", lambda request: bytearray(1 << 62))
     with running.connect() as raw:
