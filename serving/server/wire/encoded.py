@@ -32,9 +32,9 @@ _THREADS = 2
 _MOST_WAITING = 64
 _MOST_HELD = 1 << 30
 _BYTES = {"1": 6, "L": 6, "P": 6, "I;16": 6, "CMYK": 12}
-"""Bytes that a pixel of a mode takes until it is decoded; those of others take 10. Pillow holds it in 1, 2 or 4, and in
-as many again while it turns the image; a progressive JPEG has 2 for each colour. Then come the 3 of RGB, and 3 more where
-several images are put together. Measured with 25 million pixels: up to 5.1 for 6, 10.0 for 10 and 12.0 for 12."""
+"""Bytes that a pixel of a mode takes until it is decoded; those of others take 10. Pillow holds it in 1, 2 or 4, and
+in as many again while it turns the image; a progressive JPEG has 2 for each colour. Then come the 3 of RGB, and 3 more
+where several images are put together. Measured at 25 million pixels: up to 5.1 for 6, 10.0 for 10 and 12.0 for 12."""
 _NO_IMAGE = "cannot be decoded; accepted: an undamaged JPEG or PNG"
 
 

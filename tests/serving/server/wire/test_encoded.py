@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import threading
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
@@ -269,14 +270,17 @@ def test_a_client_that_goes_drops_every_part(tmp_path: Path):
 
 
 def test_memory_and_threads_are_bounded_over_all_requests(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(encoded, "_MOST_HELD", 3 * 3 * 300 * 300)
+    pixels = 300 * 300
+    monkeypatch.setattr(encoded, "_MOST_HELD", 3 * 10 * pixels)
     monkeypatch.setattr(encoded, "_MOST_WAITING", 5)
+    decode, gate = encoded._decode, threading.Event()
+    monkeypatch.setattr(encoded, "_decode", lambda *given: decode(*given) if gate.wait(20) else None)
 
     async def play() -> list[int]:
-        decoder, gate = ImageDecoder(Limits()), asyncio.get_running_loop().create_future()
+        decoder, answered = ImageDecoder(Limits()), asyncio.get_running_loop().create_future()
 
         def wait(parts: tuple[InferRequest, ...]) -> list[Any]:
-            return [asyncio.ensure_future(asyncio.shield(gate)) for _ in parts]
+            return [asyncio.ensure_future(asyncio.shield(answered)) for _ in parts]
 
         async def one() -> int:
             request = InferRequest(model="m", inputs={ENCODED: strings([picture(300, 300)])})
@@ -290,13 +294,36 @@ def test_memory_and_threads_are_bounded_over_all_requests(monkeypatch: pytest.Mo
         async with asyncio.timeout(20):
             while sum(task.done() for task in tasks) < 5:
                 await asyncio.sleep(0.001)
-        gate.set_result(InferResponse(model="m", version="1", outputs={}))
+            assert decoder._held == 3 * 10 * pixels
+            gate.set()
+            while decoder._held > 3 * 3 * pixels:  # what is decoded is held as what it has become
+                await asyncio.sleep(0.001)
+        answered.set_result(InferResponse(model="m", version="1", outputs={}))
         statuses = await asyncio.gather(*tasks)
         assert await one() == 200  # all was given back
+        assert decoder._held == 0
         decoder.close()
         return statuses
 
     assert sorted(asyncio.run(play())) == [200, 200, 200, 429, 429, 429, 503, 503]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "options", "most"),
+    [
+        ("1", "PNG", {}, 6),
+        ("L", "JPEG", {}, 6),
+        ("P", "PNG", {}, 6),
+        ("I;16", "PNG", {}, 6),
+        ("LA", "PNG", {}, 10),
+        ("RGB", "JPEG", {"progressive": True}, 10),
+        ("CMYK", "JPEG", {}, 12),
+    ],
+)
+def test_memory_is_counted_by_the_mode(mode: str, kind: str, options: dict[str, Any], most: int):
+    file = io.BytesIO()
+    Image.new(mode, (20, 10)).save(file, kind, **options)
+    assert encoded._count([file.getvalue()] * 2) == (400, 400 * most)
 
 
 def test_one_part_that_fails_drops_the_others_and_answers_without_rows_are_refused():
