@@ -346,6 +346,34 @@ def test_without_the_token_every_request_gets_the_same_401(guarded: Running, aut
     assert not guarded.service.requests
 
 
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [
+        ("Headstart-Timeout-Ms: 0", 400),
+        ("Headstart-Priority: high", 400),
+        ("Inference-Header-Content-Length: a", 400),
+        ("Content-Type: a\r\nContent-Type: b", 400),
+        ("Authorization: Bearer wrong-token", 400),
+        ("A: \0", 400),
+        ("Content-Length: -1", 400),
+        ("Expect: magic", 417),
+        ("Content-Length: 99999999999", 413),
+        ("Transfer-Encoding: gzip", 400),
+        ("Transfer-Encoding: gzip, chunked", 501),
+    ],
+)
+def test_what_is_wrong_with_a_head_is_told_to_who_has_the_token_alone(guarded: Running, fault: str, status: int):
+    for token, expected in (("right-token", status), ("wrong-token", 401)):
+        # A second time, after a request that was let in, which says nothing of the next one.
+        for first in (b"", b"GET /v2 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer right-token\r\n\r\n"):
+            with guarded.connect() as raw:
+                raw.send(first)
+                assert not first or raw.read().status == 200
+                raw.send(f"POST /v2/repository/index HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n".encode())
+                raw.send(f"{fault}\r\n\r\n".encode())
+                assert raw.read().status == expected
+
+
 def test_with_the_token_requests_are_answered(guarded: Running):
     with guarded.connect() as raw:
         assert raw.ask("GET", "/v2", Authorization="Bearer right-token").status == 200
