@@ -267,16 +267,19 @@ async def serve_grpc(service: InferenceService, settings: HttpSettings, watch: W
     return server
 
 
-def _bounded(stream: Stream, most: int) -> Stream:
+def _bounded(stream: Stream, most: int) -> Callable[[Any, Any], Awaitable[None]]:
     """A stream of which no more than `most` are open at once."""
     places = asyncio.Semaphore(most)
 
-    async def call(bodies: Any, context: Any) -> AsyncGenerator[bytes]:
+    async def call(bodies: Any, context: Any) -> None:
         if places.locked():
             await _abort(context, too_many(f"no more than {most} of these calls may be open at once"))
         async with places, contextlib.aclosing(stream(bodies, context)) as answers:
             async for data in answers:
-                yield data
+                try:
+                    await context.write(data)
+                except grpc.aio.InternalError:  # the client has gone, of which grpc would log a traceback
+                    raise asyncio.CancelledError from None
 
     return call
 
