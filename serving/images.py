@@ -5,7 +5,9 @@ hold that both give the same pixels and refuse the same files.
 """
 
 import io
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,7 @@ from PIL import Image, ImageOps
 from headstart.serving.errors import PackageError
 
 _ACCEPTED = "an undamaged image that Pillow reads, such as PNG, JPEG, WebP, GIF, BMP or TIFF"
+_AT_ONCE = 1 << 16  # pixels; more are converted no faster
 _NOT_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # no decoder, or one that runs a program
 
 
@@ -39,7 +42,8 @@ def read_image(source: Path | bytes) -> NDArray[np.uint8]:
                 raise ValueError(f"{opened.width}x{opened.height} is above {Image.MAX_IMAGE_PIXELS} pixels")
             if opened.format in _NOT_PIXELS:
                 raise ValueError(f"it is {opened.format}")
-            return _to_rgb(ImageOps.exif_transpose(opened))
+            ImageOps.exif_transpose(opened, in_place=True)
+            return _to_rgb(opened)
     except FileNotFoundError as error:
         raise PackageError(f"{name} does not exist; give the path of {_ACCEPTED}") from error
     except MemoryError:  # says nothing of the file
@@ -51,23 +55,35 @@ def read_image(source: Path | bytes) -> NDArray[np.uint8]:
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Any mode to uint8 [H, W, 3]."""
+    """Any mode to uint8 [H, W, 3], some rows at a time: a large image is held once, with its result."""
     if image.mode in ("F", "LAB"):
         raise ValueError(f"its mode {image.mode} has no fixed range; save it as 8-bit RGB")
+    convert = _colours
     if image.mode.startswith("I"):
-        return _deep_grey(image)
+        eight_bits = image.mode == "I" and cast(tuple[int, int], image.getextrema())[1] <= 255
+        convert = partial(_deep_grey, eight_bits=eight_bits)
+    width, height = image.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    step = max(1, _AT_ONCE // width)
+    for top in range(0, height, step):
+        bottom = min(top + step, height)
+        pixels[top:bottom] = convert(image.crop((0, top, width, bottom)))
+    return pixels
+
+
+def _colours(image: Image.Image) -> NDArray[np.uint8]:
+    """Grey, colours or a palette, over white where they are transparent, to uint8 [H, W, 3]."""
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return np.array(image.convert("RGB"))
+    return np.asarray(image.convert("RGB"))
 
 
-def _deep_grey(image: Image.Image) -> NDArray[np.uint8]:
-    """16-bit grey, or integers that hold 8 or 16 bits as their largest value tells, to uint8 [H, W, 3]."""
-    values = np.asarray(image).astype(np.int64)
-    eight_bits = image.mode == "I" and values.max() <= 255
-    grey = np.clip(values if eight_bits else values // 256, 0, 255)
+def _deep_grey(image: Image.Image, eight_bits: bool) -> NDArray[np.uint8]:
+    """16-bit grey, or integers that hold 8 or 16 bits, to uint8 [H, W, 1]."""
+    values = np.asarray(image)
+    grey: NDArray[np.uint8] = np.clip(values if eight_bits else values // 256, 0, 255).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):  # PNG's tRNS: this one value is transparent
-        grey = np.where(values == transparent, 255, grey)
-    return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+        grey[values == transparent] = 255
+    return grey[:, :, None]

@@ -1,12 +1,14 @@
 """Every kind of image file becomes the same uint8 RGB, as in training, and what is none is refused."""
 
 import io
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from headstart.serving import images
 from headstart.serving.errors import PackageError
 from headstart.serving.images import read_image
 
@@ -65,6 +67,10 @@ PNGS = {
         encoded(Image.fromarray(ROW.astype(np.uint16) * 256), transparency=20 * 256),
         grey(np.where(ROW == 20, 255, ROW)),
     ),
+    "I;16B": (
+        encoded(Image.frombytes("I;16B", (4, 3), (ROW.astype(">u2") * 256 + 7).astype(">u2").tobytes()), "TIFF"),
+        grey(ROW),
+    ),
     "I with 8 bits": (encoded(Image.fromarray(ROW.astype(np.int32)), "TIFF"), grey(ROW)),
     "I of the largest 8 bits": (encoded(Image.new("I", (4, 3), 255), "TIFF"), np.full((3, 4, 3), 255)),
     "I below and beyond": (
@@ -93,6 +99,26 @@ def test_modes(name: str, tmp_path: Path):
         assert pixels.dtype == np.uint8
         assert pixels.flags["C_CONTIGUOUS"]
         np.testing.assert_array_equal(pixels, expected)
+
+
+@pytest.mark.parametrize("at_once", [1, 8])
+@pytest.mark.parametrize("name", PNGS)
+def test_a_large_image_is_converted_row_by_row(name: str, at_once: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(images, "_AT_ONCE", at_once)
+    content, expected = PNGS[name]
+    np.testing.assert_array_equal(read_image(content), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_a_large_image_is_copied_once(mode: str):
+    content = encoded(Image.new(mode, (1000, 1000)))
+    read_image(content)
+    tracemalloc.start()  # which sees Python's and NumPy's memory, not Pillow's
+    try:
+        pixels = read_image(content)
+        assert tracemalloc.get_traced_memory()[1] < 1.3 * pixels.nbytes
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -76,7 +76,8 @@ class Signature:
             if array is None:
                 raise self._names(inputs)
             shape = array.shape
-            if array.dtype != dtype or len(shape) != rank or 0 in shape:
+            # What marks bfloat16, whose bits NumPy has as uint16, is no part of equality.
+            if array.dtype != dtype or array.dtype.metadata or len(shape) != rank or 0 in shape:
                 raise _misfit(expected, array)
             for axis, size in fixed:
                 if shape[axis] != size:
@@ -119,10 +120,14 @@ def _is_free(size: int | str | None) -> bool:
 
 
 def _misfit(expected: Tensor, array: Any) -> ServeError:
-    found, accepted = (
-        f"{'BYTES' if str(one.dtype) == 'object' else one.dtype} {_words(one.shape)}" for one in (array, expected)
-    )
+    found, accepted = (f"{_datatype(one.dtype)} {_words(one.shape)}" for one in (array, expected))
     return bad_request(f"the input {expected.name!r} is {found}; accepted: {accepted}, no size 0")
+
+
+def _datatype(dtype: Any) -> str:
+    if metadata := getattr(dtype, "metadata", None):
+        return str(metadata["datatype"])
+    return "BYTES" if str(dtype) == "object" else str(dtype)
 
 
 def _words(shape: Sequence[int | str | None]) -> str:

@@ -31,7 +31,9 @@ class Admission:
         self._parser = HeadParser(server.settings.max_headers)
         self._raw = b""
         self.head: Head | None = None
-        """That of the last request, where it had the token."""
+        """That of the last request, where it could be read and was let in."""
+        self.is_known = server.trusts(None)
+        """Whether the last request had the token or needs none, and so may learn what is wrong with it."""
 
     def admit(self, raw: bytes) -> Head:
         """The head that these bytes are, with its handler.
@@ -43,10 +45,12 @@ class Admission:
         if raw == self._raw and self.head is not None:
             return self.head
         self.head, self._raw = None, b""
-        head = self._parser.parse(raw)
-        if not self._server.trusts(head.headers.get(b"authorization")) and not (
-            self._settings.open_health and head.path in _HEALTH_PATHS
-        ):
+        try:
+            head = self._parser.parse(raw)
+        finally:
+            self.is_known = self._server.trusts(self._parser.headers.get(b"authorization"))
+        self.is_known |= self._is_open(head)
+        if not self.is_known:
             raise unauthenticated()
         self.head = head
         try:
@@ -60,6 +64,10 @@ class Admission:
             raise too_large(f"Content-Length is {head.length}; accepted: {self._settings.max_body_bytes} bytes")
         self._raw = raw
         return head
+
+    def _is_open(self, head: Head) -> bool:
+        """Whether it is a probe's, without a body: those of strangers would fill the memory that bodies may take."""
+        return self._settings.open_health and head.path in _HEALTH_PATHS and not (head.length or head.chunked)
 
     def _check_page(self, head: Head) -> None:
         """Refuse a web page of another site, and one that has had its name lead to this machine (DNS rebinding)."""

@@ -340,7 +340,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _refuse(self, error: ServeError, head: Head | None = None) -> None:
         """Answer what cannot be read any further, and close; `head` is the request's, where it was let in."""
-        if self._admission.head is None and self._settings.token is not None:
+        if not self._admission.is_known:
             error = unauthenticated()
         self._release()
         request_id = self._choose_id(head.request_id if head else "")

@@ -89,9 +89,10 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
             ]
         }
         self._streams = Streams()
-        self._num_streams, self._most_streams = 0, max(1, settings.max_connections // 2)
-        for path, stream in ((f"/{SERVICE}/{STREAM}", self._stream), (f"/{HEALTH}/Watch", self._watched)):
-            self._handlers[path] = grpc.stream_stream_rpc_method_handler(self._bounded(stream))
+        # They may stay open for as long as their clients like, and `Watch` may be anybody's.
+        for path, stream, share in ((f"/{SERVICE}/{STREAM}", self._stream, 2), (f"/{HEALTH}/Watch", self._watched, 8)):
+            most = max(1, settings.max_connections // share)
+            self._handlers[path] = grpc.stream_stream_rpc_method_handler(_bounded(stream, most))
         probes = [f"/{SERVICE}/{name}" for name in _HEALTH] + [f"/{HEALTH}/{name}" for name in ("Check", "Watch")]
         self._open = set(probes) if settings.open_health else set()
 
@@ -183,22 +184,6 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
 
         return call
 
-    def _bounded(self, stream: Stream) -> Stream:
-        """A stream, of which half of all calls may be at most: it may stay open for as long as its client likes."""
-
-        async def call(bodies: Any, context: Any) -> AsyncGenerator[bytes]:
-            if self._num_streams >= self._most_streams:
-                await _abort(context, too_many(f"{self._most_streams} streams are open, and no more may be"))
-            self._num_streams += 1
-            try:
-                async with contextlib.aclosing(stream(bodies, context)) as answers:
-                    async for data in answers:
-                        yield data
-            finally:
-                self._num_streams -= 1
-
-        return call
-
     async def _stream(self, bodies: Any, context: Any) -> AsyncGenerator[bytes]:
         """ModelStreamInfer: a refusal is the answer to its message, and the stream goes on."""
         path = f"/{SERVICE}/{STREAM}"
@@ -280,6 +265,23 @@ async def serve_grpc(service: InferenceService, settings: HttpSettings, watch: W
     server = GrpcServer(service, settings, watch)
     await server.listen()
     return server
+
+
+def _bounded(stream: Stream, most: int) -> Callable[[Any, Any], Awaitable[None]]:
+    """A stream of which no more than `most` are open at once."""
+    places = asyncio.Semaphore(most)
+
+    async def call(bodies: Any, context: Any) -> None:
+        if places.locked():
+            await _abort(context, too_many(f"no more than {most} of these calls may be open at once"))
+        async with places, contextlib.aclosing(stream(bodies, context)) as answers:
+            async for data in answers:
+                try:
+                    await context.write(data)
+                except grpc.aio.InternalError:  # the client has gone, of which grpc would log a traceback
+                    raise asyncio.CancelledError from None
+
+    return call
 
 
 async def _refuse_unread(requests: Any, context: Any) -> None:

@@ -8,7 +8,9 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from headstart.serving.server.errors import unavailable
 from headstart.serving.server.transport.connection import Connection
+from headstart.serving.server.transport.exchange import error_response, response_head
 from headstart.serving.server.transport.http import HttpServer
 
 # Of the hop that ends here: the body has come whole, and the connection is for one request.
@@ -54,7 +56,7 @@ async def answer(
         await transport.ended.wait()
     finally:
         connection.connection_lost(None)
-    return _read(b"".join(transport.written), method == "HEAD")
+    return _read(b"".join(transport.written) or _aborted(server), method == "HEAD")
 
 
 class _Memory(asyncio.Transport):
@@ -106,6 +108,13 @@ class _Memory(asyncio.Transport):
 
     def resume_reading(self) -> None:
         """As above."""
+
+
+def _aborted(server: HttpServer) -> bytes:
+    """What a caller is told for whom the connection was closed at once, since there were too many or time was up."""
+    response = error_response(unavailable("the server closed the connection without an answer; send the request again"))
+    length = sum(map(len, response.parts))
+    return b"".join((response_head(response, length, server.request_ids.choose(""), b"", b""), *response.parts))
 
 
 def _read(written: bytes, no_body: bool) -> Answer:

@@ -28,12 +28,21 @@ def added(one: Any, other: Any) -> Any:
     """The sum of two `counts`, number by number; of the times of the last request the later one."""
     if isinstance(one, dict):
         return {
-            name: (max if name == _LATEST else added)(one[name], other[name])
-            if name in one and name in other
-            else value
+            name: _SUMMED.get(name, added)(one[name], other[name]) if name in one and name in other else value
             for name, value in {**one, **other}.items()
         }
     return [added(*pair) for pair in zip(one, other, strict=True)] if isinstance(one, list) else one + other
+
+
+def _drifts_added(one: dict[str, Any], other: dict[str, Any]) -> Any:
+    """As `added`; of features of two widths, while a version replaces another of its number, those of more rows."""
+    if len(one.get("offset", ())) == len(other.get("offset", ())):
+        return added(one, other)
+    return max(one, other, key=lambda state: state.get("rows", 0))
+
+
+_SUMMED: dict[str, Callable[[Any, Any], Any]] = {_LATEST: max, "drift": _drifts_added}
+"""What is not added as numbers are."""
 
 
 class Histogram:

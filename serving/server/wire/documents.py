@@ -22,6 +22,10 @@ _NUMBERS: dict[Any, tuple[Any, Any]] = {
 SHORT = 4096
 """Bytes below which orjson is faster: simdjson takes 15 us for its lists and objects, and 50 ns less for a number."""
 
+_MOST_MEMBERS = 64
+"""Members of an object, inputs, and sizes of a shape that are read quickly; Python's json reads more of them, since
+simdjson looks each name up from the first on and the product of thousands of sizes has thousands of digits."""
+
 _SHORT_ROW = 16
 """Numbers of an innermost list below which looking at the lists costs more than reading the numbers one by one."""
 
@@ -47,12 +51,12 @@ def parse_quickly(text: memoryview) -> dict[str, Any]:
         document = _members(simdjson.Parser().parse(text))
     except RuntimeError as error:  # a whole number beyond 64 bits
         raise ValueError from error
-    if type(document.get("inputs")) is not simdjson.Array:
+    if type(document.get("inputs")) is not simdjson.Array or len(document["inputs"]) > _MOST_MEMBERS:
         raise ValueError
     inputs = [_members(item) for item in document["inputs"]]
     # All lists that the text has, unless a name has a bracket or a list is where none belongs.
     lists = sum(type(value) is simdjson.Array for each in (document, *inputs) for value in each.values())
-    inner = [_inner_lists(item) for item in inputs]
+    inner = [_inner_lists(item, len(text) // 2) for item in inputs]
     brackets = np.count_nonzero(np.frombuffer(text, np.uint8) == ord("["))
     known = None not in inner and lists + sum(filter(None, inner)) == brackets
     read = [_read_input(item, known) for item in inputs]
@@ -61,7 +65,7 @@ def parse_quickly(text: memoryview) -> dict[str, Any]:
 
 def _members(value: Any) -> dict[str, Any]:
     """The members of an object, lists and objects unread: of two of a name simdjson gives the first, json the last."""
-    if type(value) is not simdjson.Object:
+    if type(value) is not simdjson.Object or len(value) > _MOST_MEMBERS:
         raise ValueError
     names = list(value.keys())
     try:
@@ -76,7 +80,11 @@ def _members(value: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if type(value) is simdjson.Array:
         return value.as_list()
-    return value.as_dict() if type(value) is simdjson.Object else value
+    if type(value) is not simdjson.Object:
+        return value
+    if len(value) > _MOST_MEMBERS:
+        raise ValueError
+    return value.as_dict()
 
 
 def _read_input(item: dict[str, Any], as_array: bool) -> dict[str, Any]:
@@ -85,18 +93,24 @@ def _read_input(item: dict[str, Any], as_array: bool) -> dict[str, Any]:
     return {name: numbers if name == "data" and numbers is not None else _plain(value) for name, value in item.items()}
 
 
-def _inner_lists(item: dict[str, Any]) -> int | None:
-    """The lists within data, 0 where it is flat; None where they are not those of the shape, or have few numbers."""
+def _inner_lists(item: dict[str, Any], most: int) -> int | None:
+    """The lists within data, 0 where it is flat; None where they are not those of the shape, or have few numbers.
+
+    `most`: the elements for which the text has room. Lists are not looked at where the shape has more.
+    """
     data, shape = item.get("data"), _plain(item.get("shape"))
-    if type(shape) is not list or any(type(size) is not int for size in shape):
+    if type(shape) is not list or len(shape) > _MOST_MEMBERS or any(type(size) is not int for size in shape):
         raise ValueError
     if data is None:
         return 0
     if type(data) is not simdjson.Array:
         return None
-    if len(data) == math.prod(shape) and (not data or type(data[0]) is not simdjson.Array):
+    count = math.prod(shape)
+    if count > most:
+        raise ValueError
+    if len(data) == count and (not data or type(data[0]) is not simdjson.Array):
         return 0
-    if len(shape) < 2 or shape[-1] < _SHORT_ROW:
+    if len(shape) < 2 or shape[-1] < _SHORT_ROW or count <= 0:
         return None
     level, inner = [data], 0
     for size in shape[:-1]:

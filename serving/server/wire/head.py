@@ -106,7 +106,8 @@ class HeadParser:
         self._max_headers = max_headers
         self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._target = b""
-        self._headers: dict[bytes, bytes] = {}
+        self.headers: dict[bytes, bytes] = {}
+        """Of the last head, as far as it could be read."""
         self._complete = self._keep_alive = False
         self._twice: bytes | None = None
 
@@ -116,9 +117,9 @@ class HeadParser:
         Raises:
             ServeError: 400, 417, 431, 501 or 505.
         """
+        self._target, self.headers, self._complete, self._twice = b"", {}, False, None
         if raw.count(b"\r\n") - 2 > self._max_headers:
             raise too_many_headers(f"more than {self._max_headers} headers")
-        self._target, self._headers, self._complete, self._twice = b"", {}, False, None
         parser = self._parser
         if parser is None:
             raise RuntimeError("the parser was closed")
@@ -141,7 +142,7 @@ class HeadParser:
             self._target,
             parser.get_http_version(),
             self._keep_alive,
-            self._headers,
+            self.headers,
         )
 
     def close(self) -> None:
@@ -155,12 +156,12 @@ class HeadParser:
     def on_header(self, name: bytes, value: bytes) -> None:
         """Called by the parser with a whole header."""
         name = name.lower()
-        if name not in self._headers:
-            self._headers[name] = value.rstrip()
+        if name not in self.headers:
+            self.headers[name] = value.rstrip()
         elif name in _ONCE:
             self._twice = name
         else:
-            self._headers[name] += b", " + value.rstrip()
+            self.headers[name] += b", " + value.rstrip()
 
     def on_headers_complete(self) -> None:
         """Called by the parser at the empty line."""

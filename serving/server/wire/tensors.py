@@ -46,6 +46,7 @@ _JSON_TYPES: dict[str, tuple[set[type], str]] = {
     "O": ({str}, "strings"),
 }
 _LENGTH = struct.Struct("<I")
+_MOST_SCORES, _MOST_CLASSES = 1 << 20, 1 << 16  # sorted and written while nobody else is served, in .1 s each
 
 
 def datatype_of(dtype: np.dtype[Any]) -> str:
@@ -240,6 +241,12 @@ def classify(name: str, array: NDArray[Any], count: int, label: Callable[[int], 
     """
     if array.ndim == 0 or not array.shape[-1] or array.dtype.kind not in "iuf":
         raise bad_request(f"output {name!r} is no row of scores; ask for it without classification")
+    num_classes = array.size // array.shape[-1] * min(count, array.shape[-1])
+    if array.size > _MOST_SCORES or num_classes > _MOST_CLASSES:
+        raise bad_request(
+            f"output {name!r} has {array.size} scores, and {num_classes} classes are asked for; accepted: "
+            f"{_MOST_SCORES} scores and {_MOST_CLASSES} classes; ask for fewer, or for it without classification"
+        )
     scores = array.reshape(-1, array.shape[-1]).astype(np.float64)
     best = np.argsort(-scores, axis=1, kind="stable")[:, :count]
     texts = np.empty(best.shape, dtype=object)

@@ -19,8 +19,9 @@ from headstart.serving.server.errors import ServeError
 from headstart.serving.server.models.model import LoadedModel, load_graph
 from headstart.serving.server.scheduling import batching, queueing
 from headstart.serving.server.scheduling.queueing import Budget, Queue, Waiting
+from headstart.serving.server.scheduling.signature import Signature
 from headstart.serving.server.watching.metrics import Metrics
-from headstart.serving.server.wire.protocol import InferRequest, InferResponse, RequestedOutput
+from headstart.serving.server.wire.protocol import DATATYPES, InferRequest, InferResponse, RequestedOutput
 from tests.serving.server.graphs import identities, mlp
 
 OPEN: list["Scheduler"] = []
@@ -615,6 +616,15 @@ async def test_what_does_not_fit_the_model_is_refused_before_it_is_queued(name: 
     assert (caught.value.status, caught.value.grpc) == (400, "INVALID_ARGUMENT")
     assert scheduler.statistics.errors == {400: 1}
     assert await outcome(scheduler.infer(ask(1, 2, 3, 4))) == [2, 4, 6, 8]
+
+
+def test_the_bits_of_bfloat16_are_not_taken_for_whole_numbers():
+    inputs, outputs = ([Tensor(name=name, dtype="uint16", shape=("batch",))] for name in "xy")
+    signature = Signature("m", inputs, outputs, max_batch=4)
+    bits = np.zeros(2, np.uint16)
+    assert signature.check(InferRequest(model="m", inputs={"x": bits})) == (2, ((),))
+    with pytest.raises(ServeError, match=r"the input 'x' is BF16 \[2\]; accepted: uint16 \[batch\]"):
+        signature.check(InferRequest(model="m", inputs={"x": bits.view(DATATYPES["BF16"])}))
 
 
 @on_a_loop

@@ -1,6 +1,7 @@
 """The gRPC server with NVIDIA's own client, and with bare messages where a client would not go."""
 
 import asyncio
+import contextlib
 import re
 import subprocess
 import sys
@@ -537,12 +538,13 @@ def test_calls_that_bring_no_message_do_not_keep_others_out():
             yield from ()
 
         try:
-            streams = [channel.stream_stream(path)(silent()) for path in (stream, watch, stream, watch, stream)]
-            with pytest.raises(grpc.RpcError) as caught:
-                next(streams[-1])
-            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert "4 streams are open" in caught.value.details()
-            calls = [channel.stream_unary(infer).future(silent()) for _ in range(4)]
+            for path, most in ((stream, 4), (watch, 1)):
+                calls = [channel.stream_stream(path)(silent()) for _ in range(most + 1)]
+                with pytest.raises(grpc.RpcError) as caught:
+                    next(calls[-1])
+                assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert f"no more than {most} of these calls" in caught.value.details()
+            calls = [channel.stream_unary(infer).future(silent()) for _ in range(3)]
             assert {call.code() for call in calls} == {grpc.StatusCode.DEADLINE_EXCEEDED}
             assert "took longer than 0.5 s" in calls[0].details()
             assert client.is_server_live()
@@ -551,7 +553,31 @@ def test_calls_that_bring_no_message_do_not_keep_others_out():
         with pytest.raises(grpc.RpcError) as caught:
             channel.stream_unary(infer)(iter(()))
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        wait_until(lambda: running.grpc_server._num_streams == 0)
+
+
+def test_those_who_watch_take_no_place_from_streams():
+    settings = HttpSettings(grpc_port=0, max_connections=16, token="t", open_health=True)
+    with RunningGrpc(settings) as running, grpc.insecure_channel(running.url) as channel:
+        watch, held = channel.unary_stream("/grpc.health.v1.Health/Watch"), []
+        with contextlib.suppress(grpc.RpcError):
+            while len(held) < 8:
+                held.append(watch(b"", timeout=20))
+                assert next(held[-1]) == b"\x08\x01"
+        stream, token = (
+            channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer"),
+            (("authorization", "Bearer t"),),
+        )
+        body = bare(raw_input_contents=[b"\0" * 8]).SerializeToString()
+        assert len(list(stream(iter([body]), metadata=token, timeout=20))) == 1
+        for call in held:
+            call.cancel()
+
+        def watched() -> bool:
+            with contextlib.suppress(grpc.RpcError):
+                return next(watch(b"", timeout=20)) == b"\x08\x01"
+            return False
+
+        wait_until(watched)
 
 
 def test_bytes_that_are_held_are_bounded():

@@ -1,6 +1,7 @@
 """ModelStreamInfer with NVIDIA's own client, and streams that end in other ways than it would."""
 
 import asyncio
+import logging
 import queue
 import time
 from collections.abc import AsyncIterator
@@ -96,6 +97,22 @@ def test_a_client_that_goes_cancels_all_of_its_requests(how: str):
         wait_until(lambda: all(request.cancelled for request in running.service.requests))
         wait_until(lambda: not running.service.clients)
         client.close()
+
+
+def test_a_client_that_goes_while_it_is_written_to_is_nothing_to_log(caplog: pytest.LogCaptureFixture):
+    body = bare(raw_input_contents=[b"\0" * (4 << 20)], shape=[1 << 20]).SerializeToString()
+    with RunningGrpc(HttpSettings(grpc_port=0)) as running:
+        for _ in range(5):
+            channel, answers = messages(running, iter([body] * 8))
+            wait_until(lambda: len(running.service.requests) >= 8)
+            time.sleep(0.05)  # the first answer fills what is sent unread
+            answers.cancel()
+            channel.close()
+            wait_until(lambda: not running.service.clients)
+            running.service.requests.clear()
+        with running.client() as client:
+            assert client.is_server_live()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_a_stream_without_the_token_is_told_nothing():

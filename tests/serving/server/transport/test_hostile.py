@@ -346,6 +346,34 @@ def test_without_the_token_every_request_gets_the_same_401(guarded: Running, aut
     assert not guarded.service.requests
 
 
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [
+        ("Headstart-Timeout-Ms: 0", 400),
+        ("Headstart-Priority: high", 400),
+        ("Inference-Header-Content-Length: a", 400),
+        ("Content-Type: a\r\nContent-Type: b", 400),
+        ("Authorization: Bearer wrong-token", 400),
+        ("A: \0", 400),
+        ("Content-Length: -1", 400),
+        ("Expect: magic", 417),
+        ("Content-Length: 99999999999", 413),
+        ("Transfer-Encoding: gzip", 400),
+        ("Transfer-Encoding: gzip, chunked", 501),
+    ],
+)
+def test_what_is_wrong_with_a_head_is_told_to_who_has_the_token_alone(guarded: Running, fault: str, status: int):
+    for token, expected in (("right-token", status), ("wrong-token", 401)):
+        # A second time, after a request that was let in, which says nothing of the next one.
+        for first in (b"", b"GET /v2 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer right-token\r\n\r\n"):
+            with guarded.connect() as raw:
+                raw.send(first)
+                assert not first or raw.read().status == 200
+                raw.send(f"POST /v2/repository/index HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n".encode())
+                raw.send(f"{fault}\r\n\r\n".encode())
+                assert raw.read().status == expected
+
+
 def test_with_the_token_requests_are_answered(guarded: Running):
     with guarded.connect() as raw:
         assert raw.ask("GET", "/v2", Authorization="Bearer right-token").status == 200
@@ -363,6 +391,17 @@ def test_health_can_be_open_and_nothing_else_is():
         assert raw.ask("GET", "/v2/health/live").status == 200
         assert raw.ask("GET", "/v2/health/ready").status == 200
         assert raw.ask("GET", "/v2/models/echo/ready").status == 401
+
+
+@pytest.mark.parametrize("body", ["Content-Length: 9", "Transfer-Encoding: chunked"])
+def test_open_health_takes_no_body_of_a_stranger(body: str):
+    with Running(HttpSettings(port=0, token="t", open_health=True)) as running:
+        head = f"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n{body}\r\n"
+        assert told(running, f"{head}\r\n".encode()).status == 401
+        sent = b"9\r\nunheeded.\r\n0\r\n\r\n" if "chunked" in body else b"unheeded."
+        with running.connect() as raw:
+            raw.send(f"{head}Authorization: Bearer t\r\n\r\n".encode() + sent)
+            assert raw.read().status == 200
 
 
 def test_where_memory_ends_a_client_is_told_to_come_again(running: Running, monkeypatch: pytest.MonkeyPatch):

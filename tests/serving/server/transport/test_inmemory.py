@@ -125,6 +125,28 @@ def test_a_caller_that_is_cancelled_drops_the_work():
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_a_connection_that_is_closed_without_an_answer_is_told_as_such(when: str):
+    async def run() -> Answer:
+        service = TinyService()
+        server = HttpServer(service, HttpSettings(port=0, token="t", max_connections=1))
+        headers = [(b"host", b"x"), (b"authorization", b"Bearer t")]
+        task = asyncio.ensure_future(answer(server, "POST", b"/v2/models/slow/infer", headers, SMALL))
+        await asyncio.sleep(0)
+        if when == "at once":  # one connection too many
+            found = await answer(server, "GET", b"/v2", headers, b"")
+            service.gate.set()
+            assert (await task).status == 200
+            return found
+        await server.drain(timeout=0)
+        return await task
+
+    found = asyncio.run(run())
+    assert found.status == 503
+    assert (b"Retry-After", b"1") in found.headers
+    assert "closed the connection" in json.loads(found.body)["error"]
+
+
 def test_several_at_once_keep_their_own_answers():
     async def run() -> list[Any]:
         service = TinyService()

@@ -99,3 +99,18 @@ def test_a_server_of_several_processes_is_the_sum_of_those_that_run_and_those_th
     assert found["headstart_batch_rows_bucket 1.0 demo 1"] == 3
     assert found["headstart_model_loads_total refused"] == found["headstart_unknown_model_requests_total"] == 3
     assert found["headstart_worker_restarts_total"] == 7
+
+
+def test_a_version_that_replaces_one_of_other_features_in_some_processes_is_counted():
+    def of_process(*offset: float, rows: int) -> dict[str, object]:
+        metrics = Metrics()
+        state = {"rows": rows, "worth": 2.0, "offset": list(offset), "training_noise": 0.5}
+        metrics.track("demo", "1").drift = lambda: state if offset else {}
+        return metrics.counts()
+
+    old, new, none = of_process(1, 2, rows=40), of_process(1, 2, 3, rows=50), of_process(rows=0)
+    for counts, rows, offset in (([old, new, none], 50, [1, 2, 3]), ([none, old, old], 80, [2, 4])):
+        whole = Metrics.summed(counts, {}, 0)
+        (one,) = whole.find("demo", "1")
+        assert (one.drift()["rows"], one.drift()["offset"]) == (rows, offset)
+        assert samples(whole)["headstart_drift_rows_total demo 1"] == rows

@@ -195,6 +195,39 @@ def test_a_bracket_in_a_name_and_a_name_given_twice_are_left_to_json():
             parse_quickly(memoryview(twice.encode()))
 
 
+def with_input(shape: str = "[1]", data: str = "[1]", more: str = "", after: str = "") -> bytes:
+    return f'{{"inputs":[{{"name":"x","datatype":"FP32","shape":{shape},"data":{data}{more}}}]{after}}}'.encode()
+
+
+def members(num: int) -> str:
+    return ",".join(f'"{index:x}":0' for index in range(num))
+
+
+MANY = 100_000  # with work that grows as their square, each would take a minute
+COUNTLESS = {
+    "members": (with_input(after=f",{members(MANY)}"), None),
+    "members of an input": (with_input(more=f",{members(MANY)}"), None),
+    "parameters": (with_input(after=f',"parameters":{{{members(MANY)}}}'), "has 100000 parameters; accepted: 64"),
+    "sizes": (with_input(f"[{','.join(['9223372036854775807'] * MANY)}]"), "has 100000 dimensions; accepted: 16"),
+    "inputs": (b'{"inputs":[%s]}' % b",".join([b'{"shape":[]}'] * MANY), "inputs has 100000 tensors; accepted: 64"),
+    "lists": (with_input("[100000,16]", f"[{','.join(['[]'] * MANY)}]"), "does not fit the shape [100000, 16]"),
+}
+"""Requests with very many of something, and words of the refusal; None where what is not known is not looked at."""
+
+
+@pytest.mark.parametrize("what", COUNTLESS)
+def test_what_is_countless_is_left_to_json_before_it_is_read(what: str):
+    body, words = COUNTLESS[what]
+    with pytest.raises(ValueError, match=r"^$"):
+        parse_quickly(memoryview(body))
+    found = verdict(body)
+    if words is None:
+        assert found == verdict(with_input())
+    else:
+        assert found[0] == 400
+        assert words in found[1]
+
+
 @given(hnp.arrays(st.sampled_from([np.float16, np.float32, np.float64]), st.integers(0, 5)))
 @settings(max_examples=300, deadline=None)
 def test_floats_are_written_as_json_writes_them_and_read_back_exactly(array: np.ndarray):

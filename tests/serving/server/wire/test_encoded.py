@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import threading
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
@@ -72,6 +73,12 @@ def picture(height: int = 8, width: int = 6, kind: str = "PNG", seed: int = 0) -
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def encoded_grey(height: int, width: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (width, height)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -144,9 +151,11 @@ def pixels(data: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-@pytest.mark.parametrize("size", [(8, 6), (400, 300)], ids=["at-once", "in-a-thread"])
-def test_files_are_answered_as_their_pixels_are(infer: Infer, kind: str, size: tuple[int, int]):
-    files = [picture(*size, kind, seed) for seed in range(3)]
+@pytest.mark.parametrize(
+    ("size", "num"), [((8, 6), 1), ((8, 6), 3), ((400, 300), 3)], ids=["at-once", "small", "large"]
+)
+def test_files_are_answered_as_their_pixels_are(infer: Infer, kind: str, size: tuple[int, int], num: int):
+    files = [picture(*size, kind, seed) for seed in range(num)]
     expected = np.concatenate([logits(pixels(one), 1) for one in files])
     np.testing.assert_allclose(infer(files), expected, rtol=1e-6)
 
@@ -269,14 +278,17 @@ def test_a_client_that_goes_drops_every_part(tmp_path: Path):
 
 
 def test_memory_and_threads_are_bounded_over_all_requests(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(encoded, "_MOST_HELD", 3 * 3 * 300 * 300)
+    pixels = 300 * 300
+    monkeypatch.setattr(encoded, "_MOST_HELD", 3 * 10 * pixels)
     monkeypatch.setattr(encoded, "_MOST_WAITING", 5)
+    decode, gate = encoded._decode, threading.Event()
+    monkeypatch.setattr(encoded, "_decode", lambda *given: decode(*given) if gate.wait(20) else None)
 
     async def play() -> list[int]:
-        decoder, gate = ImageDecoder(Limits()), asyncio.get_running_loop().create_future()
+        decoder, answered = ImageDecoder(Limits()), asyncio.get_running_loop().create_future()
 
         def wait(parts: tuple[InferRequest, ...]) -> list[Any]:
-            return [asyncio.ensure_future(asyncio.shield(gate)) for _ in parts]
+            return [asyncio.ensure_future(asyncio.shield(answered)) for _ in parts]
 
         async def one() -> int:
             request = InferRequest(model="m", inputs={ENCODED: strings([picture(300, 300)])})
@@ -290,13 +302,90 @@ def test_memory_and_threads_are_bounded_over_all_requests(monkeypatch: pytest.Mo
         async with asyncio.timeout(20):
             while sum(task.done() for task in tasks) < 5:
                 await asyncio.sleep(0.001)
-        gate.set_result(InferResponse(model="m", version="1", outputs={}))
+            assert decoder._held == 3 * 10 * pixels
+            gate.set()
+            while decoder._held > 3 * 3 * pixels:  # what is decoded is held as what it has become
+                await asyncio.sleep(0.001)
+        answered.set_result(InferResponse(model="m", version="1", outputs={}))
         statuses = await asyncio.gather(*tasks)
         assert await one() == 200  # all was given back
+        assert decoder._held == 0
         decoder.close()
         return statuses
 
     assert sorted(asyncio.run(play())) == [200, 200, 200, 429, 429, 429, 503, 503]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "options", "most"),
+    [
+        ("1", "PNG", {}, 6),
+        ("L", "JPEG", {}, 6),
+        ("P", "PNG", {}, 6),
+        ("I;16", "PNG", {}, 6),
+        ("LA", "PNG", {}, 10),
+        ("RGB", "JPEG", {"progressive": True}, 10),
+        ("CMYK", "JPEG", {}, 12),
+    ],
+)
+def test_memory_is_counted_by_the_mode(mode: str, kind: str, options: dict[str, Any], most: int):
+    file = io.BytesIO()
+    Image.new(mode, (20, 10)).save(file, kind, **options)
+    assert encoded._count([file.getvalue()] * 2) == (400, 400 * most)
+
+
+def with_chunks(kind: bytes, data: bytes, num: int, after: bool = False) -> bytes:
+    """A small PNG with some chunks more, before its pixels or behind them."""
+    whole = picture()
+    place = whole.index(b"IEND" if after else b"IDAT") - 4
+    chunk = len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+    return whole[:place] + chunk * num + whole[place:]
+
+
+def with_segments(marker: int, data: bytes, num: int) -> bytes:
+    """A small JPEG with some segments more."""
+    whole = picture(kind="JPEG")
+    return whole[:2] + (bytes([255, marker]) + (len(data) + 2).to_bytes(2) + data) * num + whole[2:]
+
+
+INFLATES = b"k\0\0" + zlib.compress(bytes(1000))
+SHORT_WORK = {
+    "a PNG": ([picture()], True),
+    "a JPEG": ([picture(kind="JPEG")], True),
+    "a progressive one": ([progressive(6)], True),
+    "two": ([picture()] * 2, False),
+    "many pixels": ([encoded_grey(257, 256)], False),
+    "many bytes": ([picture(120, 120)], False),
+    "text that inflates": ([with_chunks(b"zTXt", INFLATES, 1)], False),
+    "text that inflates behind": ([with_chunks(b"zTXt", INFLATES, 1, after=True)], False),
+    "many chunks": ([with_chunks(b"tIME", bytes(7), 30)], False),
+    "some chunks": ([with_chunks(b"tIME", bytes(7), 9)], True),
+    "EXIF": ([with_segments(0xE1, b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0", 1)], False),
+    "many segments": ([with_segments(0xE0, b"", 30)], False),
+    "some segments": ([with_segments(0xE0, b"", 9)], True),
+}
+"""Files, and whether they are decoded on the event loop."""
+
+
+@pytest.mark.parametrize("what", SHORT_WORK)
+def test_only_what_is_short_work_holds_up_the_event_loop(what: str):
+    files, at_once = SHORT_WORK[what]
+    decoder, apart = ImageDecoder(Limits()), []
+
+    async def play() -> None:
+        response = InferResponse(model="m", version="1", outputs={})
+        waited, decoder._apart = (
+            decoder._apart,
+            lambda function, *given: apart.append(function) or waited(function, *given),
+        )
+        await decoder.infer(
+            InferRequest(model="m", inputs={ENCODED: strings(files)}), "images", 4, lambda parts: [response]
+        )
+        decoder.close()
+
+    asyncio.run(play())
+    assert (encoded._decode not in apart) == at_once
+    assert (encoded._count not in apart) == (at_once or what == "many pixels")
 
 
 def test_one_part_that_fails_drops_the_others_and_answers_without_rows_are_refused():

@@ -295,6 +295,20 @@ def test_classification_gives_the_largest_with_their_labels():
     assert answer(np.zeros((0, 3)), wanted)[0]["outputs"][0]["shape"] == [0, 2]
 
 
+@pytest.mark.parametrize(
+    ("shape", "count", "words"),
+    [
+        ((1 << 16, 3), 2, "has 196608 scores, and 131072 classes are asked for; accepted: 1048576 scores and 65536 cl"),
+        ((3, 1 << 16), 1 << 40, "and 196608 classes are asked for"),
+        ((2, 1 << 20), 1, "has 2097152 scores, and 2 classes"),
+    ],
+)
+def test_classes_are_counted_before_any_is_looked_for(shape: tuple[int, ...], count: int, words: str):
+    with pytest.raises(ServeError, match=words) as caught:
+        answer(np.broadcast_to(np.float32(1), shape), [RequestedOutput(name="y", binary=False, classification=count)])
+    assert caught.value.status == 400
+
+
 def test_an_output_that_the_model_lacks_is_refused():
     with pytest.raises(ServeError, match="no output 'z'; it has y"):
         answer([1.0], [RequestedOutput(name="z", binary=True)])
