@@ -80,7 +80,8 @@ class Headstart:
         scope = request.scope
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
         target = quote(path).encode() + (b"?" + scope["query_string"] if scope["query_string"] else b"")
-        found = await answer(self._server, request.method, target, scope["headers"], await request.body())
+        body = await _read(request, self._server.settings.max_body_bytes)
+        found = await answer(self._server, request.method, target, scope["headers"], body)
         response = Response(found.body, found.status)
         # Serve names the request as we do, by what it has handed us, and writes that line itself.
         response.raw_headers = [(name.lower(), value) for name, value in found.headers if name != b"X-Request-Id"]
@@ -99,6 +100,16 @@ class Headstart:
     def __del__(self) -> Any:
         # Serve awaits what this returns. It has no running service where the constructor failed.
         return self.close() if "_server" in self.__dict__ and self._service.ready() else None
+
+
+async def _read(request: Request, most: int) -> bytes:
+    """The body, as far as it is accepted and some more, by which the server refuses it."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > most:
+            break
+    return bytes(body)
 
 
 def app(args: dict[str, Any]) -> serve.Application:

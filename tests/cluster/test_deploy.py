@@ -1,5 +1,6 @@
 """Beyond one machine: the Ray Serve application runs and answers as `headstart serve` does; KServe's manifest holds."""
 
+import asyncio
 import importlib
 import json
 import re
@@ -157,6 +158,20 @@ SERVICE = closed(
 
 def manifests() -> dict[str, Any]:
     return {one["kind"]: one for one in yaml.safe_load_all((DEPLOY / "kserve.yaml").read_text())}
+
+
+def test_a_body_is_read_no_further_than_it_is_accepted():
+    from starlette.requests import Request
+
+    module = importlib.import_module("headstart.cluster.deploy.app")
+    parts = [{"type": "http.request", "body": b"12345", "more_body": True}] * 9
+
+    async def receive() -> dict[str, Any]:
+        return parts.pop()
+
+    request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+    assert asyncio.run(module._read(request, 12)) == b"123451234512345"
+    assert len(parts) == 6
 
 
 def test_the_manifests_are_what_kserve_takes():

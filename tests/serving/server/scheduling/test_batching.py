@@ -627,6 +627,21 @@ def test_the_bits_of_bfloat16_are_not_taken_for_whole_numbers():
         signature.check(InferRequest(model="m", inputs={"x": bits.view(DATATYPES["BF16"])}))
 
 
+def test_an_image_that_a_resize_would_make_enormous_is_refused():
+    """Packages of ours resize the shorter side of an image to their own size: 1 by 25,000 pixels took 1.4 GB."""
+
+    def check(dtype: Any, *shape: int) -> None:
+        images = [Tensor(name="images", dtype="uint8", shape=("batch", "height", "width", 3))]
+        request = InferRequest(model="m", inputs={"images": np.zeros(shape, dtype)})
+        Signature("m", images, [], 4).check(request)
+
+    for height, width in ((1, 32), (32, 1), (224, 7168), (1, 1)):
+        check(np.uint8, 2, height, width, 3)
+    for height, width in ((1, 33), (33, 1), (25000, 1), (224, 7169)):
+        with pytest.raises(ServeError, match=f"{height} rows of {width} pixels; accepted: sides up to 32 times"):
+            check(np.uint8, 1, height, width, 3)
+
+
 @on_a_loop
 async def test_a_fixed_size_is_the_models_and_shared_words_agree():
     model = load_graph(identities({"a": 1, "b": 1}), name="pair", device=Device(threads=1), max_batch=8)
