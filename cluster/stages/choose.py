@@ -125,7 +125,12 @@ def validation_logits(context: Context, model: Model, used: list[CachedFeatures]
 def choose(context: Context, ranked: Stage, tuned: Stage | None) -> Stage:
     """Choose the mode by validation accuracy; within one standard error the cheaper, `feature`."""
     best = ranked.result["ranking"][0]["source"]
-    inputs = {"ranked": ranked.key, "tuned": tuned.key if tuned else None, "mode": context.recipe.mode}
+    inputs = {
+        "ranked": ranked.key,
+        "best": best,  # another one under the same key, where a source has become available
+        "tuned": tuned.key if tuned else None,
+        "mode": context.recipe.mode,
+    }
 
     def make() -> tuple[Result, list[CachedFeatures]]:
         if tuned is None or context.recipe.mode != "auto":

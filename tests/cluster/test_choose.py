@@ -1,5 +1,6 @@
 """The choice between a frozen source and a fine-tuned one, from outcomes on validation that are known."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -39,3 +40,13 @@ def test_what_fine_tuning_gains_on_validation_decides(context: Context, monkeypa
     assert (lost["mode"], lost["source"]) == ("feature", "first")
     assert lost["difference"] == pytest.approx(-15 / 60)
     assert gained["standard_error"] == lost["standard_error"] > 0
+
+
+def test_a_ranking_made_again_with_another_best_source_is_chosen_from_again(context: Context):
+    feature = dataclasses.replace(context, recipe=dataclasses.replace(context.recipe, mode="feature"))
+    chosen = [
+        stage.choose(feature, of("the same inputs", {"ranking": [{"source": best}]}), None)
+        for best in ("first", "first", "available by now")
+    ]
+    assert [one.result["source"] for one in chosen] == ["first", "first", "available by now"]
+    assert len({one.key for one in chosen}) == 2
