@@ -10,7 +10,7 @@ from torch import Tensor
 from headstart.cluster.report.plots import plot_confusion, plot_learning
 from headstart.cluster.stages.choose import fitted_model, validation_logits
 from headstart.cluster.stages.context import Context
-from headstart.cluster.stages.model import Model
+from headstart.cluster.stages.model import Model, ranked_source
 from headstart.cluster.stages.rank import load_probe
 from headstart.cluster.stages.run_directory import Result, Stage, write_json
 from headstart.trainer.errors import SourceError
@@ -31,7 +31,6 @@ from headstart.trainer.inputs.split import duplicates_between
 from headstart.trainer.selection.ranking import make_sketch, sketched
 from headstart.trainer.selection.sources import (
     SourceCard,
-    find_source,
     image_id,
     register,
     registered_name,
@@ -162,7 +161,7 @@ def _accuracy(correct: np.ndarray) -> dict[str, Any]:
 def register_source(context: Context, model: Model, chosen: Stage) -> Stage:
     """Write the run's `source/` folder and put a copy into the cache's list of sources."""
     folder = context.run.path / "source"
-    origin = find_source(model.source, context.recipe.sources, context.cache)
+    origin = ranked_source(context, model.source)
     seen, lacks = frozenset(map(image_id, context.target.known().digests)), ""
     # From scratch nothing is taken over, and so nothing that the source has seen.
     if model.mode != "scratch" and origin.base is not None:

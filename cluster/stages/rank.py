@@ -35,10 +35,11 @@ def rank(context: Context) -> Stage:
         names = {entry["source"] for entry in ranked["ranking"]}
         candidates = [candidate for candidate in candidates if candidate.card.name in names]
         passed_over = {name: reason for name, reason in passed_over.items() if name in names}
+    sources = {candidate.card.name: candidate.fingerprint for candidate in candidates} | passed_over
     document = recipe_document(recipe)
     inputs = {
         "data": context.data_key,
-        "sources": [*(candidate.fingerprint for candidate in candidates), *passed_over.items()],
+        "sources": list(sources.items()),
         "search": document["search"],
         "optimizer": recipe.train.optimizer,
         "seed": recipe.seed,
@@ -55,7 +56,10 @@ def rank(context: Context) -> Stage:
         _add_distances(context, candidates, entries, used)
         # The best audition first; a tie goes to the better score, then to the order of the recipe.
         entries.sort(key=lambda e: (not e["available"], -(e["audition_accuracy"] or 0), -(e["score"] or 0)))
-        result = {"schema": 1, "target": context.recipe.name, "probe": PROBE, "ranking": entries}
+        # `sources`: by name the fingerprint of what was ranked, or why it was passed over.
+        result = {
+            "schema": 1, "target": context.recipe.name, "probe": PROBE, "ranking": entries, "sources": sources,
+        }  # fmt: skip
         write_json(context.run.path / "ranking.json", result)
         return result, used
 
