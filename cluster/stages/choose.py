@@ -18,7 +18,7 @@ from headstart.cluster.stages.rank import tunable_source
 from headstart.cluster.stages.run_directory import Result, Stage
 from headstart.cluster.stages.run_directory import fingerprint as fingerprint_of
 from headstart.trainer.backbones.tensors import tensors_fingerprint
-from headstart.trainer.errors import SourceError
+from headstart.trainer.errors import RecipeError, SourceError
 from headstart.trainer.evaluation import Choice, choose_mode
 from headstart.trainer.features import CachedFeatures, extract_features
 from headstart.trainer.files import write_atomically
@@ -87,6 +87,10 @@ def _fit_stage(context: Context, name: str, mode: Mode, source: str, rates: Sequ
                 storage=storage,
                 on_epoch=on_epoch,
             )
+        if fitted.diverged and not (mode == "finetune" and context.recipe.mode == "auto"):  # which has another model
+            field = "scratch_learning_rates" if mode == "scratch" else "learning_rate"
+            told = ", ".join(f"{rate:g}" for rate in rates)
+            raise RecipeError(f"training {source} in mode {mode} diverged: train.{field} is {told}; set less")
         write_atomically(weights, save(fitted.weights))
         shutil.rmtree(storage, ignore_errors=True)
         return {
@@ -94,6 +98,7 @@ def _fit_stage(context: Context, name: str, mode: Mode, source: str, rates: Sequ
             "source": source,
             "learning_rate": fitted.learning_rate,
             "validation_accuracy": fitted.validation_accuracy,
+            "diverged": fitted.diverged,
             "rows": fitted.rows,
         }, []
 
@@ -139,6 +144,9 @@ def choose(context: Context, ranked: Stage, tuned: Stage | None) -> Stage:
             if context.recipe.mode == "auto":
                 why = "no available source can be fine-tuned"
             return {"mode": mode, "source": tuned.result["source"] if tuned else best, "reason": why}, []
+        if tuned.result.get("diverged"):  # of which earlier versions said nothing
+            why = f"fine-tuning diverged at train.learning_rate {tuned.result['learning_rate']:g}; less may do"
+            return {"mode": "feature", "source": best, "reason": why}, []
         labels = context.target.part("validation").labels
         used: list[CachedFeatures] = []
         correct = [

@@ -1,14 +1,18 @@
 """The choice between a frozen source and a fine-tuned one, from outcomes on validation that are known."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from headstart.cluster.fit import Fitted
 from headstart.cluster.stages import choose as stage
 from headstart.cluster.stages.context import Context
 from headstart.cluster.stages.run_directory import Stage
+from headstart.trainer.errors import RecipeError
+from headstart.trainer.recipe import Mode
 
 
 def logits(context: Context, num_right: int) -> torch.Tensor:
@@ -50,3 +54,41 @@ def test_a_ranking_made_again_with_another_best_source_is_chosen_from_again(cont
     ]
     assert [one.result["source"] for one in chosen] == ["first", "first", "available by now"]
     assert len({one.key for one in chosen}) == 2
+
+
+def diverged(context: Context, monkeypatch: pytest.MonkeyPatch, mode: Mode) -> Context:
+    """A run in `mode` whose training never comes to a finite loss."""
+    backbone = SimpleNamespace(preprocess=None)
+    monkeypatch.setattr(stage, "load_source", lambda context, source: backbone)
+    monkeypatch.setattr(stage, "auditioned", lambda context, source: SimpleNamespace(head=None))
+    monkeypatch.setattr(stage, "build_classifier", lambda *arguments, **more: None)
+    fitted = Fitted(weights={}, learning_rate=50.0, validation_accuracy=0.0, diverged=True, rows=[])
+    monkeypatch.setattr(stage, "fit", lambda *arguments, **more: fitted)
+    return dataclasses.replace(context, recipe=dataclasses.replace(context.recipe, mode=mode))
+
+
+RANKED = of("ranked", {"ranking": [{"source": "first", "available": True, "tunable": True}]})
+
+
+def test_fine_tuning_that_diverges_loses_to_the_frozen_source(context: Context, monkeypatch: pytest.MonkeyPatch):
+    context = diverged(context, monkeypatch, "auto")
+    chosen = stage.choose(context, RANKED, stage.tune_source(context, RANKED)).result
+    assert (chosen["mode"], chosen["source"]) == ("feature", "first")
+    assert "diverged at train.learning_rate 50" in chosen["reason"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "field"), [("finetune", "learning_rate"), ("full", "learning_rate"), ("scratch", "scratch_learning_rates")]
+)
+def test_training_that_diverges_where_nothing_else_is_asked_for_names_the_rate(
+    context: Context, monkeypatch: pytest.MonkeyPatch, mode: Mode, field: str
+):
+    context = diverged(context, monkeypatch, mode)
+    with pytest.raises(RecipeError, match=rf"training first in mode {mode} diverged: train.{field} is 0.0003"):
+        stage.tune_source(context, RANKED)
+
+
+def test_a_control_that_diverges_names_its_rates(context: Context, monkeypatch: pytest.MonkeyPatch):
+    context = diverged(context, monkeypatch, "auto")
+    with pytest.raises(RecipeError, match=r"train.scratch_learning_rates is 0.0003, 0.001, 0.003; set less"):
+        stage.train_control(context, RANKED)
