@@ -9,6 +9,7 @@ What a restart would meet again, an error of the data or the code, ends it at on
 import copy
 import json
 import math
+import pickle
 import shutil
 import tempfile
 import threading
@@ -29,6 +30,8 @@ from headstart.trainer.transfer import Classifier
 
 Row = dict[str, float | None]
 STATE = "state.pt"
+# What a file that is not there, or not whole, is to json and to torch.load.
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError)
 
 
 class LastingError(Exception):
@@ -128,21 +131,20 @@ def divide_work(settings: Train, num_gpus: int) -> tuple[int, bool]:
 def latest_state(storage: Path) -> dict[str, Any] | None:
     """Return the newest state that Ray Train registered under `storage`, whichever attempt made it.
 
-    Only registered checkpoints are whole. The attempts are folders of their own because the workers of a killed
-    driver live on for some seconds, and would write among those of the next.
+    Only registered checkpoints are whole; what cannot be read counts as never registered. The attempts are folders of
+    their own because the workers of a killed driver live on for some seconds, and would write among those of the next.
     """
     attempts = sorted(storage.glob("attempt-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     for attempt in attempts:
-        snapshot = attempt / "train" / "checkpoint_manager_snapshot.json"
-        if not snapshot.exists():
+        folder = attempt / "train"
+        try:
+            latest = json.loads((folder / "checkpoint_manager_snapshot.json").read_text())["latest_checkpoint_result"]
+            if latest is not None:
+                path = folder / latest["checkpoint_dir_name"] / STATE
+                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+                return state
+        except _UNREADABLE:  # Ray Train writes its snapshot in place, and may be killed within
             continue
-        latest = json.loads(snapshot.read_text()).get("latest_checkpoint_result")
-        if latest is None:
-            continue
-        path = snapshot.parent / latest["checkpoint_dir_name"] / STATE
-        if path.exists():
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            return state
     return None
 
 

@@ -114,7 +114,7 @@ def test_each_process_has_a_gpu_where_there_is_one(workers: int, batch_size: int
 
 def test_the_newest_state_that_was_registered_is_the_one_to_go_on_from(tmp_path: Path):
     assert latest_state(tmp_path) is None
-    for attempt in (2, 9, 10, 11, 12, 13):
+    for attempt in (2, 9, 10, 11, 12, 13, *range(14, 20)):
         folder = tmp_path / f"attempt-{attempt}" / "train"
         (folder / "made").mkdir(parents=True)
         if attempt != 13:  # killed before its first epoch
@@ -122,6 +122,11 @@ def test_the_newest_state_that_was_registered_is_the_one_to_go_on_from(tmp_path:
             (folder / "checkpoint_manager_snapshot.json").write_text(json.dumps({"latest_checkpoint_result": latest}))
         if attempt != 11:
             torch.save({"position": attempt}, folder / "made" / "state.pt")
+    state = (tmp_path / "attempt-10/train/made/state.pt").read_bytes()
+    for attempt, torn in enumerate((b"", b'{"latest', b"{}"), 14):
+        (tmp_path / f"attempt-{attempt}/train/checkpoint_manager_snapshot.json").write_bytes(torn)
+    for attempt, torn in enumerate((b"", b"PK", state[: len(state) // 2]), 17):
+        (tmp_path / f"attempt-{attempt}/train/made/state.pt").write_bytes(torn)
     assert latest_state(tmp_path) == {"position": 10}
 
 
