@@ -38,8 +38,9 @@ from headstart.trainer.selection.sources import (
 )
 
 RAW_SIDE = 16
-EVALUATION_SCHEMA = 2
-"""2: Wilson's intervals of the accuracies, and `verdict_p_value`."""
+EVALUATION_SCHEMA = 3
+"""2: Wilson's intervals of the accuracies, and `verdict_p_value`. 3: `class_accuracy` of a class without test images is
+None."""
 
 
 def evaluate(context: Context, model: Model, chosen: Stage, control: Stage | None, tuned: Stage | None) -> Stage:
@@ -148,7 +149,9 @@ def _conclude(
         "temperature": temperature,
         "calibration_error": expected_calibration_error(probabilities.numpy(), test.labels),
         "class_accuracy": {
-            name: float(correct[test.labels == label].mean()) for label, name in enumerate(test.classes)
+            name: float(of_class.mean()) if len(of_class) else None  # a test part that the data brings may lack a class
+            for label, name in enumerate(test.classes)
+            for of_class in [correct[test.labels == label]]
         },
         "num_test_images_also_in_training": duplicates_between(context.target.images, known, tests),
     }

@@ -57,8 +57,11 @@ def file_digest(path: Path) -> str:
 
 
 def write_json(path: Path, document: object) -> None:
-    """Write a JSON document, whole or not at all; a byte of a file's name that is not UTF-8 becomes `\\udcXX`."""
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    """Write a JSON document, whole or not at all; a byte of a file's name that is not UTF-8 becomes `\\udcXX`.
+
+    Raises `ValueError` for NaN and infinities, which JSON has no words for.
+    """
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         write_atomically(path, text.encode(errors="backslashreplace"))
     except OSError as error:

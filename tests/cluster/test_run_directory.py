@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 from pathlib import Path
 
@@ -178,3 +179,10 @@ def test_a_file_name_that_is_no_text_can_be_written_down(tmp_path: Path):
     write_json(tmp_path / "x.json", document)
     assert "é.png" in (tmp_path / "x.json").read_text()
     assert json.loads((tmp_path / "x.json").read_text()) == document
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_number_that_json_does_not_have_is_not_written(tmp_path: Path, number: float):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", {"figure": number})
+    assert not list(tmp_path.iterdir())
