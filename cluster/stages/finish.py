@@ -40,7 +40,7 @@ from headstart.trainer.selection.sources import (
 RAW_SIDE = 16
 EVALUATION_SCHEMA = 3
 """2: Wilson's intervals of the accuracies, and `verdict_p_value`. 3: `class_accuracy` of a class without test images is
-None."""
+None; the control from scratch says its `architecture`."""
 
 
 def evaluate(context: Context, model: Model, chosen: Stage, control: Stage | None, tuned: Stage | None) -> Stage:
@@ -71,6 +71,8 @@ def evaluate(context: Context, model: Model, chosen: Stage, control: Stage | Non
                 controls["scratch"] = _correct(_logits(context, scratch, test, used, progress), test)
         controls["raw_pixels"] = _raw_pixels(context)
         result = _conclude(context, chosen.result, logits, temperature, correct, controls)
+        if control is not None:  # of a frozen graph nothing can be trained: another source's architecture is
+            result["controls"]["scratch"]["architecture"] = scratch.backbone.architecture
         write_json(path / "evaluation.json", result)
         plot_confusion(path / "confusion.png", test.labels, logits.argmax(1).numpy(), test.classes, context.recipe.name)
         fits = {name: stage.result for name, stage in (("fit", tuned), ("control", control)) if stage}

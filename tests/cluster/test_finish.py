@@ -158,6 +158,7 @@ def test_the_model_and_its_control_are_each_measured_on_the_test_images(
     ]
     assert accuracies[0] != accuracies[1]
     assert [found.result["test"]["accuracy"], found.result["controls"]["scratch"]["accuracy"]] == accuracies
+    assert found.result["controls"]["scratch"]["architecture"] == catalog()[SOURCE].architecture
     assert found.result["controls"]["raw_pixels"]["accuracy"] == _raw_pixels(context).mean()
     temperature = fit_temperature(logits(model, "validation").numpy(), labels["validation"])
     assert found.result["temperature"] == pytest.approx(temperature, rel=1e-3)
