@@ -49,7 +49,7 @@ def train_control(context: Context, ranked: Stage) -> Stage | None:
 
 
 def _fit_stage(context: Context, name: str, mode: Mode, source: str, rates: Sequence[float], ranked: Stage) -> Stage:
-    weights = context.run.private / f"{name}.safetensors"
+    weights, storages = context.run.private / f"{name}.safetensors", context.run.private / "ray"
     train = recipe_document(context.recipe)["train"]
     inputs = {
         "ranked": ranked.key,
@@ -69,7 +69,7 @@ def _fit_stage(context: Context, name: str, mode: Mode, source: str, rates: Sequ
             validation=context.target.part("validation"),
             preprocess=backbone.preprocess,
         )
-        storage = context.run.private / "ray" / f"{name}-{fingerprint_of(inputs)[:12]}"
+        storage = storages / f"{name}-{fingerprint_of(inputs)[:12]}"
         with context.reporter.bar(f"{mode} {source}") as progress:
             done = [0]
 
@@ -92,7 +92,6 @@ def _fit_stage(context: Context, name: str, mode: Mode, source: str, rates: Sequ
             told = ", ".join(f"{rate:g}" for rate in rates)
             raise RecipeError(f"training {source} in mode {mode} diverged: train.{field} is {told}; set less")
         write_atomically(weights, save(fitted.weights))
-        shutil.rmtree(storage, ignore_errors=True)
         return {
             "mode": mode,
             "source": source,
@@ -102,7 +101,10 @@ def _fit_stage(context: Context, name: str, mode: Mode, source: str, rates: Sequ
             "rows": fitted.rows,
         }, []
 
-    return context.run.stage(name, inputs, lambda: [weights], make)
+    stage = context.run.stage(name, inputs, lambda: [weights], make)
+    for storage in storages.glob(f"{name}-*"):  # only now that nothing is lost with them; those of earlier recipes too
+        shutil.rmtree(storage, ignore_errors=True)
+    return stage
 
 
 def fitted_model(context: Context, name: str, stage: Stage) -> Model:
