@@ -69,6 +69,23 @@ def test_a_result_that_the_world_has_outrun_is_made_again(tmp_path: Path):
         assert work.runs == runs
 
 
+@pytest.mark.parametrize(
+    ("change", "kept"), [("nothing", True), ("a file is gone", True), ("inputs", False), ("the world", False)]
+)
+def test_a_summary_goes_with_the_inputs_that_it_is_of(tmp_path: Path, change: str, kept: bool):
+    folder = tmp_path / "run"
+    work = Work(folder)
+    do(folder, work, {"a": 1})
+    (folder / "summary.json").write_text("{}")
+    if change == "a file is gone":
+        work.file.unlink()
+    with RunDirectory(folder, IDENTITY) as run:
+        inputs = {"a": 2 if change == "inputs" else 1}
+        run.stage("work", inputs, lambda: [work.file], work, lambda result: change != "the world")
+        run.stage("another", {}, lambda: [], lambda: ({}, []))  # the first of its kind, as of a variant
+    assert (folder / "summary.json").exists() == kept
+
+
 def test_what_an_unfinished_attempt_did_counts_as_done_by_the_command_that_ends_it(tmp_path: Path):
     folder = tmp_path / "run"
     work = Work(folder)
