@@ -193,7 +193,8 @@ class RunDirectory:
     def _check_folder(self) -> None:
         if (self.private / "lock").exists() or not self.path.exists():  # the first file that a run makes
             return
-        if not self.path.is_dir() or any(self.path.iterdir()):
+        # An empty `.stages` is what a run leaves that was killed before it made that file.
+        if not self.path.is_dir() or any(path != self.private for path in self.path.rglob("*")):
             raise RunError(f"{self.path} exists and is no run directory; give --out a new or empty folder")
 
     def _check_identity(self, identity: Mapping[str, object]) -> None:

@@ -150,6 +150,14 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_folder_whose_run_was_killed_before_its_first_file_is_no_stranger(tmp_path: Path):
+    (tmp_path / ".stages/precious").mkdir(parents=True)
+    with pytest.raises(RunError, match="is no run directory"):
+        RunDirectory(tmp_path, IDENTITY)
+    (tmp_path / ".stages/precious").rmdir()
+    assert not do(tmp_path, Work(tmp_path), {}).skipped
+
+
 def test_a_folder_whose_first_run_could_write_nothing_is_no_stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "run"
 
