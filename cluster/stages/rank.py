@@ -36,10 +36,12 @@ def rank(context: Context) -> Stage:
         candidates = [candidate for candidate in candidates if candidate.card.name in names]
         passed_over = {name: reason for name, reason in passed_over.items() if name in names}
     sources = {candidate.card.name: candidate.fingerprint for candidate in candidates} | passed_over
+    # Sources that went, or are others by now, change nothing either, but for the one that is used: `ranked_source`.
+    kept = sources if ranked is None else ranked.get("sources", sources)  # which earlier versions did not write
     document = recipe_document(recipe)
     inputs = {
         "data": context.data_key,
-        "sources": list(sources.items()),
+        "sources": list(kept.items()),
         "search": document["search"],
         "optimizer": recipe.train.optimizer,
         "seed": recipe.seed,
