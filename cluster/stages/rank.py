@@ -9,7 +9,7 @@ from headstart.cluster.stages.context import Context
 from headstart.cluster.stages.model import save_head
 from headstart.cluster.stages.run_directory import Result, Stage, write_json
 from headstart.trainer.backbones.backbone import Backbone
-from headstart.trainer.errors import SourceError
+from headstart.trainer.errors import RecipeError, SourceError
 from headstart.trainer.features import CachedFeatures
 from headstart.trainer.selection.ranking import assess, make_sketch, sketch_distances, sketched
 from headstart.trainer.selection.sources import Candidate, SourceCard, catalog, survey
@@ -68,7 +68,7 @@ def rank(context: Context) -> Stage:
     def nothing_new(result: Result) -> bool:
         if context.settled:
             return True
-        lacking = {entry["source"] for entry in result["ranking"] if not entry["available"]}
+        lacking = {entry["source"] for entry in result["ranking"] if not entry["loaded"]}
         return not any(_loads(context, candidate) for candidate in candidates if candidate.card.name in lacking)
 
     return context.run.stage(
@@ -111,6 +111,7 @@ def _entry(name: str, card: SourceCard | None, reason: str | None = None) -> dic
         "task": card.task if card else None,
         "licence": card.licence if card else None,
         "architecture": card.architecture if card else None,
+        "loaded": False,
         "available": False,
         "tunable": False,
         "reason": reason,
@@ -125,19 +126,20 @@ def _entry(name: str, card: SourceCard | None, reason: str | None = None) -> dic
 
 
 def _audition(context: Context, candidate: Candidate, heads: Path, used: list[CachedFeatures]) -> dict[str, Any]:
-    card = candidate.card
+    entry = _entry(candidate.card.name, candidate.card)
     try:
-        with context.reporter.bar(f"audition {card.name}") as progress:
+        with context.reporter.bar(f"audition {candidate.card.name}") as progress:
             backbone = candidate.load(context.cache)
+            entry["loaded"] = True
             found = assess(backbone, context.target, context.recipe, context.cache, tag=context.tag, progress=progress)
-    except SourceError as error:
+    except (SourceError, RecipeError) as error:  # RecipeError: all of its heads diverged
         if context.recipe.sources != "all":
             raise
-        return _entry(card.name, card, str(error))
+        return entry | {"reason": str(error)}
     used.append(found.features)
     heads.mkdir(exist_ok=True)
-    save_head(heads / f"{card.name}.safetensors", found.head)
-    return _entry(card.name, card) | {
+    save_head(heads / f"{candidate.card.name}.safetensors", found.head)
+    return entry | {
         "available": True,
         "tunable": backbone.tunable,
         "score": found.score,
