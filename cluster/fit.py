@@ -8,6 +8,8 @@ What a restart would meet again, an error of the data or the code, ends it at on
 
 import copy
 import json
+import math
+import pickle
 import shutil
 import tempfile
 import threading
@@ -22,12 +24,14 @@ from torch import Tensor
 
 from headstart.cluster.connect import Connection
 from headstart.trainer.errors import RunError
-from headstart.trainer.loop import Loop, Rank, Task
+from headstart.trainer.loop import Epoch, Loop, Rank, Task
 from headstart.trainer.recipe import Train
 from headstart.trainer.transfer import Classifier
 
-Row = dict[str, float]
+Row = dict[str, float | None]
 STATE = "state.pt"
+# What a file that is not there, or not whole, is to json and to torch.load.
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError)
 
 
 class LastingError(Exception):
@@ -43,8 +47,10 @@ class Fitted:
     learning_rate: float
     """The rate that validation chose."""
     validation_accuracy: float
+    diverged: bool
+    """Whether the loss on validation was not finite at any rate, so that the weights are of no use."""
     rows: list[Row]
-    """An epoch a row, with the rate it belongs to."""
+    """An epoch a row, with the rate it belongs to; None for a loss that is not finite."""
 
 
 @dataclass(kw_only=True)
@@ -105,8 +111,9 @@ def fit(
     state = latest_state(storage)
     if state is None or state["best"] is None or state["position"] < len(learning_rates):
         raise RunError(f"Ray Train ended without a finished checkpoint in {attempt}; run the same command again")
-    accuracy, _, rate = state["best"]
-    return Fitted(weights=state["weights"], learning_rate=rate, validation_accuracy=accuracy, rows=state["rows"])
+    accuracy, negative_loss, rate = state["best"]
+    diverged, weights, rows = math.isinf(negative_loss), state["weights"], state["rows"]
+    return Fitted(weights=weights, learning_rate=rate, validation_accuracy=accuracy, diverged=diverged, rows=rows)
 
 
 def divide_work(settings: Train, num_gpus: int) -> tuple[int, bool]:
@@ -124,21 +131,20 @@ def divide_work(settings: Train, num_gpus: int) -> tuple[int, bool]:
 def latest_state(storage: Path) -> dict[str, Any] | None:
     """Return the newest state that Ray Train registered under `storage`, whichever attempt made it.
 
-    Only registered checkpoints are whole. The attempts are folders of their own because the workers of a killed
-    driver live on for some seconds, and would write among those of the next.
+    Only registered checkpoints are whole; what cannot be read counts as never registered. The attempts are folders of
+    their own because the workers of a killed driver live on for some seconds, and would write among those of the next.
     """
     attempts = sorted(storage.glob("attempt-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     for attempt in attempts:
-        snapshot = attempt / "train" / "checkpoint_manager_snapshot.json"
-        if not snapshot.exists():
+        folder = attempt / "train"
+        try:
+            latest = json.loads((folder / "checkpoint_manager_snapshot.json").read_text())["latest_checkpoint_result"]
+            if latest is not None:
+                path = folder / latest["checkpoint_dir_name"] / STATE
+                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+                return state
+        except _UNREADABLE:  # Ray Train writes its snapshot in place, and may be killed within
             continue
-        latest = json.loads(snapshot.read_text()).get("latest_checkpoint_result")
-        if latest is None:
-            continue
-        path = snapshot.parent / latest["checkpoint_dir_name"] / STATE
-        if path.exists():
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            return state
     return None
 
 
@@ -247,16 +253,27 @@ def _train(config: dict[str, Any]) -> None:
         if progress.loop is not None:
             loop.load_state(progress.loop)
         for epoch in loop.epochs():
-            row: Row = {"peak_learning_rate": rate, **asdict(epoch)}
+            figures = {"peak_learning_rate": rate, **asdict(epoch)}
+            row: Row = {name: value if math.isfinite(value) else None for name, value in figures.items()}
             progress.rows = [*progress.rows, row]
             progress.loop = loop.state()
             if epoch.epoch == settings.epochs:
-                outcome = (epoch.validation_accuracy, -epoch.validation_loss, rate)
+                outcome = _outcome(epoch, rate)
                 if progress.best is None or outcome[:2] > progress.best[:2]:
                     progress.best = outcome
                     progress.weights = _cpu(loop.inner.state_dict())
                 progress = replace(progress, position=position + 1, loop=None)
             _report(progress, row, rank_number, Path(config["rows_file"]))
+
+
+def _outcome(epoch: Epoch, rate: float) -> tuple[float, float, float]:
+    """Return what `_Progress.best` has of a rate after its last epoch; the worst there is where it diverged.
+
+    As of a head: NaN would compare with nothing, and a rate with it be kept for coming first.
+    """
+    if not math.isfinite(epoch.validation_loss):
+        return (0.0, -math.inf, rate)
+    return (epoch.validation_accuracy, -epoch.validation_loss, rate)
 
 
 def _all_reduce(totals: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from headstart.cluster.stages.context import Context, Reporter, cache_root
 from headstart.cluster.stages.export import export, export_variants
 from headstart.cluster.stages.finish import evaluate, register_source
 from headstart.cluster.stages.rank import rank
-from headstart.cluster.stages.run_directory import Result, RunDirectory, Stage, fingerprint, write_json
+from headstart.cluster.stages.run_directory import SUMMARY, Result, RunDirectory, Stage, fingerprint, write_json
 from headstart.trainer.files import write_atomically
 from headstart.trainer.inputs.dataset import some
 from headstart.trainer.inputs.readers import load_images
@@ -65,17 +65,35 @@ def run(
     """Take `recipe` through the stages up to and with `until`; `settled` is that of `Context`.
 
     The summary of a run that ends early has null for what is not known yet; summary.json is written at the end
-    alone. Raises the errors of the rooms, each with the next step; what is finished stays and is not done again.
+    alone, and removed where it is of another recipe or other inputs. Raises the errors of the rooms, each with the next
+    step; what is finished stays and is not done again.
     """
     cache, reporter = cache or cache_root(), reporter or Reporter()
     with RunDirectory(out, {"name": recipe.name, "data": recipe.data.path}, fresh=fresh) as directory:
-        write_atomically(directory.path / "recipe.yaml", recipe_yaml(recipe).encode())
+        summary, written, text = directory.path / SUMMARY, directory.path / "recipe.yaml", recipe_yaml(recipe).encode()
+        summarised = summary.exists()
+        # A settled run has its own recipe, to which a variant may have come.
+        if not settled and written.exists() and written.read_bytes() != text:
+            directory.remove_summary()
+        write_atomically(written, text)
         context = replace(_prepare(recipe, directory, cache, connection, reporter), settled=settled)
         outcome = _stages(context, until)
         if until == "register":
-            write_json(directory.path / "summary.json", outcome.summary)
+            write_json(summary, outcome.summary)
+        elif summarised and not summary.exists():
+            _tell_outdated(outcome, reporter)
         directory.finish()
         return outcome
+
+
+def _tell_outdated(outcome: Outcome, reporter: Reporter) -> None:
+    """Say what is left of the run that the folder had the summary of."""
+    later = [("evaluation.json", outcome.evaluation), ("package*", outcome.manifest), ("source", None)]
+    left = [path.name for name, made in later if made is None for path in sorted(outcome.path.glob(name))]
+    reporter.say(
+        "[bold]summary.json is removed[/bold]: it is of another recipe, other data or other sources. Also of those, "
+        f"until `headstart run` makes them anew: {', '.join(left)}"
+    )
 
 
 def _prepare(

@@ -45,9 +45,14 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """What `_Loader` reads back: text that is a number there, 1e5, is quoted."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def shipped_recipes() -> list[str]:
@@ -94,7 +99,7 @@ def recipe_document(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_yaml(recipe: Recipe) -> str:
     """Return the recipe, every default filled in, as YAML that `load_recipe` reads back."""
-    return yaml.safe_dump(recipe_document(recipe), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe_document(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_document(reference: str) -> dict[str, Any]:

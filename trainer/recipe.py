@@ -4,6 +4,7 @@ Every field is documented by the string under it. Values that cannot be are refu
 `ValueError` that names the field and what is accepted; `headstart.cluster.recipe_file` adds the path to it.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -146,11 +147,12 @@ class Search:
             "rates above 0 and below 100",
         )
         _require(
-            all(decay >= 0 for decay in self.weight_decays),
+            all(0 <= decay < math.inf for decay in self.weight_decays),
             "search.weight_decays",
             self.weight_decays,
-            "0 or more",
+            "finite, 0 or more",
         )
+        _require(all(0 <= seed < 2**32 for seed in self.seeds), "search.seeds", self.seeds, "0 to 2**32 - 1")
         _require(self.epochs >= 1, "search.epochs", self.epochs, "at least 1")
         _require(self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
 

@@ -63,10 +63,12 @@ def _print_evaluation(outcome: Outcome, console: Console) -> None:
     table.add_column("model")
     table.add_column("accuracy", justify="right")
     table.add_column("95% interval")
-    names = {
-        "scratch": "control: the same architecture from scratch",
-        "raw_pixels": "control: raw 16x16 pixels",
-    }
+    scratch = evaluation["controls"]["scratch"]
+    names = {"raw_pixels": "control: raw 16x16 pixels"}
+    if scratch:
+        chosen = next(entry for entry in outcome.ranking["ranking"] if entry["source"] == choice["source"])
+        same = scratch["architecture"] == chosen["architecture"]
+        names["scratch"] = f"control: {'the same architecture' if same else scratch['architecture']} from scratch"
     rows = [(f"{choice.get('source')}, {choice.get('mode')}", evaluation["test"])]
     rows += [(names[name], control) for name, control in evaluation["controls"].items() if control]
     for name, figures in rows:

@@ -18,7 +18,7 @@ from headstart.cluster.stages.rank import tunable_source
 from headstart.cluster.stages.run_directory import Result, Stage
 from headstart.cluster.stages.run_directory import fingerprint as fingerprint_of
 from headstart.trainer.backbones.tensors import tensors_fingerprint
-from headstart.trainer.errors import SourceError
+from headstart.trainer.errors import RecipeError, SourceError
 from headstart.trainer.evaluation import Choice, choose_mode
 from headstart.trainer.features import CachedFeatures, extract_features
 from headstart.trainer.files import write_atomically
@@ -49,7 +49,7 @@ def train_control(context: Context, ranked: Stage) -> Stage | None:
 
 
 def _fit_stage(context: Context, name: str, mode: Mode, source: str, rates: Sequence[float], ranked: Stage) -> Stage:
-    weights = context.run.private / f"{name}.safetensors"
+    weights, storages = context.run.private / f"{name}.safetensors", context.run.private / "ray"
     train = recipe_document(context.recipe)["train"]
     inputs = {
         "ranked": ranked.key,
@@ -69,7 +69,7 @@ def _fit_stage(context: Context, name: str, mode: Mode, source: str, rates: Sequ
             validation=context.target.part("validation"),
             preprocess=backbone.preprocess,
         )
-        storage = context.run.private / "ray" / f"{name}-{fingerprint_of(inputs)[:12]}"
+        storage = storages / f"{name}-{fingerprint_of(inputs)[:12]}"
         with context.reporter.bar(f"{mode} {source}") as progress:
             done = [0]
 
@@ -87,17 +87,24 @@ def _fit_stage(context: Context, name: str, mode: Mode, source: str, rates: Sequ
                 storage=storage,
                 on_epoch=on_epoch,
             )
+        if fitted.diverged and not (mode == "finetune" and context.recipe.mode == "auto"):  # which has another model
+            field = "scratch_learning_rates" if mode == "scratch" else "learning_rate"
+            told = ", ".join(f"{rate:g}" for rate in rates)
+            raise RecipeError(f"training {source} in mode {mode} diverged: train.{field} is {told}; set less")
         write_atomically(weights, save(fitted.weights))
-        shutil.rmtree(storage, ignore_errors=True)
         return {
             "mode": mode,
             "source": source,
             "learning_rate": fitted.learning_rate,
             "validation_accuracy": fitted.validation_accuracy,
+            "diverged": fitted.diverged,
             "rows": fitted.rows,
         }, []
 
-    return context.run.stage(name, inputs, lambda: [weights], make)
+    stage = context.run.stage(name, inputs, lambda: [weights], make)
+    for storage in storages.glob(f"{name}-*"):  # only now that nothing is lost with them; those of earlier recipes too
+        shutil.rmtree(storage, ignore_errors=True)
+    return stage
 
 
 def fitted_model(context: Context, name: str, stage: Stage) -> Model:
@@ -125,7 +132,12 @@ def validation_logits(context: Context, model: Model, used: list[CachedFeatures]
 def choose(context: Context, ranked: Stage, tuned: Stage | None) -> Stage:
     """Choose the mode by validation accuracy; within one standard error the cheaper, `feature`."""
     best = ranked.result["ranking"][0]["source"]
-    inputs = {"ranked": ranked.key, "tuned": tuned.key if tuned else None, "mode": context.recipe.mode}
+    inputs = {
+        "ranked": ranked.key,
+        "best": best,  # another one under the same key, where a source has become available
+        "tuned": tuned.key if tuned else None,
+        "mode": context.recipe.mode,
+    }
 
     def make() -> tuple[Result, list[CachedFeatures]]:
         if tuned is None or context.recipe.mode != "auto":
@@ -134,6 +146,9 @@ def choose(context: Context, ranked: Stage, tuned: Stage | None) -> Stage:
             if context.recipe.mode == "auto":
                 why = "no available source can be fine-tuned"
             return {"mode": mode, "source": tuned.result["source"] if tuned else best, "reason": why}, []
+        if tuned.result.get("diverged"):  # of which earlier versions said nothing
+            why = f"fine-tuning diverged at train.learning_rate {tuned.result['learning_rate']:g}; less may do"
+            return {"mode": "feature", "source": best, "reason": why}, []
         labels = context.target.part("validation").labels
         used: list[CachedFeatures] = []
         correct = [

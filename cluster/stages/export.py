@@ -10,7 +10,7 @@ from rich.markup import escape
 from torch import nn
 
 from headstart.cluster.stages.context import Context
-from headstart.cluster.stages.model import Model
+from headstart.cluster.stages.model import Model, ranked_source
 from headstart.cluster.stages.run_directory import Result, Stage, fingerprint
 from headstart.serving.errors import PackageError
 from headstart.serving.export import OnnxStage, export_package
@@ -19,7 +19,6 @@ from headstart.serving.variants import PARITY_TOLERANCES, make_variant
 from headstart.trainer.features import CachedFeatures, extract_features
 from headstart.trainer.inputs.batches import to_pixels
 from headstart.trainer.inputs.dataset import LabelledImages
-from headstart.trainer.selection.sources import find_source
 
 NUM_PARITY_SAMPLES = 16
 LATENCY_RUNS = 200
@@ -40,7 +39,7 @@ def export(context: Context, model: Model, chosen: Stage, evaluated: Stage) -> S
         "export": {name: getattr(recipe.export, name) for name in ("opset", "tolerance", "features")},
         "name": recipe.name,
     }
-    card = find_source(model.source, recipe.sources, context.cache).card
+    card = ranked_source(context, model.source).card
 
     def reference(images: np.ndarray) -> np.ndarray:
         pixels = to_pixels(list(images), model.backbone.preprocess)

@@ -10,7 +10,7 @@ from torch import Tensor
 from headstart.cluster.report.plots import plot_confusion, plot_learning
 from headstart.cluster.stages.choose import fitted_model, validation_logits
 from headstart.cluster.stages.context import Context
-from headstart.cluster.stages.model import Model
+from headstart.cluster.stages.model import Model, ranked_source
 from headstart.cluster.stages.rank import load_probe
 from headstart.cluster.stages.run_directory import Result, Stage, write_json
 from headstart.trainer.errors import SourceError
@@ -31,7 +31,6 @@ from headstart.trainer.inputs.split import duplicates_between
 from headstart.trainer.selection.ranking import make_sketch, sketched
 from headstart.trainer.selection.sources import (
     SourceCard,
-    find_source,
     image_id,
     register,
     registered_name,
@@ -39,8 +38,9 @@ from headstart.trainer.selection.sources import (
 )
 
 RAW_SIDE = 16
-EVALUATION_SCHEMA = 2
-"""2: Wilson's intervals of the accuracies, and `verdict_p_value`."""
+EVALUATION_SCHEMA = 3
+"""2: Wilson's intervals of the accuracies, and `verdict_p_value`. 3: `class_accuracy` of a class without test images is
+None; the control from scratch says its `architecture`."""
 
 
 def evaluate(context: Context, model: Model, chosen: Stage, control: Stage | None, tuned: Stage | None) -> Stage:
@@ -71,6 +71,8 @@ def evaluate(context: Context, model: Model, chosen: Stage, control: Stage | Non
                 controls["scratch"] = _correct(_logits(context, scratch, test, used, progress), test)
         controls["raw_pixels"] = _raw_pixels(context)
         result = _conclude(context, chosen.result, logits, temperature, correct, controls)
+        if control is not None:  # of a frozen graph nothing can be trained: another source's architecture is
+            result["controls"]["scratch"]["architecture"] = scratch.backbone.architecture
         write_json(path / "evaluation.json", result)
         plot_confusion(path / "confusion.png", test.labels, logits.argmax(1).numpy(), test.classes, context.recipe.name)
         fits = {name: stage.result for name, stage in (("fit", tuned), ("control", control)) if stage}
@@ -149,7 +151,9 @@ def _conclude(
         "temperature": temperature,
         "calibration_error": expected_calibration_error(probabilities.numpy(), test.labels),
         "class_accuracy": {
-            name: float(correct[test.labels == label].mean()) for label, name in enumerate(test.classes)
+            name: float(of_class.mean()) if len(of_class) else None  # a test part that the data brings may lack a class
+            for label, name in enumerate(test.classes)
+            for of_class in [correct[test.labels == label]]
         },
         "num_test_images_also_in_training": duplicates_between(context.target.images, known, tests),
     }
@@ -162,7 +166,7 @@ def _accuracy(correct: np.ndarray) -> dict[str, Any]:
 def register_source(context: Context, model: Model, chosen: Stage) -> Stage:
     """Write the run's `source/` folder and put a copy into the cache's list of sources."""
     folder = context.run.path / "source"
-    origin = find_source(model.source, context.recipe.sources, context.cache)
+    origin = ranked_source(context, model.source)
     seen, lacks = frozenset(map(image_id, context.target.known().digests)), ""
     # From scratch nothing is taken over, and so nothing that the source has seen.
     if model.mode != "scratch" and origin.base is not None:

@@ -12,7 +12,7 @@ from headstart.trainer.backbones.backbone import Backbone
 from headstart.trainer.errors import SourceError
 from headstart.trainer.files import write_atomically
 from headstart.trainer.recipe import Mode
-from headstart.trainer.selection.sources import find_source
+from headstart.trainer.selection.sources import Candidate, find_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +31,24 @@ class Model:
         return logits
 
 
-def load_source(context: Context, name: str) -> Backbone:
-    """Load a source of the ranking by its name; raises `SourceError` where it went meanwhile."""
+def ranked_source(context: Context, name: str) -> Candidate:
+    """Return a source of the ranking by its name; raises `SourceError` where it is not there as it was ranked."""
+    ranked = context.run.result("rank")
     try:
         candidate = find_source(name, context.recipe.sources, context.cache)
+        if ranked is not None and candidate.fingerprint != ranked["sources"][name]:
+            raise SourceError("another one has its name by now: this run's heads are not for its features")
     except SourceError as error:  # the name of a user's own file has its digest in it
         raise SourceError(
-            f"source {name} was taken away, or its file altered, during the run; run the same command again"
+            f"source {name} was taken away, or altered, since it was ranked. To rank again: "
+            f"headstart run {context.run.path / 'recipe.yaml'} --out {context.run.path}"
         ) from error
-    return candidate.load(context.cache)
+    return candidate
+
+
+def load_source(context: Context, name: str) -> Backbone:
+    """Load a source of the ranking, as `ranked_source` finds it."""
+    return ranked_source(context, name).load(context.cache)
 
 
 def auditioned(context: Context, name: str) -> Model:

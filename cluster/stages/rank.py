@@ -9,7 +9,7 @@ from headstart.cluster.stages.context import Context
 from headstart.cluster.stages.model import save_head
 from headstart.cluster.stages.run_directory import Result, Stage, write_json
 from headstart.trainer.backbones.backbone import Backbone
-from headstart.trainer.errors import SourceError
+from headstart.trainer.errors import RecipeError, SourceError
 from headstart.trainer.features import CachedFeatures
 from headstart.trainer.selection.ranking import assess, make_sketch, sketch_distances, sketched
 from headstart.trainer.selection.sources import Candidate, SourceCard, catalog, survey
@@ -35,10 +35,13 @@ def rank(context: Context) -> Stage:
         names = {entry["source"] for entry in ranked["ranking"]}
         candidates = [candidate for candidate in candidates if candidate.card.name in names]
         passed_over = {name: reason for name, reason in passed_over.items() if name in names}
+    sources = {candidate.card.name: candidate.fingerprint for candidate in candidates} | passed_over
+    # Sources that went, or are others by now, change nothing either, but for the one that is used: `ranked_source`.
+    kept = sources if ranked is None else ranked.get("sources", sources)  # which earlier versions did not write
     document = recipe_document(recipe)
     inputs = {
         "data": context.data_key,
-        "sources": [*(candidate.fingerprint for candidate in candidates), *passed_over.items()],
+        "sources": list(kept.items()),
         "search": document["search"],
         "optimizer": recipe.train.optimizer,
         "seed": recipe.seed,
@@ -55,14 +58,17 @@ def rank(context: Context) -> Stage:
         _add_distances(context, candidates, entries, used)
         # The best audition first; a tie goes to the better score, then to the order of the recipe.
         entries.sort(key=lambda e: (not e["available"], -(e["audition_accuracy"] or 0), -(e["score"] or 0)))
-        result = {"schema": 1, "target": context.recipe.name, "probe": PROBE, "ranking": entries}
+        # `sources`: by name the fingerprint of what was ranked, or why it was passed over.
+        result = {
+            "schema": 1, "target": context.recipe.name, "probe": PROBE, "ranking": entries, "sources": sources,
+        }  # fmt: skip
         write_json(context.run.path / "ranking.json", result)
         return result, used
 
     def nothing_new(result: Result) -> bool:
         if context.settled:
             return True
-        lacking = {entry["source"] for entry in result["ranking"] if not entry["available"]}
+        lacking = {entry["source"] for entry in result["ranking"] if not entry["loaded"]}
         return not any(_loads(context, candidate) for candidate in candidates if candidate.card.name in lacking)
 
     return context.run.stage(
@@ -105,6 +111,7 @@ def _entry(name: str, card: SourceCard | None, reason: str | None = None) -> dic
         "task": card.task if card else None,
         "licence": card.licence if card else None,
         "architecture": card.architecture if card else None,
+        "loaded": False,
         "available": False,
         "tunable": False,
         "reason": reason,
@@ -119,19 +126,20 @@ def _entry(name: str, card: SourceCard | None, reason: str | None = None) -> dic
 
 
 def _audition(context: Context, candidate: Candidate, heads: Path, used: list[CachedFeatures]) -> dict[str, Any]:
-    card = candidate.card
+    entry = _entry(candidate.card.name, candidate.card)
     try:
-        with context.reporter.bar(f"audition {card.name}") as progress:
+        with context.reporter.bar(f"audition {candidate.card.name}") as progress:
             backbone = candidate.load(context.cache)
+            entry["loaded"] = True
             found = assess(backbone, context.target, context.recipe, context.cache, tag=context.tag, progress=progress)
-    except SourceError as error:
+    except (SourceError, RecipeError) as error:  # RecipeError: all of its heads diverged
         if context.recipe.sources != "all":
             raise
-        return _entry(card.name, card, str(error))
+        return entry | {"reason": str(error)}
     used.append(found.features)
     heads.mkdir(exist_ok=True)
-    save_head(heads / f"{card.name}.safetensors", found.head)
-    return _entry(card.name, card) | {
+    save_head(heads / f"{candidate.card.name}.safetensors", found.head)
+    return entry | {
         "available": True,
         "tunable": backbone.tunable,
         "score": found.score,

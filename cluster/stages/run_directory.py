@@ -3,6 +3,8 @@
 Each finished stage leaves a record under `<run>/.stages/`: the fingerprint of its inputs, the SHA-256 of the files
 it wrote, and its result. A stage runs again when its inputs differ or a file of it is missing or altered.
 
+`summary.json` is there only while it tells of the run as it is: a stage whose inputs have changed removes it.
+
 A command that is killed and given again is one *attempt*: the stages it had finished count as done by it, so that the
 summary of a disturbed run is that of an undisturbed one.
 """
@@ -24,6 +26,7 @@ from headstart.trainer.errors import RunError
 from headstart.trainer.features import CachedFeatures
 from headstart.trainer.files import write_atomically
 
+SUMMARY = "summary.json"
 # What a run that has finished no stage leaves behind: in its folder, and in `.stages/` there.
 _CLAIMED = frozenset({".stages", "recipe.yaml"})
 _OPENED = frozenset({"lock", "identity.json", "attempt.json"})
@@ -57,8 +60,11 @@ def file_digest(path: Path) -> str:
 
 
 def write_json(path: Path, document: object) -> None:
-    """Write a JSON document, whole or not at all; a byte of a file's name that is not UTF-8 becomes `\\udcXX`."""
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    """Write a JSON document, whole or not at all; a byte of a file's name that is not UTF-8 becomes `\\udcXX`.
+
+    Raises `ValueError` for NaN and infinities, which JSON has no words for.
+    """
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         write_atomically(path, text.encode(errors="backslashreplace"))
     except OSError as error:
@@ -129,8 +135,10 @@ class RunDirectory:
         key = fingerprint({"stage": name, **inputs})
         record_path = self.private / f"{name}.json"
         record = _read_json(record_path)
-        same = record is not None and record["key"] == key and self._whole(record["files"])
-        if not same or not still_true(record["result"]):
+        holds = record is not None and record["key"] == key and still_true(record["result"])
+        if record is not None and not holds:
+            self.remove_summary()
+        if not holds or not self._whole(record["files"]):
             started = time.perf_counter()
             result, used = make()
             record = {
@@ -146,6 +154,10 @@ class RunDirectory:
         stage = Stage(key=key, result=record["result"], seconds=record["seconds"] if mine else 0.0, skipped=not mine)
         self.stages[name] = stage
         return stage
+
+    def remove_summary(self) -> None:
+        """Remove the summary, because it is of another recipe or of inputs that are others by now."""
+        (self.path / SUMMARY).unlink(missing_ok=True)
 
     def result(self, name: str) -> Result | None:
         """Return what a stage came to when it was last run; None where it never was."""
@@ -181,7 +193,8 @@ class RunDirectory:
     def _check_folder(self) -> None:
         if (self.private / "lock").exists() or not self.path.exists():  # the first file that a run makes
             return
-        if not self.path.is_dir() or any(self.path.iterdir()):
+        # An empty `.stages` is what a run leaves that was killed before it made that file.
+        if not self.path.is_dir() or any(path != self.private for path in self.path.rglob("*")):
             raise RunError(f"{self.path} exists and is no run directory; give --out a new or empty folder")
 
     def _check_identity(self, identity: Mapping[str, object]) -> None:

@@ -14,7 +14,7 @@ from headstart.cluster.stages.choose import fitted_model
 from headstart.cluster.stages.context import Context
 from headstart.cluster.stages.finish import _conclude, _raw_pixels, evaluate, register_source
 from headstart.cluster.stages.model import Model, load_source
-from headstart.cluster.stages.run_directory import Stage
+from headstart.cluster.stages.run_directory import Stage, write_json
 from headstart.trainer.backbones.card import card_to_yaml
 from headstart.trainer.evaluation import (
     accuracy_interval,
@@ -66,6 +66,16 @@ def test_a_model_is_compared_with_the_stronger_control_image_by_image(context: C
     sure = np.exp(2) / (np.exp(2) + 9)  # logits 3 at temperature 1.5
     assert found["calibration_error"] == pytest.approx(330 / 363 - sure, abs=1e-6)
     assert found["num_test_images_also_in_training"] == 3
+
+
+def test_a_class_without_test_images_has_no_accuracy(context: Context, tmp_path: Path):
+    images, parts = context.target.images, context.target.parts
+    without_nines = parts["test"][images.labels[parts["test"]] != 9]
+    context = dataclasses.replace(context, target=Target(images=images, parts=parts | {"test": without_nines}))
+    correct = right(len(without_nines), len(without_nines), 0)
+    found = conclude(context, "feature", correct, {"raw_pixels": ~correct})
+    assert found["class_accuracy"] == {str(label): 1.0 for label in range(9)} | {"9": None}
+    write_json(tmp_path / "evaluation.json", found)
 
 
 def test_a_model_worse_than_its_control_is_no_transfer(context: Context):
@@ -148,6 +158,7 @@ def test_the_model_and_its_control_are_each_measured_on_the_test_images(
     ]
     assert accuracies[0] != accuracies[1]
     assert [found.result["test"]["accuracy"], found.result["controls"]["scratch"]["accuracy"]] == accuracies
+    assert found.result["controls"]["scratch"]["architecture"] == catalog()[SOURCE].architecture
     assert found.result["controls"]["raw_pixels"]["accuracy"] == _raw_pixels(context).mean()
     temperature = fit_temperature(logits(model, "validation").numpy(), labels["validation"])
     assert found.result["temperature"] == pytest.approx(temperature, rel=1e-3)
@@ -166,7 +177,7 @@ def test_the_model_and_its_control_are_each_measured_on_the_test_images(
         evaluate(context, model, stage("another", "full"), None, None),
         evaluate(other_seed, model, chosen, None, None),
     ]
-    monkeypatch.setattr(finish, "EVALUATION_SCHEMA", 3)
+    monkeypatch.setattr(finish, "EVALUATION_SCHEMA", finish.EVALUATION_SCHEMA + 1)
     again.append(evaluate(other_seed, model, chosen, None, None))
     assert len({found.key, *(one.key for one in again)}) == 6
 

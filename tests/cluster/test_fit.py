@@ -1,6 +1,7 @@
 """Fine-tuning under Ray Train: two workers learn, survive a worker's death, and refuse who has no token."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,11 +17,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from headstart.cluster.connect import Connection
-from headstart.cluster.fit import divide_work, fit, latest_state
+from headstart.cluster.fit import _outcome, divide_work, fit, latest_state
 from headstart.trainer.errors import RunError
 from headstart.trainer.inputs.dataset import ImageArrays, LabelledImages
 from headstart.trainer.inputs.preprocessing import Preprocess, Preprocessing
-from headstart.trainer.loop import Task
+from headstart.trainer.loop import Epoch, Task
 from headstart.trainer.recipe import Train
 from headstart.trainer.transfer import Classifier
 
@@ -113,7 +114,7 @@ def test_each_process_has_a_gpu_where_there_is_one(workers: int, batch_size: int
 
 def test_the_newest_state_that_was_registered_is_the_one_to_go_on_from(tmp_path: Path):
     assert latest_state(tmp_path) is None
-    for attempt in (2, 9, 10, 11, 12, 13):
+    for attempt in (2, 9, 10, 11, 12, 13, *range(14, 20)):
         folder = tmp_path / f"attempt-{attempt}" / "train"
         (folder / "made").mkdir(parents=True)
         if attempt != 13:  # killed before its first epoch
@@ -121,6 +122,11 @@ def test_the_newest_state_that_was_registered_is_the_one_to_go_on_from(tmp_path:
             (folder / "checkpoint_manager_snapshot.json").write_text(json.dumps({"latest_checkpoint_result": latest}))
         if attempt != 11:
             torch.save({"position": attempt}, folder / "made" / "state.pt")
+    state = (tmp_path / "attempt-10/train/made/state.pt").read_bytes()
+    for attempt, torn in enumerate((b"", b'{"latest', b"{}"), 14):
+        (tmp_path / f"attempt-{attempt}/train/checkpoint_manager_snapshot.json").write_bytes(torn)
+    for attempt, torn in enumerate((b"", b"PK", state[: len(state) // 2]), 17):
+        (tmp_path / f"attempt-{attempt}/train/made/state.pt").write_bytes(torn)
     assert latest_state(tmp_path) == {"position": 10}
 
 
@@ -137,6 +143,28 @@ def test_of_rates_that_validate_alike_the_one_with_the_smaller_loss_is_kept(conn
     losses = [row["validation_loss"] for row in fitted.rows]
     assert fitted.learning_rate == rates[losses.index(min(losses))]
     assert losses.index(max(losses)) != losses.index(min(losses))
+
+
+def test_a_rate_that_diverges_is_the_worst(connection: Connection, tmp_path: Path):
+    torch.manual_seed(1)
+    model = Classifier(Network(), nn.Linear(288, 10))
+    fitted = fit(
+        model, task(), replace(SETTINGS, epochs=1), learning_rates=(1e30, 1e-8), seed=3, connection=connection,
+        storage=tmp_path / "diverging",
+    )  # fmt: skip
+    assert [row["validation_loss"] is None for row in fitted.rows] == [True, False]
+    assert (fitted.learning_rate, fitted.diverged) == (1e-8, False)
+    assert all(torch.isfinite(tensor).all() for tensor in fitted.weights.values())
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_of_rates_of_one_accuracy_one_that_diverged_is_not_kept_for_coming_first(loss: float):
+    figures = {"epoch": 1, "learning_rate": 0.0, "train_loss": 1.0, "train_accuracy": 0.5, "seconds": 1.0}
+    diverged, wrong = (
+        _outcome(Epoch(**figures, validation_loss=loss, validation_accuracy=accuracy), 1e-3)
+        for loss, accuracy in ((loss, 0.5), (9.0, 0.0))
+    )
+    assert wrong[:2] > diverged[:2] == (0.0, -math.inf)
 
 
 @pytest.mark.slow

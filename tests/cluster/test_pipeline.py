@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from headstart.cluster import pipeline
 from headstart.cluster.connect import Connection
-from headstart.cluster.pipeline import run
+from headstart.cluster.pipeline import Outcome, run
 from headstart.cluster.recipe_file import load_recipe
+from headstart.cluster.stages.context import Context, Reporter
 from headstart.serving.runtime import Predictor
 from headstart.trainer.evaluation import expected_calibration_error
 from headstart.trainer.inputs.dataset import LabelledImages
@@ -269,6 +273,35 @@ def test_a_run_that_finished_in_between_is_ranked_by_run_and_not_by_evaluate(
     assert not skipped
     assert {"mtcnn-onet", "digits"} <= set(names)
     assert rank(settled=True) == (True, names)
+
+
+def test_of_an_edited_recipe_there_is_no_summary_before_its_end(context: Context, monkeypatch: pytest.MonkeyPatch):
+    console = Console(record=True, width=300, stderr=True)
+
+    def command(until: pipeline.Until, epochs: int, *, settled: bool = False) -> bool:
+        recipe = replace(context.recipe, train=replace(context.recipe.train, epochs=epochs))
+        run(
+            recipe, folder, connection=context.connection, cache=context.cache, until=until, settled=settled,
+            reporter=Reporter(console),
+        )  # fmt: skip
+        return (folder / "summary.json").exists()
+
+    folder = context.cache / "edited"
+    monkeypatch.setattr(pipeline, "_prepare", lambda recipe, directory, *more: replace(context, run=directory))
+    monkeypatch.setattr(pipeline, "_stages", lambda context, until: Outcome(path=folder, summary={}, ranking={}))
+    assert command("register", epochs=1)
+    for made in ("evaluation.json", "package/model.onnx", "package-int8/model.onnx", "source/card.yaml"):
+        (folder / made).parent.mkdir(exist_ok=True)
+        (folder / made).touch()
+    assert command("rank", epochs=1)
+    assert command("export", epochs=2, settled=True)
+    assert console.export_text() == ""
+    assert not command("rank", epochs=3)
+    told = "summary.json is removed: it is of another recipe, other data or other sources. Also of those, until "
+    told += "`headstart run` makes them anew: evaluation.json, package, package-int8, source"
+    assert console.export_text().strip() == told
+    assert not command("rank", epochs=3)
+    assert command("register", epochs=3)
 
 
 @pytest.mark.timeout(KILL_TIMEOUT + 60)

@@ -34,8 +34,9 @@ def _keys(document: object) -> object:
     return {key: _keys(value) for key, value in document.items()} if isinstance(document, dict) else None
 
 
-def test_a_recipe_written_down_reads_back_the_same(tmp_path: Path):
-    recipe = load_recipe("demo", ["train.learning_rate=1e-4", "seed=7"])
+@pytest.mark.parametrize("name", ["demo", "1e5", "7E3", "1.e5", "12", "null", "on"])
+def test_a_recipe_written_down_reads_back_the_same(tmp_path: Path, name: str):
+    recipe = load_recipe("demo", ["train.learning_rate=1e-4", "seed=7", f"name='{name}'"])
     (tmp_path / "again.yaml").write_text(recipe_yaml(recipe))
     assert load_recipe(str(tmp_path / "again.yaml")) == recipe
 
@@ -83,6 +84,10 @@ def test_overrides(tmp_path: Path, override: str, field: tuple[str, ...], value:
         (MINIMAL | {"name": "a/b"}, "name is 'a/b'; accepted: letters"),
         (MINIMAL | {"export": {"opset": 17}}, "export.opset is 17; accepted: 18 to 23"),
         (MINIMAL | {"search": {"learning_rates": []}}, "search.learning_rates is ()"),
+        (MINIMAL | {"search": {"weight_decays": [float("inf")]}}, "search.weight_decays is (inf,); accepted: finite"),
+        (MINIMAL | {"search": {"weight_decays": [-1]}}, "search.weight_decays is (-1.0,); accepted: finite, 0 or more"),
+        (MINIMAL | {"search": {"seeds": [0, 2**32]}}, "search.seeds is (0, 4294967296); accepted: 0 to 2**32 - 1"),
+        (MINIMAL | {"search": {"seeds": [-1]}}, "search.seeds is (-1,); accepted: 0 to 2**32 - 1"),
         ({"name": "x", "data": {"path": 3}}, "data.path: Input should be a valid string; found 3"),
         ({"name": "x", "data": {"path": " "}}, "data.path is ' '; accepted: a folder"),
         ({"name": "x", "data": {"path": "a", "kind": "text"}}, "data.kind: Input should be 'images'"),

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 from pathlib import Path
 
@@ -68,6 +69,23 @@ def test_a_result_that_the_world_has_outrun_is_made_again(tmp_path: Path):
         assert work.runs == runs
 
 
+@pytest.mark.parametrize(
+    ("change", "kept"), [("nothing", True), ("a file is gone", True), ("inputs", False), ("the world", False)]
+)
+def test_a_summary_goes_with_the_inputs_that_it_is_of(tmp_path: Path, change: str, kept: bool):
+    folder = tmp_path / "run"
+    work = Work(folder)
+    do(folder, work, {"a": 1})
+    (folder / "summary.json").write_text("{}")
+    if change == "a file is gone":
+        work.file.unlink()
+    with RunDirectory(folder, IDENTITY) as run:
+        inputs = {"a": 2 if change == "inputs" else 1}
+        run.stage("work", inputs, lambda: [work.file], work, lambda result: change != "the world")
+        run.stage("another", {}, lambda: [], lambda: ({}, []))  # the first of its kind, as of a variant
+    assert (folder / "summary.json").exists() == kept
+
+
 def test_what_an_unfinished_attempt_did_counts_as_done_by_the_command_that_ends_it(tmp_path: Path):
     folder = tmp_path / "run"
     work = Work(folder)
@@ -132,6 +150,14 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_folder_whose_run_was_killed_before_its_first_file_is_no_stranger(tmp_path: Path):
+    (tmp_path / ".stages/precious").mkdir(parents=True)
+    with pytest.raises(RunError, match="is no run directory"):
+        RunDirectory(tmp_path, IDENTITY)
+    (tmp_path / ".stages/precious").rmdir()
+    assert not do(tmp_path, Work(tmp_path), {}).skipped
+
+
 def test_a_folder_whose_first_run_could_write_nothing_is_no_stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "run"
 
@@ -178,3 +204,10 @@ def test_a_file_name_that_is_no_text_can_be_written_down(tmp_path: Path):
     write_json(tmp_path / "x.json", document)
     assert "é.png" in (tmp_path / "x.json").read_text()
     assert json.loads((tmp_path / "x.json").read_text()) == document
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_number_that_json_does_not_have_is_not_written(tmp_path: Path, number: float):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", {"figure": number})
+    assert not list(tmp_path.iterdir())

@@ -113,7 +113,7 @@ def registered_name(name: str, data_fingerprint: str, cache: Path) -> str:
     folder = registered(cache).get(name)
     if name not in catalog():
         try:
-            if folder is None or _same_data(read_card(folder), data_fingerprint):
+            if folder is None or _same_data(_registered_card(folder), data_fingerprint):
                 return name
         except SourceError:
             pass  # nobody knows whose it is
@@ -173,7 +173,7 @@ def survey(
         passed_over: dict[str, str] = {}
         for name, folder in registered(cache).items():
             try:
-                candidate = Candidate(card=read_card(folder), base=folder, unreachable=unreachable)
+                candidate = Candidate(card=_registered_card(folder), base=folder, unreachable=unreachable)
                 if _same_data(candidate.card, exclude_data):
                     continue
                 candidate.sketch()  # a damaged one is told here
@@ -209,12 +209,20 @@ def find_source(name: str, sources: Literal["all"] | tuple[str, ...], cache: Pat
         if name in (cards := catalog()):
             return Candidate(card=cards[name])
         if name in (folders := registered(cache)):
-            return Candidate(card=read_card(folders[name]), base=folders[name])
+            return Candidate(card=_registered_card(folders[name]), base=folders[name])
     else:
         for card, base in (_named(spec, cache) for spec in sources):
             if card.name == name:
                 return Candidate(card=card, base=base)
     raise SourceError(f"there is no source {name!r} among the recipe's; `headstart sources list` shows them all")
+
+
+def _registered_card(folder: Path) -> SourceCard:
+    """Return the card of a folder in the registry, which goes by its name: of two of one name a run would take one."""
+    card = read_card(folder)
+    if card.name != folder.name:
+        raise SourceError(f"{folder} has the card of {card.name}; give it that name, or take it out of there")
+    return card
 
 
 def _same_data(card: SourceCard, fingerprint: str) -> bool:
@@ -245,7 +253,7 @@ def _named(spec: str, cache: Path) -> tuple[SourceCard, Path | None]:
         return cards[spec], None
     folder = cache / "sources" / spec
     if (folder / CARD).is_file() and os.sep not in spec:
-        return read_card(folder), folder
+        return _registered_card(folder), folder
     names = [*cards, *registered(cache)]
     near = difflib.get_close_matches(spec, names, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"accepted: {', '.join(names)}"

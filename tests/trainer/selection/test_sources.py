@@ -190,6 +190,10 @@ DAMAGE = {
     "card cut": (lambda entry: cut(entry / "card.yaml", 0.5), "cannot be used"),
     "card empty": (lambda entry: cut(entry / "card.yaml", 0), "cannot be used"),
     "card no YAML": (lambda entry: (entry / "card.yaml").write_text("a: [b"), "cannot be used"),
+    "card of another": (
+        lambda entry: (entry / "card.yaml").write_bytes((entry.parent / "whole" / "card.yaml").read_bytes()),
+        "broken has the card of whole; give it that name",
+    ),
     "card not UTF-8": (lambda entry: (entry / "card.yaml").write_bytes(b"name: \xff"), "cannot be read: .*; remove"),
 }
 
@@ -216,6 +220,9 @@ def test_an_entry_whose_card_cannot_be_read_keeps_its_name(finished, tmp_path):
     register(finished("mine", data=MINE) / "source", cache)
     (cache / "sources" / "mine" / "card.yaml").write_bytes(b"\xff")
     assert registered_name("mine", MINE, cache) == "mine-abababab"
+    register(finished("yours", data=OTHERS) / "source", cache)
+    (cache / "sources" / "yours").rename(cache / "sources" / "old-yours")
+    assert registered_name("old-yours", OTHERS, cache) == "old-yours-cdcdcdcd"
 
 
 def test_earlier_runs_by_path(finished, tmp_path):
