@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from headstart.serving.errors import PackageError
+from headstart.serving.plain import read_plain
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
+MOST_BYTES = 1 << 24  # of a manifest, and of a signature: a hundred times what a thousand labels and features take
 FEATURES = "features"
 PARITY_BATCHES = (1, 2, 16)
 VARIANTS = ("fp32", "fp16", "int8")
@@ -220,12 +222,12 @@ def load_manifest(directory: Path) -> Manifest:
     """
     path = Path(directory) / MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_plain(path, MOST_BYTES).decode()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise PackageError(
             f"{directory} is no package: it has no {MANIFEST}; give a folder that headstart export RUN wrote"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise PackageError(f"{path} cannot be read ({error}); {MEND}") from error
     try:
         document = json.loads(text, parse_constant=_no_constant)

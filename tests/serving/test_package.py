@@ -154,6 +154,22 @@ def test_a_manifest_that_cannot_be_read_is_refused(package: Path):
         verify(package)
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("make", ["fifo", "link", "endless"])
+def test_a_manifest_that_is_no_plain_file_is_refused_unread(package: Path, tmp_path: Path, make: str):
+    path = package / MANIFEST
+    path.rename(tmp_path / "elsewhere")
+    if make == "fifo":
+        os.mkfifo(path)
+    elif make == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    with pytest.raises(PackageError, match=r"manifest\.json cannot be read \(it (is a link|has more than 16777216 b)"):
+        load_manifest(package)
+
+
 def test_missing_extra_and_linked_files_are_refused(package: Path, tmp_path: Path):
     (package / "notes.txt").write_text("mine")
     with pytest.raises(PackageError, match=r"holds notes\.txt"):

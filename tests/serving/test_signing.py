@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "forged": (lambda package: edit_signature(package, forge), "is forged or was changed"),
     "emptied": (lambda package: (package / SIGNATURE).write_bytes(b""), "no signature of model-signing"),
     "noise": (lambda package: (package / SIGNATURE).write_bytes(b"\xff\0"), "no signature of model-signing"),
+    "endless": (lambda package: os.truncate(package / SIGNATURE, 1 << 40), "no signature of model-signing"),
     "nested": (lambda package: (package / SIGNATURE).write_text("[" * 100_000), "no signature of model-signing"),
     "no list": (lambda package: edit_signature(package, dict.clear), "no signature of model-signing"),
     "nameless": (

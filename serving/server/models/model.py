@@ -277,7 +277,7 @@ def _copy(source: Path, target: Path) -> None:
         raise PackageError(f"it holds {', '.join(extra)}, which its manifest does not list; take it out")
     for name in listed | (present & {SIGNATURE}):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+        shutil.copyfile(source / name, target / name, follow_symlinks=False)  # one made since is refused by `verify`
 
 
 def _signature(session: onnxruntime.InferenceSession) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
