@@ -1,10 +1,17 @@
 """What a user can mend on the serving side; the server's room shares no code with the trainer's."""
 
+_BRIEF = 200  # characters
+
 
 class PackageError(Exception):
     """A package, or an input to one, that cannot be used; the message says the next step."""
 
     exit_code = 2
+
+
+def brief(text: str) -> str:
+    """What somebody else wrote, as a message quotes it: no more of it than a reader takes in."""
+    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}..."
 
 
 def first_line(error: BaseException) -> str:

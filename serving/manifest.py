@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from headstart.serving.errors import PackageError
+from headstart.serving.errors import PackageError, brief
 from headstart.serving.plain import read_plain
 
 SCHEMA = 2
@@ -134,7 +134,7 @@ class Variant:
     def failure(self) -> str:
         """What does not hold, or an empty string; written so that a NaN fails."""
         if self.name not in VARIANTS:
-            return f"its name is {self.name!r}; accepted: {', '.join(VARIANTS)}"
+            return f"its name is {brief(repr(self.name))}; accepted: {', '.join(VARIANTS)}"
         if self.name == "fp32":
             return ""
         if self.accuracy is None or self.fp32_accuracy is None or self.max_loss is None or self.num_images < 1:
@@ -163,7 +163,7 @@ class Drift:
     def failure(self) -> str:
         """What cannot be, or an empty string."""
         if self.output != FEATURES or not self.mean or self.num_images < 1 or not all(map(math.isfinite, self.mean)):
-            return f"its output is {self.output!r}, with {len(self.mean)} means of {self.num_images} images"
+            return f"its output is {brief(repr(self.output))}, with {len(self.mean)} means of {self.num_images} images"
         return "" if 0 < self.spread < math.inf else f"its spread is {self.spread}; accepted: a number above 0"
 
 
@@ -252,7 +252,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         schema = value.get("schema") if kind is Manifest else SCHEMA
         known = [one.name for one in dataclasses.fields(kind) if schema not in range(1, _SINCE.get(one.name, 1))]
         if unknown := sorted(set(value) - set(known)):
-            raise ValueError(f"{where}.{unknown[0]} is not known to schema {schema}")
+            raise ValueError(f"{where}.{brief(unknown[0])} is not known to schema {schema}")
         if missing := [name for name in known if name not in value]:
             raise ValueError(f"{where}.{missing[0]} is missing")
         hints = typing.get_type_hints(kind)
@@ -261,12 +261,12 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list):
         return tuple(_read(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
-        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {key: _read(arguments[1], item, f"{where}.{brief(key)}") for key, item in value.items()}
     if origin is types.UnionType:
         chosen = [option for option in arguments if dataclasses.is_dataclass(option) and isinstance(value, dict)]
         return _read(chosen[0], value, where) if chosen else _scalar(arguments, value, where)
     if origin in (tuple, dict):
-        raise ValueError(f"{where} is {value!r}; accepted: {'a list' if origin is tuple else 'an object'}")
+        raise ValueError(f"{where} is {brief(repr(value))}; accepted: {'a list' if origin is tuple else 'an object'}")
     return value if kind is Any else _scalar((kind,), value, where)
 
 
@@ -275,5 +275,5 @@ def _scalar(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
         return float(value)
     if isinstance(value, bool) or not isinstance(value, kinds):
         names = " or ".join("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
-        raise ValueError(f"{where} is {value!r}; accepted: {names}")  # noqa: TRY004 (it is a file's content)
+        raise ValueError(f"{where} is {brief(repr(value))}; accepted: {names}")  # noqa: TRY004 (it is a file's content)
     return value

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from headstart.serving.errors import PackageError
+from headstart.serving.errors import PackageError, brief
 from headstart.serving.manifest import MANIFEST, MEND, SCHEMA, Manifest, load_manifest
 
 MODEL = "model.onnx"
@@ -39,14 +39,16 @@ def verify(directory: Path) -> Manifest:
         if path.is_file() and path not in (directory / MANIFEST, directory / SIGNATURE):
             present.add(path.relative_to(directory).as_posix())
     if missing := sorted(set(manifest.files) - present):
-        raise PackageError(f"{directory} lacks {', '.join(missing)}; copy the whole folder again, or {MEND}")
+        raise PackageError(f"{directory} lacks {brief(', '.join(missing))}; copy the whole folder again, or {MEND}")
     if extra := sorted(present - set(manifest.files)):
-        raise PackageError(f"{directory} holds {', '.join(extra)}, which its manifest does not list; take it out")
+        raise PackageError(
+            f"{directory} holds {brief(', '.join(extra))}, which its manifest does not list; take it out"
+        )
     for name, expected in manifest.files.items():
         found = digest(directory / name)
         if found != expected:
             raise PackageError(
-                f"{directory / name} was changed: SHA-256 {found}, the manifest has {expected}; "
+                f"{directory / name} was changed: SHA-256 {found}, the manifest has {brief(expected)}; "
                 f"copy the package again, or {MEND}"
             )
     return manifest
@@ -59,20 +61,20 @@ def _inconsistencies(manifest: Manifest) -> Iterator[str]:
     if not 0 < manifest.temperature < math.inf:
         yield f"temperature is {manifest.temperature}, a number above 0 is accepted"
     if not manifest.labels or len(set(manifest.labels)) != len(manifest.labels):
-        yield f"labels {list(manifest.labels)} are not distinct names"
+        yield f"labels {brief(repr(list(manifest.labels)))} are not distinct names"
     if MODEL not in manifest.files:
         yield f"files does not list {MODEL}"
     for name in manifest.files:
         plain = PurePosixPath(name)
         if plain.is_absolute() or ".." in plain.parts or plain.as_posix() != name or "\\" in name:
-            yield f"the file {name!r} leads out of the package; a path inside the folder is accepted"
+            yield f"the file {brief(repr(name))} leads out of the package; a path inside the folder is accepted"
     if failure := manifest.variant.failure():
         yield f"the variant does not hold: {failure}"
     if failure := manifest.drift.failure() if manifest.drift else "":
         yield f"the drift record does not hold: {failure}"
     for parity in (manifest.parity, *manifest.provider_parity):
         if failure := parity.failure():
-            yield f"the parity on {parity.provider} does not hold: {failure}"
+            yield f"the parity on {brief(parity.provider)} does not hold: {failure}"
 
 
 def digest(path: Path) -> str:

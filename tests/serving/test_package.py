@@ -109,6 +109,30 @@ def test_a_manifest_that_cannot_be_is_refused(package: Path, name: str):
         verify(package)
 
 
+LONG = "x" * 1_000_000
+LENGTHY: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "unknown key": lambda d: d.update({LONG: 1}),
+    "text": lambda d: d.update(temperature=LONG),
+    "list": lambda d: d.update(provenance=[LONG]),
+    "key of a list": lambda d: d["files"].update({LONG: 1}),
+    "labels": lambda d: d.update(labels=[LONG, LONG]),
+    "file": lambda d: d["files"].update({f"../{LONG}": "0"}),
+    "absent file": lambda d: d["files"].update({LONG: "0"}),
+    "digest": lambda d: d["files"].update({MODEL: LONG}),
+    "variant": lambda d: d["variant"].update(name=LONG),
+    "drift": lambda d: d.update(drift={"output": LONG, "mean": [0.5], "spread": 1, "num_images": 9}),
+    "provider": lambda d: d["parity"].update(provider=LONG, tolerance=0),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHY)
+def test_a_reason_has_no_more_of_a_manifest_than_a_reader_takes_in(package: Path, name: str):
+    edit(package, LENGTHY[name])
+    with pytest.raises(PackageError, match="xxx") as caught:
+        verify(package)
+    assert len(str(caught.value).replace(str(package), "")) < 600
+
+
 def test_numbers_that_json_does_not_say_do_not_hold_either(pristine: Path):
     parity = load_manifest(pristine).parity
     row = replace(parity.rows[0], relative_difference=math.nan)

@@ -838,5 +838,9 @@ def test_a_reason_for_strangers_has_no_paths():
     assert public(reason, known) == "model.onnx was changed; see log.txt, 'model.onnx' and ../1/a or 3/4"
 
 
+def test_a_reason_for_strangers_is_bounded():
+    assert len(public("no graph: " + "x" * 1_000_000)) == 2000
+
+
 def test_the_manifest_is_plain_json(tmp_path: Path):
     assert json.loads((write_package(tmp_path / "1", 1) / MANIFEST).read_text())["labels"] == ["red", "green", "blue"]
