@@ -25,10 +25,13 @@ _SUMS = ("success", "success_ns", "fail", "fail_ns", "queue_ns", "compute_ns", "
 
 
 def added(one: Any, other: Any) -> Any:
-    """The sum of two `counts`, number by number; of the times of the last request the later one."""
+    """The sum of two `counts`, number by number; of the times of the last request the later one.
+
+    A model may have their name too: its value is no number.
+    """
     if isinstance(one, dict):
         return {
-            name: (max if name == _LATEST else added)(one[name], other[name])
+            name: (max if name == _LATEST and isinstance(value, int) else added)(one[name], other[name])
             if name in one and name in other
             else value
             for name, value in {**one, **other}.items()
