@@ -17,6 +17,7 @@ from headstart.serving.manifest import MANIFEST, MEND, SCHEMA, Manifest, load_ma
 
 MODEL = "model.onnx"
 SIGNATURE = "package.sig"  # covers the manifest and what it lists, which therefore cannot list it
+_BLOCK = 1 << 20  # bytes
 
 
 def verify(directory: Path) -> Manifest:
@@ -51,6 +52,10 @@ def verify(directory: Path) -> Manifest:
                 f"{directory / name} was changed: SHA-256 {found}, the manifest has {brief(expected)}; "
                 f"copy the package again, or {MEND}"
             )
+    if named := _named(directory / MODEL):
+        raise PackageError(
+            f"{directory / MODEL} names {named}, which no digest covers: weights there could be changed; {MEND}"
+        )
     return manifest
 
 
@@ -75,6 +80,22 @@ def _inconsistencies(manifest: Manifest) -> Iterator[str]:
     for parity in (manifest.parity, *manifest.provider_parity):
         if failure := parity.failure():
             yield f"the parity on {brief(parity.provider)} does not hold: {failure}"
+
+
+def _named(model: Path) -> str:
+    """The file beside a graph that no digest covers and that the graph names, as the place of its weights; or nothing.
+
+    Every name is in the graph's file as it is written, and no other part of a graph is called so: no need of onnx.
+    """
+    before = b""
+    with model.open("rb") as file:
+        while block := file.read(_BLOCK):
+            both = before + block
+            for name in (MANIFEST, SIGNATURE):
+                if name.encode() in both:
+                    return name
+            before = both[-len(MANIFEST) :]
+    return ""
 
 
 def digest(path: Path) -> str:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headstart.serving import package as package_module
 from headstart.serving.errors import PackageError
 from headstart.serving.manifest import MANIFEST, Drift, Manifest, Variant, load_manifest
 from headstart.serving.package import MODEL, digest, new_package, verify
@@ -205,6 +206,20 @@ def test_missing_extra_and_linked_files_are_refused(package: Path, tmp_path: Pat
     (package / MODEL).symlink_to(tmp_path / MODEL)
     with pytest.raises(PackageError, match="is a link"):
         verify(package)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "./package.sig"])
+def test_a_graph_that_names_a_file_without_a_digest_is_refused(
+    package: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    for start in range(20):  # wherever a block of the file ends
+        content = b"." * start + name.encode() + b"...."
+        (package / MODEL).write_bytes(content)
+        edit(package, lambda document: document["files"].update({MODEL: digest(package / MODEL)}))
+        for block in (3, 16, 1 << 20):
+            monkeypatch.setattr(package_module, "_BLOCK", block)
+            with pytest.raises(PackageError, match=f"model.onnx names {Path(name).name}, which no digest covers"):
+                verify(package)
 
 
 def test_what_is_no_package_is_refused(tmp_path: Path):
