@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from headstart.serving.errors import PackageError, brief
-from headstart.serving.plain import read_plain
+from headstart.serving.plain import parse_plain, read_plain
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
 MOST_BYTES = 1 << 24  # of a manifest, and of a signature: a hundred times what a thousand labels and features take
+_MOST_PIXELS = 1 << 27  # of an image: more than Pillow opens; a server warms a model with images of that size
 FEATURES = "features"
 PARITY_BATCHES = (1, 2, 16)
 VARIANTS = ("fp32", "fp16", "int8")
@@ -108,6 +109,12 @@ class Latency:
     """Median of `session.run` in milliseconds."""
     ratio: float
     """The first over the second."""
+
+    def failure(self) -> str:
+        """What cannot be, or an empty string."""
+        if len(self.shape) == 4 and min(self.shape) > 0 and math.prod(self.shape[1:]) <= 3 * _MOST_PIXELS:
+            return ""
+        return f"its shape is {brief(repr(self.shape))}; accepted: images [N, H, W, 3] of at most {_MOST_PIXELS} pixels"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +229,7 @@ def load_manifest(directory: Path) -> Manifest:
     """
     path = Path(directory) / MANIFEST
     try:
-        text = read_plain(path, MOST_BYTES).decode()
+        content = read_plain(path, MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise PackageError(
             f"{directory} is no package: it has no {MANIFEST}; give a folder that headstart export RUN wrote"
@@ -230,18 +237,14 @@ def load_manifest(directory: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise PackageError(f"{path} cannot be read ({error}); {MEND}") from error
     try:
-        document = json.loads(text, parse_constant=_no_constant)
+        document = parse_plain(content)
         schema = document.get("schema") if isinstance(document, dict) else None
         if isinstance(schema, int) and schema > SCHEMA:
             raise PackageError(f"{path} has schema {schema}, this version reads {SCHEMA}; install a newer headstart")
         manifest: Manifest = _read(Manifest, document, "manifest")
-    except (ValueError, OverflowError, RecursionError) as error:
+    except ValueError as error:
         raise PackageError(f"{path} is damaged: {error}; {MEND}") from error
     return manifest
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number")
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:

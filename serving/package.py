@@ -77,6 +77,8 @@ def _inconsistencies(manifest: Manifest) -> Iterator[str]:
         yield f"the variant does not hold: {failure}"
     if failure := manifest.drift.failure() if manifest.drift else "":
         yield f"the drift record does not hold: {failure}"
+    if failure := manifest.latency.failure() if manifest.latency else "":
+        yield f"the latency record does not hold: {failure}"
     for parity in (manifest.parity, *manifest.provider_parity):
         if failure := parity.failure():
             yield f"the parity on {brief(parity.provider)} does not hold: {failure}"

@@ -59,6 +59,16 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "wrong type": (lambda d: d.update(temperature="warm"), "manifest.temperature is 'warm'; accepted: float"),
     "boolean number": (lambda d: d.update(temperature=True), "manifest.temperature is True; accepted: float"),
     "beyond any float": (lambda d: d.update(temperature=10**400), "is damaged: .*too large"),
+    "beyond 64 bits": (lambda d: d["provenance"].update(seed=1 << 64), "number 18446744073709551616 is too large"),
+    "deep": (lambda d: d["provenance"].update(x=json.loads("[" * 700 + "]" * 700)), "nested more than 32 deep"),
+    "no text": (lambda d: d["labels"].append("\ud800"), "is damaged: .*surrogates not allowed"),
+    "no text as a key": (lambda d: d["provenance"].update({"\ud800": 1}), "is damaged: .*surrogates not allowed"),
+    "timed with a huge image": (
+        lambda d: d["latency"].update(shape=[1, 40_000, 40_000, 3]),
+        r"latency record does not hold: its shape is \(1, 40000, 40000, 3\); accepted: images",
+    ),
+    "timed with no image": (lambda d: d["latency"].update(shape=[1, -2, -2, 3]), "latency record does not hold"),
+    "timed with a row": (lambda d: d["latency"].update(shape=[3]), "latency record does not hold"),
     "boolean": (set_row(0, num_disagreements=False), "num_disagreements is False; accepted: int"),
     "nested type": (lambda d: d["inputs"][0].update(shape=[None]), r"inputs\[0\].shape\[0\] is None"),
     "not an object": (lambda d: d.update(latency=[]), "manifest.latency"),
@@ -132,6 +142,16 @@ def test_a_reason_has_no_more_of_a_manifest_than_a_reader_takes_in(package: Path
     with pytest.raises(PackageError, match="xxx") as caught:
         verify(package)
     assert len(str(caught.value).replace(str(package), "")) < 600
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+def test_a_number_that_json_has_and_no_float_is_refused(package: Path, number: str):
+    """It would be read as an infinity, which JSON cannot say again."""
+    edit(package, lambda document: document["provenance"].update(x="NUMBER"))
+    text = (package / MANIFEST).read_text().replace('"NUMBER"', number)
+    (package / MANIFEST).write_text(text)
+    with pytest.raises(PackageError, match="is damaged: a number is too large"):
+        load_manifest(package)
 
 
 def test_numbers_that_json_does_not_say_do_not_hold_either(pristine: Path):

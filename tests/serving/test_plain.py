@@ -1,12 +1,13 @@
-"""Files of others: read where they are plain and small, and refused unread otherwise."""
+"""Files and JSON of others: read where they are plain and small, and refused otherwise."""
 
+import json
 import os
 import socket
 from pathlib import Path
 
 import pytest
 
-from headstart.serving.plain import read_plain
+from headstart.serving.plain import parse_plain, read_plain
 
 
 def test_a_plain_file_is_read_up_to_a_bound(tmp_path: Path):
@@ -33,3 +34,27 @@ def test_what_is_no_plain_file_is_refused(tmp_path: Path):
         with pytest.raises(error):
             read_plain(path, 5)
     assert len([*Path("/proc/self/fd").iterdir()]) == before
+
+
+def test_a_document_is_read_as_it_was_written():
+    text = '{"a": [1, -9223372036854775808, 18446744073709551615, 1e308, true, null, "\\u00e9", {"b": {}}]}'
+    assert parse_plain(text.encode()) == json.loads(text)
+    assert parse_plain(b"[" * 32 + b"]" * 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 33 + "]" * 33, "nested more than 32 deep"),
+        ('{"a":' * 100_000, "nested more than 32 deep"),
+        ('{"a": [1e999]}', "too large for a float"),
+        ("NaN", "NaN is not a number"),
+        ("18446744073709551616", "number 18446744073709551616 is too large for 64 bits"),
+        ('{"\\ud800": 1}', "surrogates not allowed"),
+        ('["\\udfff"]', "surrogates not allowed"),
+        ("{", "Expecting"),
+    ],
+)
+def test_what_could_not_be_written_down_again_is_refused(text: str, words: str):
+    with pytest.raises(ValueError, match=words):
+        parse_plain(text.encode())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from headstart.serving.errors import PackageError
+from headstart.serving.errors import PackageError, brief
 from headstart.serving.manifest import MANIFEST
 from headstart.serving.plain import read_plain
 from headstart.serving.server.models.policy import VERSION, Policy
@@ -106,9 +106,9 @@ def _scan_model(folder: Path, root: Path) -> Folder:
         elif not path.is_dir():
             continue
         elif not path.resolve().is_relative_to(root):
-            found.refused[path.name[:80]] = _LEADS_OUT
+            found.refused[brief(path.name)] = _LEADS_OUT
         elif not VERSION.fullmatch(path.name):
-            found.refused[path.name[:80]] = "its name is no version; accepted: 1, 2, 3 and so on"
+            found.refused[brief(path.name)] = "its name is no version; accepted: 1, 2, 3 and so on"
         else:
             # Removed while we look.
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):

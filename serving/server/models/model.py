@@ -15,7 +15,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from headstart.serving.device import Device, open_on
-from headstart.serving.errors import PackageError, brief, first_line
+from headstart.serving.errors import PackageError, brief, first_line, printable
 from headstart.serving.manifest import MANIFEST, Manifest, Tensor, load_manifest
 from headstart.serving.package import MODEL, SIGNATURE, verify
 from headstart.serving.runtime import CPU, OUTPUTS
@@ -259,7 +259,7 @@ def public(message: str, *known: Path) -> str:
     """A reason that strangers may read: the names of `known` folders' files stay, all other paths lose theirs."""
     for path in known:
         message = message.replace(f"{path}/", "").replace(str(path), "the package")
-    return re.sub(r"(?<![\w.])/(?:[^\s/'\",:;()]+/)+([^\s/'\",:;()]*)", r"\1", message)[:_REASON]
+    return printable(re.sub(r"(?<![\w.])/(?:[^\s/'\",:;()]+/)+([^\s/'\",:;()]*)", r"\1", message)[:_REASON])
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -838,7 +838,22 @@ def test_a_reason_for_strangers_has_no_paths():
     assert public(reason, known) == "model.onnx was changed; see log.txt, 'model.onnx' and ../1/a or 3/4"
 
 
-def test_a_reason_for_strangers_is_bounded():
+@on_a_loop
+async def test_names_of_files_that_are_no_text_are_escaped(root: Path):
+    write_package(root / "demo" / "1", 1)
+    write_package(root / "demo" / "2", 2)
+    for name in (b"v\xff", b"2/\xfe"):
+        (root / "demo" / os.fsdecode(name)).mkdir()
+    (root / "demo" / os.fsdecode(b"2/\xfe/\x1b")).touch()
+    async with serving(root, poll_s=NEVER) as service:
+        assert await served_by(service) == "1"
+        found = rows(service)
+        assert found["demo", r"v\udcff"][1].startswith("its name is no version")
+        assert r"it holds \udcfe/\x1b, which" in found["demo", "2"][1]
+
+
+def test_a_reason_for_strangers_is_bounded_and_on_one_line():
+    assert public("a\nb \x1b[2J \udcff") == r"a\nb \x1b[2J \udcff"
     assert len(public("no graph: " + "x" * 1_000_000)) == 2000
 
 
