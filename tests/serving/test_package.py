@@ -55,6 +55,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no schema": (lambda d: d.pop("schema"), "manifest.schema is missing"),
     "schema 0": (lambda d: d.update(schema=0), "schema is 0"),
     "unknown key": (lambda d: d.update(extra=1), "manifest.extra is not known"),
+    "key of two lines": (lambda d: d.update({"a\nb\x1b": 1}), r"manifest\.a\\nb\\x1b is not known"),
     "missing key": (lambda d: d.pop("labels"), "manifest.labels is missing"),
     "wrong type": (lambda d: d.update(temperature="warm"), "manifest.temperature is 'warm'; accepted: float"),
     "boolean number": (lambda d: d.update(temperature=True), "manifest.temperature is True; accepted: float"),
