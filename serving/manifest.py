@@ -21,6 +21,7 @@ MOST_BYTES = 1 << 24  # of a manifest, and of a signature: a hundred times what 
 _MOST_PIXELS = 1 << 27  # of an image: more than Pillow opens; a server warms a model with images of that size
 FEATURES = "features"
 PARITY_BATCHES = (1, 2, 16)
+MOST_TOLERANCE = 0.5  # that of int8, the widest; `export.tolerance` of a recipe ends at 0.1
 VARIANTS = ("fp32", "fp16", "int8")
 MEND = "export the run again: headstart export RUN"
 _SINCE = {"variant": 2, "provider_parity": 2, "drift": 2}  # the schema that brought a field of the manifest
@@ -71,14 +72,22 @@ class Parity:
         """What does not hold, or an empty string.
 
         A row holds where its relative difference is within the tolerance and no top class differs beyond a
-        tie. The comparisons are written so that a NaN fails them.
+        tie, on as many images as its batch at least: a server takes its word for batches of that size. The comparisons
+        are written so that a NaN fails them.
         """
-        if not 0 < self.tolerance < math.inf:
-            return f"its tolerance is {self.tolerance}"
+        if not 0 < self.tolerance <= MOST_TOLERANCE:
+            return f"its tolerance is {self.tolerance:g}; accepted: above 0, up to {MOST_TOLERANCE:g}"
         missing = set(PARITY_BATCHES) - {row.batch for row in self.rows if row.num_images >= row.batch}
         if missing:
             return f"batch {min(missing)} was not compared"
         for row in self.rows:
+            if not 0 < row.batch <= row.num_images:
+                return f"batch {row.batch} was compared on {row.num_images} images; accepted: at least as many"
+            if not (0 <= row.difference < math.inf and 0 <= row.top1_agreement <= 1):
+                return (
+                    f"at batch {row.batch} its difference is {row.difference:g} and its share of agreement "
+                    f"{row.top1_agreement:g}; accepted: from 0, and 0 to 1"
+                )
             if not 0 <= row.relative_difference <= self.tolerance:
                 return (
                     f"at batch {row.batch} the logits differ by {row.relative_difference:.3g} of the largest "
@@ -142,6 +151,14 @@ class Variant:
         """What does not hold, or an empty string; written so that a NaN fails."""
         if self.name not in VARIANTS:
             return f"its name is {brief(repr(self.name))}; accepted: {', '.join(VARIANTS)}"
+        if not all(0 <= share <= 1 for share in (self.accuracy, self.fp32_accuracy) if share is not None):
+            return (
+                f"its accuracies are {self.accuracy} and, of fp32, {self.fp32_accuracy}; accepted: shares from 0 to 1"
+            )
+        if self.max_loss is not None and not 0 <= self.max_loss < 1:
+            return f"its max_loss is {self.max_loss:g}; accepted: 0 up to 1"
+        if min(self.num_images, self.calibration_images) < 0:
+            return f"it has {self.num_images} validation and {self.calibration_images} calibration images"
         if self.name == "fp32":
             return ""
         if self.accuracy is None or self.fp32_accuracy is None or self.max_loss is None or self.num_images < 1:

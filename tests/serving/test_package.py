@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from headstart.serving import package as package_module
 from headstart.serving.errors import PackageError
-from headstart.serving.manifest import MANIFEST, Drift, Manifest, Variant, load_manifest
+from headstart.serving.manifest import MANIFEST, MOST_TOLERANCE, Drift, Manifest, Variant, load_manifest
 from headstart.serving.package import MODEL, digest, new_package, verify
 from headstart.serving.runtime import Predictor
+from headstart.serving.variants import PARITY_TOLERANCES
 
 
 def edit(package: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -84,6 +85,21 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "dots": (lambda d: d["files"].update({"a/../model.onnx": "0" * 64}), "leads out"),
     "difference": (set_row(1, relative_difference=2e-3), "does not hold: at batch 2"),
     "difference below zero": (set_row(0, relative_difference=-1), "at batch 1 the logits differ by -1"),
+    "absolute difference below zero": (set_row(0, difference=-5), "at batch 1 its difference is -5"),
+    "agreement below zero": (set_row(0, top1_agreement=-3), "share of agreement -3"),
+    "agreement above one": (set_row(0, top1_agreement=1.5), "share of agreement 1.5"),
+    "wide tolerance": (
+        lambda d: d["parity"].update(tolerance=1e300),
+        "tolerance is 1e.300; accepted: above 0, up to 0.5",
+    ),
+    "batch without images": (
+        lambda d: d["parity"]["rows"].append({**d["parity"]["rows"][0], "batch": 4096, "num_images": 0}),
+        "batch 4096 was compared on 0 images",
+    ),
+    "batch of none": (
+        lambda d: d["parity"]["rows"].append({**d["parity"]["rows"][0], "batch": 0}),
+        "batch 0 was compared on 8 images",
+    ),
     "class": (set_row(2, num_disagreements=1), "batch 16 1 of 16 images"),
     "no batch 16": (lambda d: d["parity"]["rows"].pop(), "batch 16 was not compared"),
     "too few images": (set_row(2, num_images=3), "batch 16 was not compared"),
@@ -168,6 +184,30 @@ def test_a_variant_may_lose_just_as_much_as_it_says():
     variant = Variant(name="int8", accuracy=0.7, fp32_accuracy=0.8, max_loss=0.1, num_images=10)
     assert variant.failure() == ""
     assert "more than 0.1 is lost" in replace(variant, accuracy=0.69).failure()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"accuracy": -5.0}, "its accuracies are -5.0 and, of fp32, 0.8; accepted: shares"),
+        ({"fp32_accuracy": 9.0}, "its accuracies are 0.8 and, of fp32, 9.0; accepted: shares"),
+        ({"accuracy": math.nan}, "its accuracies are nan"),
+        ({"accuracy": 0.0, "max_loss": 1.0}, "its max_loss is 1; accepted: 0 up to 1"),
+        ({"max_loss": math.inf}, "its max_loss is inf"),
+        ({"max_loss": -0.1}, "its max_loss is -0.1"),
+        ({"num_images": 0}, "int8 was not compared with fp32"),
+        ({"num_images": -1}, "it has -1 validation"),
+        ({"calibration_images": -3}, "-3 calibration images"),
+    ],
+)
+def test_a_record_of_accuracy_that_cannot_be_does_not_hold(change: dict[str, Any], reason: str):
+    variant = Variant(name="int8", accuracy=0.8, fp32_accuracy=0.8, max_loss=0.0, num_images=10, calibration_images=9)
+    assert variant.failure() == ""
+    assert reason in replace(variant, **change).failure()
+
+
+def test_the_widest_tolerance_is_one_that_is_written():
+    assert max(PARITY_TOLERANCES.values()) == MOST_TOLERANCE
 
 
 def test_a_package_of_schema_1_is_what_it_was(package: Path):
