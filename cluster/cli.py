@@ -74,7 +74,10 @@ def main() -> None:
         elif code == 1:
             traceback.print_exc()
         else:
-            typer.echo(f"error: {error}", err=True)
+            from headstart.serving.errors import printable
+
+            # It may quote what somebody else wrote, as a key of a manifest; line breaks are our own messages'.
+            typer.echo("\n".join(map(printable, f"error: {error}".split("\n"))), err=True)
     if code == _INTERRUPTED:  # Typer returns it for a Ctrl-C that it has met itself
         typer.echo("interrupted: what is finished is kept; the same command goes on from there", err=True)
     sys.exit(code if isinstance(code, int) else 0)

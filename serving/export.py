@@ -88,7 +88,7 @@ def export_package(
         drift: moments of the training images' features; with it the graph also gives `features`, float32 [batch, D]:
             what the last stage takes.
         opset: of the graph; raised to that of an ONNX stage that is newer.
-        tolerance: bound on the difference of a logit, relative to the largest absolute logit.
+        tolerance: bound on the difference of a logit, relative to the largest absolute logit; at most 0.5.
         latency_runs: timed calls for the manifest's latency record; 0 leaves it out.
         max_inline_bytes: weights beyond this go to `model.onnx.data`.
 

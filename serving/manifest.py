@@ -12,12 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from headstart.serving.errors import PackageError
+from headstart.serving.errors import PackageError, brief
+from headstart.serving.plain import parse_plain, read_plain
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
+MOST_BYTES = 1 << 24  # of a manifest, and of a signature: a hundred times what a thousand labels and features take
+_MOST_PIXELS = 1 << 27  # of an image: more than Pillow opens; a server warms a model with images of that size
 FEATURES = "features"
 PARITY_BATCHES = (1, 2, 16)
+MOST_TOLERANCE = 0.5  # that of int8, the widest; `export.tolerance` of a recipe ends at 0.1
 VARIANTS = ("fp32", "fp16", "int8")
 MEND = "export the run again: headstart export RUN"
 _SINCE = {"variant": 2, "provider_parity": 2, "drift": 2}  # the schema that brought a field of the manifest
@@ -68,14 +72,22 @@ class Parity:
         """What does not hold, or an empty string.
 
         A row holds where its relative difference is within the tolerance and no top class differs beyond a
-        tie. The comparisons are written so that a NaN fails them.
+        tie, on as many images as its batch at least: a server takes its word for batches of that size. The comparisons
+        are written so that a NaN fails them.
         """
-        if not 0 < self.tolerance < math.inf:
-            return f"its tolerance is {self.tolerance}"
+        if not 0 < self.tolerance <= MOST_TOLERANCE:
+            return f"its tolerance is {self.tolerance:g}; accepted: above 0, up to {MOST_TOLERANCE:g}"
         missing = set(PARITY_BATCHES) - {row.batch for row in self.rows if row.num_images >= row.batch}
         if missing:
             return f"batch {min(missing)} was not compared"
         for row in self.rows:
+            if not 0 < row.batch <= row.num_images:
+                return f"batch {row.batch} was compared on {row.num_images} images; accepted: at least as many"
+            if not (0 <= row.difference < math.inf and 0 <= row.top1_agreement <= 1):
+                return (
+                    f"at batch {row.batch} its difference is {row.difference:g} and its share of agreement "
+                    f"{row.top1_agreement:g}; accepted: from 0, and 0 to 1"
+                )
             if not 0 <= row.relative_difference <= self.tolerance:
                 return (
                     f"at batch {row.batch} the logits differ by {row.relative_difference:.3g} of the largest "
@@ -107,6 +119,12 @@ class Latency:
     ratio: float
     """The first over the second."""
 
+    def failure(self) -> str:
+        """What cannot be, or an empty string."""
+        if len(self.shape) == 4 and min(self.shape) > 0 and math.prod(self.shape[1:]) <= 3 * _MOST_PIXELS:
+            return ""
+        return f"its shape is {brief(repr(self.shape))}; accepted: images [N, H, W, 3] of at most {_MOST_PIXELS} pixels"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -132,7 +150,15 @@ class Variant:
     def failure(self) -> str:
         """What does not hold, or an empty string; written so that a NaN fails."""
         if self.name not in VARIANTS:
-            return f"its name is {self.name!r}; accepted: {', '.join(VARIANTS)}"
+            return f"its name is {brief(repr(self.name))}; accepted: {', '.join(VARIANTS)}"
+        if not all(0 <= share <= 1 for share in (self.accuracy, self.fp32_accuracy) if share is not None):
+            return (
+                f"its accuracies are {self.accuracy} and, of fp32, {self.fp32_accuracy}; accepted: shares from 0 to 1"
+            )
+        if self.max_loss is not None and not 0 <= self.max_loss < 1:
+            return f"its max_loss is {self.max_loss:g}; accepted: 0 up to 1"
+        if min(self.num_images, self.calibration_images) < 0:
+            return f"it has {self.num_images} validation and {self.calibration_images} calibration images"
         if self.name == "fp32":
             return ""
         if self.accuracy is None or self.fp32_accuracy is None or self.max_loss is None or self.num_images < 1:
@@ -161,7 +187,7 @@ class Drift:
     def failure(self) -> str:
         """What cannot be, or an empty string."""
         if self.output != FEATURES or not self.mean or self.num_images < 1 or not all(map(math.isfinite, self.mean)):
-            return f"its output is {self.output!r}, with {len(self.mean)} means of {self.num_images} images"
+            return f"its output is {brief(repr(self.output))}, with {len(self.mean)} means of {self.num_images} images"
         return "" if 0 < self.spread < math.inf else f"its spread is {self.spread}; accepted: a number above 0"
 
 
@@ -220,26 +246,22 @@ def load_manifest(directory: Path) -> Manifest:
     """
     path = Path(directory) / MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
+        content = read_plain(path, MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise PackageError(
             f"{directory} is no package: it has no {MANIFEST}; give a folder that headstart export RUN wrote"
         ) from None  # of no error of the machine, which a server would wait for to pass
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise PackageError(f"{path} cannot be read ({error}); {MEND}") from error
     try:
-        document = json.loads(text, parse_constant=_no_constant)
+        document = parse_plain(content)
         schema = document.get("schema") if isinstance(document, dict) else None
         if isinstance(schema, int) and schema > SCHEMA:
             raise PackageError(f"{path} has schema {schema}, this version reads {SCHEMA}; install a newer headstart")
         manifest: Manifest = _read(Manifest, document, "manifest")
-    except (ValueError, OverflowError, RecursionError) as error:
+    except ValueError as error:
         raise PackageError(f"{path} is damaged: {error}; {MEND}") from error
     return manifest
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number")
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
@@ -250,7 +272,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         schema = value.get("schema") if kind is Manifest else SCHEMA
         known = [one.name for one in dataclasses.fields(kind) if schema not in range(1, _SINCE.get(one.name, 1))]
         if unknown := sorted(set(value) - set(known)):
-            raise ValueError(f"{where}.{unknown[0]} is not known to schema {schema}")
+            raise ValueError(f"{where}.{brief(unknown[0])} is not known to schema {schema}")
         if missing := [name for name in known if name not in value]:
             raise ValueError(f"{where}.{missing[0]} is missing")
         hints = typing.get_type_hints(kind)
@@ -259,12 +281,12 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list):
         return tuple(_read(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
-        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {key: _read(arguments[1], item, f"{where}.{brief(key)}") for key, item in value.items()}
     if origin is types.UnionType:
         chosen = [option for option in arguments if dataclasses.is_dataclass(option) and isinstance(value, dict)]
         return _read(chosen[0], value, where) if chosen else _scalar(arguments, value, where)
     if origin in (tuple, dict):
-        raise ValueError(f"{where} is {value!r}; accepted: {'a list' if origin is tuple else 'an object'}")
+        raise ValueError(f"{where} is {brief(repr(value))}; accepted: {'a list' if origin is tuple else 'an object'}")
     return value if kind is Any else _scalar((kind,), value, where)
 
 
@@ -273,5 +295,5 @@ def _scalar(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
         return float(value)
     if isinstance(value, bool) or not isinstance(value, kinds):
         names = " or ".join("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
-        raise ValueError(f"{where} is {value!r}; accepted: {names}")  # noqa: TRY004 (it is a file's content)
+        raise ValueError(f"{where} is {brief(repr(value))}; accepted: {names}")  # noqa: TRY004 (it is a file's content)
     return value

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from headstart.serving.errors import PackageError
+from headstart.serving.errors import PackageError, brief
 from headstart.serving.manifest import MANIFEST, MEND, SCHEMA, Manifest, load_manifest
 
 MODEL = "model.onnx"
 SIGNATURE = "package.sig"  # covers the manifest and what it lists, which therefore cannot list it
+_BLOCK = 1 << 20  # bytes
 
 
 def verify(directory: Path) -> Manifest:
@@ -39,16 +40,22 @@ def verify(directory: Path) -> Manifest:
         if path.is_file() and path not in (directory / MANIFEST, directory / SIGNATURE):
             present.add(path.relative_to(directory).as_posix())
     if missing := sorted(set(manifest.files) - present):
-        raise PackageError(f"{directory} lacks {', '.join(missing)}; copy the whole folder again, or {MEND}")
+        raise PackageError(f"{directory} lacks {brief(', '.join(missing))}; copy the whole folder again, or {MEND}")
     if extra := sorted(present - set(manifest.files)):
-        raise PackageError(f"{directory} holds {', '.join(extra)}, which its manifest does not list; take it out")
+        raise PackageError(
+            f"{directory} holds {brief(', '.join(extra))}, which its manifest does not list; take it out"
+        )
     for name, expected in manifest.files.items():
         found = digest(directory / name)
         if found != expected:
             raise PackageError(
-                f"{directory / name} was changed: SHA-256 {found}, the manifest has {expected}; "
+                f"{directory / name} was changed: SHA-256 {found}, the manifest has {brief(expected)}; "
                 f"copy the package again, or {MEND}"
             )
+    if named := _named(directory / MODEL):
+        raise PackageError(
+            f"{directory / MODEL} names {named}, which no digest covers: weights there could be changed; {MEND}"
+        )
     return manifest
 
 
@@ -59,20 +66,38 @@ def _inconsistencies(manifest: Manifest) -> Iterator[str]:
     if not 0 < manifest.temperature < math.inf:
         yield f"temperature is {manifest.temperature}, a number above 0 is accepted"
     if not manifest.labels or len(set(manifest.labels)) != len(manifest.labels):
-        yield f"labels {list(manifest.labels)} are not distinct names"
+        yield f"labels {brief(repr(list(manifest.labels)))} are not distinct names"
     if MODEL not in manifest.files:
         yield f"files does not list {MODEL}"
     for name in manifest.files:
         plain = PurePosixPath(name)
         if plain.is_absolute() or ".." in plain.parts or plain.as_posix() != name or "\\" in name:
-            yield f"the file {name!r} leads out of the package; a path inside the folder is accepted"
+            yield f"the file {brief(repr(name))} leads out of the package; a path inside the folder is accepted"
     if failure := manifest.variant.failure():
         yield f"the variant does not hold: {failure}"
     if failure := manifest.drift.failure() if manifest.drift else "":
         yield f"the drift record does not hold: {failure}"
+    if failure := manifest.latency.failure() if manifest.latency else "":
+        yield f"the latency record does not hold: {failure}"
     for parity in (manifest.parity, *manifest.provider_parity):
         if failure := parity.failure():
-            yield f"the parity on {parity.provider} does not hold: {failure}"
+            yield f"the parity on {brief(parity.provider)} does not hold: {failure}"
+
+
+def _named(model: Path) -> str:
+    """The file beside a graph that no digest covers and that the graph names, as the place of its weights; or nothing.
+
+    Every name is in the graph's file as it is written, and no other part of a graph is called so: no need of onnx.
+    """
+    before = b""
+    with model.open("rb") as file:
+        while block := file.read(_BLOCK):
+            both = before + block
+            for name in (MANIFEST, SIGNATURE):
+                if name.encode() in both:
+                    return name
+            before = both[-len(MANIFEST) :]
+    return ""
 
 
 def digest(path: Path) -> str:

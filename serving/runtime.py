@@ -95,7 +95,7 @@ def open_session(
         name = "the graph" if isinstance(model, bytes) else str(model)
         raise PackageError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {name} on {provider}: "
-            f"{' '.join(str(error).split())}; install what the provider needs and the ONNX Runtime that the "
+            f"{' '.join(str(error).split())[:1000]}; install what the provider needs and the ONNX Runtime that the "
             f"package was made with, or ask for {CPU}"
         ) from error
     if session.get_providers()[0] != provider:

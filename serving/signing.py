@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from headstart.serving.errors import PackageError, first_line
-from headstart.serving.manifest import MANIFEST
+from headstart.serving.manifest import MANIFEST, MOST_BYTES
 from headstart.serving.package import SIGNATURE, verify
+from headstart.serving.plain import read_plain
 
 _MEND = "get it from where it was signed, or sign it: headstart package sign PACKAGE --key PRIVATE.pem"
 _CURVES = "PEM with an elliptic-curve key, P-256, P-384 or P-521"
@@ -116,7 +117,7 @@ def verify_signature(directory: Path, public_key: Path) -> None:
 def _read(signature: Path) -> tuple[str, set[str]]:
     """The key that a signature names and the files that it lists, both as it says."""
     try:
-        bundle = json.loads(signature.read_text(encoding="utf-8"))
+        bundle = json.loads(read_plain(signature, MOST_BYTES))
         statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
         files = {str(one["name"]) for one in statement["predicate"]["resources"]}
         return str(bundle["verificationMaterial"]["publicKey"]["hint"]), files

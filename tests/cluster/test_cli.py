@@ -121,3 +121,13 @@ def test_the_readme_names_files_that_are_there():
         assert (ROOT / name).exists(), name
     for name in re.findall(r"\]\(([\w./-]+)\)", text):
         assert (ROOT / name).exists(), name
+
+
+def test_an_error_keeps_its_own_line_breaks_and_commands_no_terminal(headstart: Callable[..., Any], tmp_path: Path):
+    ended = headstart("package", "show", "odd\x1b[2J")
+    assert ended.code == 2
+    assert ended.stderr.startswith(r"error: odd\x1b[2J is no package")
+    (tmp_path / "odd\x9b.yaml").write_text("nme: x\n")
+    ended = headstart("run", "odd\x9b.yaml")
+    assert ended.code == 2
+    assert r"recipe odd\x9b.yaml cannot be used:" + "\n  " in ended.stderr

@@ -16,10 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headstart.serving import package as package_module
 from headstart.serving.errors import PackageError
-from headstart.serving.manifest import MANIFEST, Drift, Manifest, Variant, load_manifest
+from headstart.serving.manifest import MANIFEST, MOST_TOLERANCE, Drift, Manifest, Variant, load_manifest
 from headstart.serving.package import MODEL, digest, new_package, verify
 from headstart.serving.runtime import Predictor
+from headstart.serving.variants import PARITY_TOLERANCES
 
 
 def edit(package: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -54,10 +56,21 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no schema": (lambda d: d.pop("schema"), "manifest.schema is missing"),
     "schema 0": (lambda d: d.update(schema=0), "schema is 0"),
     "unknown key": (lambda d: d.update(extra=1), "manifest.extra is not known"),
+    "key of two lines": (lambda d: d.update({"a\nb\x1b": 1}), r"manifest\.a\\nb\\x1b is not known"),
     "missing key": (lambda d: d.pop("labels"), "manifest.labels is missing"),
     "wrong type": (lambda d: d.update(temperature="warm"), "manifest.temperature is 'warm'; accepted: float"),
     "boolean number": (lambda d: d.update(temperature=True), "manifest.temperature is True; accepted: float"),
     "beyond any float": (lambda d: d.update(temperature=10**400), "is damaged: .*too large"),
+    "beyond 64 bits": (lambda d: d["provenance"].update(seed=1 << 64), "number 18446744073709551616 is too large"),
+    "deep": (lambda d: d["provenance"].update(x=json.loads("[" * 700 + "]" * 700)), "nested more than 32 deep"),
+    "no text": (lambda d: d["labels"].append("\ud800"), "is damaged: .*surrogates not allowed"),
+    "no text as a key": (lambda d: d["provenance"].update({"\ud800": 1}), "is damaged: .*surrogates not allowed"),
+    "timed with a huge image": (
+        lambda d: d["latency"].update(shape=[1, 40_000, 40_000, 3]),
+        r"latency record does not hold: its shape is \(1, 40000, 40000, 3\); accepted: images",
+    ),
+    "timed with no image": (lambda d: d["latency"].update(shape=[1, -2, -2, 3]), "latency record does not hold"),
+    "timed with a row": (lambda d: d["latency"].update(shape=[3]), "latency record does not hold"),
     "boolean": (set_row(0, num_disagreements=False), "num_disagreements is False; accepted: int"),
     "nested type": (lambda d: d["inputs"][0].update(shape=[None]), r"inputs\[0\].shape\[0\] is None"),
     "not an object": (lambda d: d.update(latency=[]), "manifest.latency"),
@@ -72,6 +85,21 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "dots": (lambda d: d["files"].update({"a/../model.onnx": "0" * 64}), "leads out"),
     "difference": (set_row(1, relative_difference=2e-3), "does not hold: at batch 2"),
     "difference below zero": (set_row(0, relative_difference=-1), "at batch 1 the logits differ by -1"),
+    "absolute difference below zero": (set_row(0, difference=-5), "at batch 1 its difference is -5"),
+    "agreement below zero": (set_row(0, top1_agreement=-3), "share of agreement -3"),
+    "agreement above one": (set_row(0, top1_agreement=1.5), "share of agreement 1.5"),
+    "wide tolerance": (
+        lambda d: d["parity"].update(tolerance=1e300),
+        "tolerance is 1e.300; accepted: above 0, up to 0.5",
+    ),
+    "batch without images": (
+        lambda d: d["parity"]["rows"].append({**d["parity"]["rows"][0], "batch": 4096, "num_images": 0}),
+        "batch 4096 was compared on 0 images",
+    ),
+    "batch of none": (
+        lambda d: d["parity"]["rows"].append({**d["parity"]["rows"][0], "batch": 0}),
+        "batch 0 was compared on 8 images",
+    ),
     "class": (set_row(2, num_disagreements=1), "batch 16 1 of 16 images"),
     "no batch 16": (lambda d: d["parity"]["rows"].pop(), "batch 16 was not compared"),
     "too few images": (set_row(2, num_images=3), "batch 16 was not compared"),
@@ -109,6 +137,40 @@ def test_a_manifest_that_cannot_be_is_refused(package: Path, name: str):
         verify(package)
 
 
+LONG = "x" * 1_000_000
+LENGTHY: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "unknown key": lambda d: d.update({LONG: 1}),
+    "text": lambda d: d.update(temperature=LONG),
+    "list": lambda d: d.update(provenance=[LONG]),
+    "key of a list": lambda d: d["files"].update({LONG: 1}),
+    "labels": lambda d: d.update(labels=[LONG, LONG]),
+    "file": lambda d: d["files"].update({f"../{LONG}": "0"}),
+    "absent file": lambda d: d["files"].update({LONG: "0"}),
+    "digest": lambda d: d["files"].update({MODEL: LONG}),
+    "variant": lambda d: d["variant"].update(name=LONG),
+    "drift": lambda d: d.update(drift={"output": LONG, "mean": [0.5], "spread": 1, "num_images": 9}),
+    "provider": lambda d: d["parity"].update(provider=LONG, tolerance=0),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHY)
+def test_a_reason_has_no_more_of_a_manifest_than_a_reader_takes_in(package: Path, name: str):
+    edit(package, LENGTHY[name])
+    with pytest.raises(PackageError, match="xxx") as caught:
+        verify(package)
+    assert len(str(caught.value).replace(str(package), "")) < 600
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+def test_a_number_that_json_has_and_no_float_is_refused(package: Path, number: str):
+    """It would be read as an infinity, which JSON cannot say again."""
+    edit(package, lambda document: document["provenance"].update(x="NUMBER"))
+    text = (package / MANIFEST).read_text().replace('"NUMBER"', number)
+    (package / MANIFEST).write_text(text)
+    with pytest.raises(PackageError, match="is damaged: a number is too large"):
+        load_manifest(package)
+
+
 def test_numbers_that_json_does_not_say_do_not_hold_either(pristine: Path):
     parity = load_manifest(pristine).parity
     row = replace(parity.rows[0], relative_difference=math.nan)
@@ -122,6 +184,30 @@ def test_a_variant_may_lose_just_as_much_as_it_says():
     variant = Variant(name="int8", accuracy=0.7, fp32_accuracy=0.8, max_loss=0.1, num_images=10)
     assert variant.failure() == ""
     assert "more than 0.1 is lost" in replace(variant, accuracy=0.69).failure()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"accuracy": -5.0}, "its accuracies are -5.0 and, of fp32, 0.8; accepted: shares"),
+        ({"fp32_accuracy": 9.0}, "its accuracies are 0.8 and, of fp32, 9.0; accepted: shares"),
+        ({"accuracy": math.nan}, "its accuracies are nan"),
+        ({"accuracy": 0.0, "max_loss": 1.0}, "its max_loss is 1; accepted: 0 up to 1"),
+        ({"max_loss": math.inf}, "its max_loss is inf"),
+        ({"max_loss": -0.1}, "its max_loss is -0.1"),
+        ({"num_images": 0}, "int8 was not compared with fp32"),
+        ({"num_images": -1}, "it has -1 validation"),
+        ({"calibration_images": -3}, "-3 calibration images"),
+    ],
+)
+def test_a_record_of_accuracy_that_cannot_be_does_not_hold(change: dict[str, Any], reason: str):
+    variant = Variant(name="int8", accuracy=0.8, fp32_accuracy=0.8, max_loss=0.0, num_images=10, calibration_images=9)
+    assert variant.failure() == ""
+    assert reason in replace(variant, **change).failure()
+
+
+def test_the_widest_tolerance_is_one_that_is_written():
+    assert max(PARITY_TOLERANCES.values()) == MOST_TOLERANCE
 
 
 def test_a_package_of_schema_1_is_what_it_was(package: Path):
@@ -154,6 +240,22 @@ def test_a_manifest_that_cannot_be_read_is_refused(package: Path):
         verify(package)
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("make", ["fifo", "link", "endless"])
+def test_a_manifest_that_is_no_plain_file_is_refused_unread(package: Path, tmp_path: Path, make: str):
+    path = package / MANIFEST
+    path.rename(tmp_path / "elsewhere")
+    if make == "fifo":
+        os.mkfifo(path)
+    elif make == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    with pytest.raises(PackageError, match=r"manifest\.json cannot be read \(it (is a link|has more than 16777216 b)"):
+        load_manifest(package)
+
+
 def test_missing_extra_and_linked_files_are_refused(package: Path, tmp_path: Path):
     (package / "notes.txt").write_text("mine")
     with pytest.raises(PackageError, match=r"holds notes\.txt"):
@@ -165,6 +267,20 @@ def test_missing_extra_and_linked_files_are_refused(package: Path, tmp_path: Pat
     (package / MODEL).symlink_to(tmp_path / MODEL)
     with pytest.raises(PackageError, match="is a link"):
         verify(package)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "./package.sig"])
+def test_a_graph_that_names_a_file_without_a_digest_is_refused(
+    package: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    for start in range(20):  # wherever a block of the file ends
+        content = b"." * start + name.encode() + b"...."
+        (package / MODEL).write_bytes(content)
+        edit(package, lambda document: document["files"].update({MODEL: digest(package / MODEL)}))
+        for block in (3, 16, 1 << 20):
+            monkeypatch.setattr(package_module, "_BLOCK", block)
+            with pytest.raises(PackageError, match=f"model.onnx names {Path(name).name}, which no digest covers"):
+                verify(package)
 
 
 def test_what_is_no_package_is_refused(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
+from headstart.serving.device import Device
 from headstart.serving.errors import PackageError
 from headstart.serving.manifest import MANIFEST
 from headstart.serving.package import MODEL, SIGNATURE, verify
+from headstart.serving.runtime import Predictor
 from headstart.serving.server.errors import ServeError
+from headstart.serving.server.models.model import load_package
 from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.service import Service
 from headstart.serving.server.wire.protocol import InferRequest
 from headstart.serving.signing import check_public_key, sign, verify_signature
-from tests.serving.server.graphs import logits, rewrite_manifest, write_package
+from tests.serving.server.graphs import classifier, logits, rewrite_manifest, write_package
 
 KEYS = {
     "p256": "ecparam -name prime256v1 -genkey -noout",
@@ -123,6 +128,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "forged": (lambda package: edit_signature(package, forge), "is forged or was changed"),
     "emptied": (lambda package: (package / SIGNATURE).write_bytes(b""), "no signature of model-signing"),
     "noise": (lambda package: (package / SIGNATURE).write_bytes(b"\xff\0"), "no signature of model-signing"),
+    "endless": (lambda package: os.truncate(package / SIGNATURE, 1 << 40), "no signature of model-signing"),
     "nested": (lambda package: (package / SIGNATURE).write_text("[" * 100_000), "no signature of model-signing"),
     "no list": (lambda package: edit_signature(package, dict.clear), "no signature of model-signing"),
     "nameless": (
@@ -172,6 +178,25 @@ def test_only_a_sound_package_is_signed(package: Path, keys: Path):
     with pytest.raises(PackageError, match=r"model\.onnx was changed"):
         sign(package, keys / "p256.pem")
     assert (package / SIGNATURE).read_bytes() == before
+
+
+def test_weights_that_lie_in_the_signature_are_refused(keys: Path, tmp_path: Path):
+    """Spaces at the end of its JSON do not break it, and would be numbers of the model."""
+    graph = onnx.load_from_string(classifier(1))
+    (mark,) = (one for one in graph.graph.initializer if one.name == "mark")
+    mark.ClearField("raw_data")
+    mark.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", SIGNATURE), ("offset", "4096"), ("length", "12")):
+        mark.external_data.add(key=key, value=value)
+    package = write_package(tmp_path / "package", 1, graph=graph.SerializeToString(), name="hollow")
+    for use in (
+        lambda: sign(package, keys / "p256.pem"),
+        lambda: Predictor(package),
+        lambda: load_package(package, name="a", version="1", device=Device(threads=1)),
+    ):
+        with pytest.raises(PackageError, match=r"model\.onnx names package\.sig, which no digest covers"):
+            use()
+    assert not (package / SIGNATURE).exists()
 
 
 def test_without_the_library_the_extra_is_named(signed: Path, keys: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from headstart.serving.errors import PackageError
+from headstart.serving.errors import PackageError, brief
 from headstart.serving.manifest import MANIFEST
+from headstart.serving.plain import read_plain
 from headstart.serving.server.models.policy import VERSION, Policy
 
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 POLICY_FILE = "policy"
+_POLICY_BYTES = 200
 _LEADS_OUT = "its folder is a link that leads out of the repository; copy it there"
 
 Refused = Callable[[str, list[int]], None]
@@ -94,8 +96,8 @@ def _scan_model(folder: Path, root: Path) -> Folder:
             continue
         if path.name == POLICY_FILE:
             try:
-                found.policy = Policy.parse(path.read_text(encoding="utf-8")[:200])
-            except (PackageError, OSError, UnicodeDecodeError) as error:
+                found.policy = Policy.parse(read_plain(path, _POLICY_BYTES).decode())
+            except (PackageError, OSError, ValueError) as error:
                 reason = str(error) if isinstance(error, PackageError) else "it cannot be read"
                 found.refused[POLICY_FILE] = f"the file is not used: {reason}"
         elif path.name == MANIFEST:
@@ -104,9 +106,9 @@ def _scan_model(folder: Path, root: Path) -> Folder:
         elif not path.is_dir():
             continue
         elif not path.resolve().is_relative_to(root):
-            found.refused[path.name[:80]] = _LEADS_OUT
+            found.refused[brief(path.name)] = _LEADS_OUT
         elif not VERSION.fullmatch(path.name):
-            found.refused[path.name[:80]] = "its name is no version; accepted: 1, 2, 3 and so on"
+            found.refused[brief(path.name)] = "its name is no version; accepted: 1, 2, 3 and so on"
         else:
             # Removed while we look.
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):

@@ -15,7 +15,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from headstart.serving.device import Device, open_on
-from headstart.serving.errors import PackageError, first_line
+from headstart.serving.errors import PackageError, brief, first_line, printable
 from headstart.serving.manifest import MANIFEST, Manifest, Tensor, load_manifest
 from headstart.serving.package import MODEL, SIGNATURE, verify
 from headstart.serving.runtime import CPU, OUTPUTS
@@ -28,6 +28,7 @@ from headstart.serving.signing import verify_signature
 _LOG = logging.getLogger(__name__)
 _WARM_RUNS = 4  # of one row: the first plans and allocates, the others tell how long a call takes
 _WARM_NS = 1_000_000_000  # a largest batch that would take longer is not warmed on the CPU, where it gains little
+_REASON = 2000  # characters of a reason, whatever ONNX Runtime quotes in it
 _FREE_SIZE = 224  # pixels, where a package does not say what it was timed with
 _DTYPES = {
     "tensor(bool)": "bool",
@@ -258,7 +259,7 @@ def public(message: str, *known: Path) -> str:
     """A reason that strangers may read: the names of `known` folders' files stay, all other paths lose theirs."""
     for path in known:
         message = message.replace(f"{path}/", "").replace(str(path), "the package")
-    return re.sub(r"(?<![\w.])/(?:[^\s/'\",:;()]+/)+([^\s/'\",:;()]*)", r"\1", message)
+    return printable(re.sub(r"(?<![\w.])/(?:[^\s/'\",:;()]+/)+([^\s/'\",:;()]*)", r"\1", message)[:_REASON])
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -272,12 +273,12 @@ def _copy(source: Path, target: Path) -> None:
             present.add(path.relative_to(source).as_posix())
     listed = {*manifest.files, MANIFEST}
     if missing := sorted(listed - present):
-        raise PackageError(f"it lacks {', '.join(missing)}; copy the whole folder")
+        raise PackageError(f"it lacks {brief(', '.join(missing))}; copy the whole folder")
     if extra := sorted(present - listed - {SIGNATURE}):
-        raise PackageError(f"it holds {', '.join(extra)}, which its manifest does not list; take it out")
+        raise PackageError(f"it holds {brief(', '.join(extra))}, which its manifest does not list; take it out")
     for name in listed | (present & {SIGNATURE}):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+        shutil.copyfile(source / name, target / name, follow_symlinks=False)  # one made since is refused by `verify`
 
 
 def _signature(session: onnxruntime.InferenceSession) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -319,4 +320,4 @@ def _encoded(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _names(sides: tuple[Sequence[Tensor], Sequence[Tensor]]) -> str:
-    return " -> ".join(", ".join(f"{one.name} {one.dtype} {list(one.shape)}" for one in side) for side in sides)
+    return brief(" -> ".join(", ".join(f"{one.name} {one.dtype} {list(one.shape)}" for one in side) for side in sides))

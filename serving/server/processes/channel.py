@@ -76,8 +76,8 @@ class Channel:
                     task.add_done_callback(self._answering.discard)
                 else:
                     self._settle(**document)
-        except ConnectionError:
-            pass  # the same as its end
+        except (ConnectionError, ValueError):
+            pass  # the same as its end, and so is a line that is too long or no JSON: what follows cannot be understood
         finally:
             self.close()
 

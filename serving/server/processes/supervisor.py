@@ -111,6 +111,10 @@ class Supervisor:
                 how = await self._run_worker(number)
             except OSError as error:  # no memory, no process, no file is left
                 how = f"cannot be started ({error.strerror})"
+            except Exception as error:
+                # Of this worker and its link alone: the others serve on.
+                _LOG.exception("the link to worker %d failed", number)
+                how = f"was lost ({type(error).__name__})"
             if self._first.is_set():
                 return
             if monotonic() - started > _CALM:

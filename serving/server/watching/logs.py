@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from headstart.serving.errors import printable
+
 FORMATS = ("text", "json")
 FIELDS = ("worker", "request_id", "model", "version", "status", "ms", "bytes")
 """What a record may say beside its message: given as `extra`, shown where it is there."""
@@ -45,8 +47,12 @@ class _TextFormatter(_Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
         """The line, before a traceback."""
-        line = super().formatMessage(record)
+        line = printable(super().formatMessage(record))
         return " ".join([line, *(f"{name}={_plain(value)}" for name, value in self.fields(record))])
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's own name
+        """A traceback, indented: what the error says, which may be somebody else's text, looks like no line of ours."""
+        return "\n".join(f"  {printable(line)}" for line in super().formatException(ei).split("\n"))
 
 
 class _JsonFormatter(_Formatter):

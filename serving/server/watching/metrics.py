@@ -34,6 +34,10 @@ def added(one: Any, other: Any) -> Any:
     return [added(*pair) for pair in zip(one, other, strict=True)] if isinstance(one, list) else one + other
 
 
+def _later(one: Any, other: Any) -> Any:
+    return added(one, other) if isinstance(one, dict) else max(one, other)  # a model may have that name too
+
+
 def _drifts_added(one: dict[str, Any], other: dict[str, Any]) -> Any:
     """As `added`; of features of two widths, while a version replaces another of its number, those of more rows."""
     if len(one.get("offset", ())) == len(other.get("offset", ())):
@@ -41,7 +45,7 @@ def _drifts_added(one: dict[str, Any], other: dict[str, Any]) -> Any:
     return max(one, other, key=lambda state: state.get("rows", 0))
 
 
-_SUMMED: dict[str, Callable[[Any, Any], Any]] = {_LATEST: max, "drift": _drifts_added}
+_SUMMED: dict[str, Callable[[Any, Any], Any]] = {_LATEST: _later, "drift": _drifts_added}
 """What is not added as numbers are."""
 
 

@@ -273,7 +273,7 @@ async def test_a_package_that_was_refused_is_not_read_again_until_it_changes(roo
 
 @on_a_loop
 async def test_a_full_disk_refuses_a_version_until_there_is_space_again(root: Path, monkeypatch: pytest.MonkeyPatch):
-    def no_space(source: Path, target: Path) -> None:
+    def no_space(source: Path, target: Path, **options: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
     write_package(root / "demo" / "1", 1)
@@ -540,6 +540,25 @@ async def test_the_file_of_a_model_goes_before_the_setting_and_is_followed(root:
         shutil.rmtree(root / "demo" / "2")  # and none is served in the place of one that is pinned
         await looks(service)
         assert await status_of(service) == 503
+
+
+@pytest.mark.timeout(60)
+@on_a_loop
+async def test_what_is_no_plain_file_holds_nobody_up(root: Path):
+    """Opening a FIFO waits for a writer, and reading /dev/zero does not end: both while nothing else is loaded."""
+    write_package(root / "good" / "1", 1)
+    (root / "evil").mkdir()
+    os.mkfifo(root / "evil" / "policy")
+    async with serving(root, poll_s=NEVER) as service:
+        assert rows(service)["evil", "policy"][1] == "the file is not used: it cannot be read"
+        for version, damage in enumerate((os.mkfifo, lambda path: path.symlink_to("/dev/zero")), start=1):
+            (root / "evil" / str(version)).mkdir()
+            damage(root / "evil" / str(version) / MANIFEST)
+        write_package(root / "good" / "2", 2)
+        await looks(service)
+        assert await served_by(service, "good") == "2"
+        for version in ("1", "2"):
+            assert "manifest.json cannot be read (it is a link or not a plain" in rows(service)["evil", version][1]
 
 
 @on_a_loop
@@ -928,6 +947,25 @@ def test_a_reason_for_strangers_has_no_paths():
     known = Path("/srv/models/demo/1")
     reason = f"{known}/model.onnx was changed; see /home/ann/log.txt, '/tmp/headstart-x/model.onnx' and ../1/a or 3/4"
     assert public(reason, known) == "model.onnx was changed; see log.txt, 'model.onnx' and ../1/a or 3/4"
+
+
+@on_a_loop
+async def test_names_of_files_that_are_no_text_are_escaped(root: Path):
+    write_package(root / "demo" / "1", 1)
+    write_package(root / "demo" / "2", 2)
+    for name in (b"v\xff", b"2/\xfe"):
+        (root / "demo" / os.fsdecode(name)).mkdir()
+    (root / "demo" / os.fsdecode(b"2/\xfe/\x1b")).touch()
+    async with serving(root, poll_s=NEVER) as service:
+        assert await served_by(service) == "1"
+        found = rows(service)
+        assert found["demo", r"v\udcff"][1].startswith("its name is no version")
+        assert r"it holds \udcfe/\x1b, which" in found["demo", "2"][1]
+
+
+def test_a_reason_for_strangers_is_bounded_and_on_one_line():
+    assert public("a\nb \x1b[2J \udcff") == r"a\nb \x1b[2J \udcff"
+    assert len(public("no graph: " + "x" * 1_000_000)) == 2000
 
 
 def test_the_manifest_is_plain_json(tmp_path: Path):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from headstart.serving.server.errors import ServeError
+from headstart.serving.server.processes import channel as module
 from headstart.serving.server.processes.channel import Channel
 
 
@@ -39,6 +40,25 @@ def test_a_refusal_is_the_same_on_both_ends_of_a_channel():
         await asyncio.gather(*serving)
 
     asyncio.run(asyncio.wait_for(talk(), 20))
+
+
+@pytest.mark.parametrize("line", [b'{"number":3,"result":"' + b"x" * 5000, b"no JSON\n"], ids=["too long", "noise"])
+def test_a_line_that_cannot_be_read_is_the_end_of_the_other_side(monkeypatch: pytest.MonkeyPatch, line: bytes):
+    monkeypatch.setattr(module, "_LONGEST_LINE", 1000)
+
+    async def play() -> None:
+        async def answer(what: str, arguments: list[Any]) -> None: ...
+
+        end, other = socket.socketpair()
+        channel = await Channel.open(end, answer)
+        waiting = asyncio.ensure_future(channel.ask("more"))
+        with other:
+            other.sendall(line)
+            await asyncio.wait_for(channel.serve(), 20)
+        with pytest.raises(ConnectionError):
+            await waiting
+
+    asyncio.run(play())
 
 
 def test_half_a_line_of_a_process_that_was_killed_is_its_end():

@@ -193,3 +193,23 @@ def test_a_worker_that_cannot_be_started_is_tried_again_less_and_less_often(
     delays = [re.findall(r"in ([0-9.]+) s", record.message)[0] for record in caplog.records]
     assert delays == ["0.01", "0.02", "0.04", "0.05"]
     assert "cannot be started (Too many open files)" in caplog.text
+
+
+def test_what_is_wrong_with_one_worker_ends_no_other(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    async def play() -> None:
+        supervisor, tries = Supervisor({}, 1, print), 0
+        monkeypatch.setattr(module, "_FIRST_DELAY", 0.01)
+
+        async def broken(number: int) -> str:
+            nonlocal tries
+            tries += 1
+            if tries == 2:
+                supervisor._first.set()
+            raise TypeError("no number")
+
+        monkeypatch.setattr(supervisor, "_run_worker", broken)
+        await asyncio.wait_for(supervisor._keep(0), 20)
+        assert tries == 2
+
+    asyncio.run(play())
+    assert "worker 0 was lost (TypeError); it is started again in 0.01 s" in caplog.text

@@ -215,6 +215,20 @@ def test_what_a_stranger_chose_begins_neither_a_line_nor_a_field(capsys: pytest.
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
+def test_what_a_message_or_an_error_quotes_begins_no_line_of_ours(monkeypatch: pytest.MonkeyPatch, log_format: str):
+    monkeypatch.setattr(logging, "basicConfig", lambda *, handlers, **options: made.extend(handlers))
+    made: list[logging.Handler] = []
+    configure(log_format)
+    error = ValueError("odd\n2026-01-01T00:00:00.000Z INFO x: forged\x1b[2J\r")
+    fields = {"msg": "%s is refused", "args": (error,), "levelname": "WARNING", "exc_info": (ValueError, error, None)}
+    text = made[0].format(logging.makeLogRecord(fields))
+    first, *traceback = text.split("\n")
+    assert r"odd\n2026-01-01T00:00:00.000Z INFO x: forged" in first
+    assert all(line.startswith("  ") and line.isprintable() for line in traceback)
+    assert bool(traceback) == (log_format == "text")
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
 def test_times_are_utc_wherever_the_server_is(monkeypatch: pytest.MonkeyPatch, log_format: str):
     monkeypatch.setattr(logging, "basicConfig", lambda *, handlers, **options: made.extend(handlers))
     made: list[logging.Handler] = []

@@ -83,6 +83,14 @@ def test_a_version_that_is_loaded_anew_counts_on_and_one_that_is_forgotten_does_
     assert [one.version for one in metrics.find(None, None)] == ["2", "9", "10"]
 
 
+def test_a_model_may_be_called_as_a_count_is():
+    metrics = Metrics()
+    metrics.track("last_inference_ms", "1").answered(2, 1, 1, 1, now_ms=5)
+    whole = Metrics.summed([metrics.counts(), metrics.counts()], {}, 0)
+    (one,) = whole.document("last_inference_ms", "1")["model_stats"]
+    assert (one["inference_count"], one["last_inference"]) == (4, 5)
+
+
 def test_a_server_of_several_processes_is_the_sum_of_those_that_run_and_those_that_ended():
     first, second, ended = (json.loads(json.dumps(counted(Metrics()).counts())) for _ in range(3))
     del ended["now"]
