@@ -24,7 +24,7 @@ from torch import Tensor
 
 from headstart.trainer.backbones.backbone import Backbone
 from headstart.trainer.backbones.tensors import tensors_fingerprint
-from headstart.trainer.errors import DataError, RunError
+from headstart.trainer.errors import RunError, SourceError
 from headstart.trainer.files import write_atomically
 from headstart.trainer.inputs.batches import pixel_batches
 from headstart.trainer.inputs.dataset import LabelledImages
@@ -88,7 +88,7 @@ def extract_features(
     Example: `extract_features(backbone, images.subset(parts["train"]), cache).tensor()` is [N, D].
 
     `tag` is written into each shard made now, so that a run can tell its own work from what it found. Raises
-    `DataError` naming the first image with a NaN or infinite feature, and `RunError` when the disk is full; the
+    `SourceError` naming the first image with a NaN or infinite feature, and `RunError` when the disk is full; the
     shards that are whole stay.
     """
     directory = cache / "features" / feature_key(backbone, images)
@@ -158,7 +158,7 @@ def _finite(features: Tensor, first: int, backbone: Backbone, images: LabelledIm
     finite = torch.isfinite(features).all(dim=1)
     if not bool(finite.all()):
         row = int(first) + int(torch.nonzero(~finite)[0])
-        raise DataError(
+        raise SourceError(
             f"source {backbone.name} gives NaN or infinite features for {int((~finite).sum())} images, the first is "
             f"number {row} ({images.storage.describe(row)}); look at that image, or leave the source out of `sources`"
         )

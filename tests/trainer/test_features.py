@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from headstart.trainer import features
 from headstart.trainer.backbones.backbone import Backbone
 from headstart.trainer.backbones.tensors import tensors_fingerprint
-from headstart.trainer.errors import DataError, RunError
+from headstart.trainer.errors import RunError, SourceError
 from headstart.trainer.features import SHARD_SIZE, extract_features, feature_key
 from headstart.trainer.inputs.batches import pixel_batches, to_pixels
 from headstart.trainer.inputs.dataset import ImageArrays, LabelledImages
@@ -190,7 +190,8 @@ def test_features_that_are_not_finite_are_refused_by_image(tmp_path: Path, bad: 
 
     net.module.forward = spoil
     place = rf"number {SHARD_SIZE + 35} \(sample {SHARD_SIZE + 35} in memory, 9x9x3\)"
-    with pytest.raises(DataError, match=rf"counting gives NaN or infinite features for 2 images, the first is {place}"):
+    said = rf"counting gives NaN or infinite features for 2 images, the first is {place}"
+    with pytest.raises(SourceError, match=said):
         extract_features(net, data, tmp_path)
     assert [path.name for path in tmp_path.glob("features/*/*.safetensors")] == ["00000.safetensors"]
 
