@@ -202,8 +202,8 @@ class Recipe:
     export: Export = field(default_factory=Export)
 
     def __post_init__(self) -> None:
-        accepted = "letters, digits, '.', '_' and '-', starting with a letter or digit"
-        legal = self.name[:1].isalnum() and all(c.isalnum() or c in "._-" for c in self.name)
+        accepted = "up to 100 letters, digits, '.', '_' and '-', starting with a letter or digit"
+        legal = self.name[:1].isalnum() and all(c.isalnum() or c in "._-" for c in self.name) and len(self.name) <= 100
         _require(legal and self.name.isascii(), "name", self.name, accepted)
         _require(self.sources == "all" or len(self.sources) >= 1, "sources", self.sources, "all, or at least one")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")

@@ -81,7 +81,7 @@ def test_overrides(tmp_path: Path, override: str, field: tuple[str, ...], value:
         (MINIMAL | {"sources": "mobilenet"}, "sources: Input should be a list, such as [mobilenet]; found 'mobilenet'"),
         (MINIMAL | {"export": {"variants": "fp16"}}, "export.variants: Input should be a list, such as [fp16]"),
         (MINIMAL | {"seed": -1}, "seed is -1; accepted: 0 to 2**32 - 1"),
-        (MINIMAL | {"name": "a/b"}, "name is 'a/b'; accepted: letters"),
+        (MINIMAL | {"name": "a/b"}, "name is 'a/b'; accepted: up to 100 letters"),
         (MINIMAL | {"export": {"opset": 17}}, "export.opset is 17; accepted: 18 to 23"),
         (MINIMAL | {"search": {"learning_rates": []}}, "search.learning_rates is ()"),
         (MINIMAL | {"search": {"weight_decays": [float("inf")]}}, "search.weight_decays is (inf,); accepted: finite"),
