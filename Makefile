@@ -50,6 +50,7 @@ bench: $(INSTALLED)  ## the CPU figures, appended to benchmarks/results/
 	$(BIN)/python -m benchmarks.neighbours
 	$(BIN)/python -m benchmarks.sinkhorn
 	$(BIN)/python -m benchmarks.textbook
+	$(BIN)/python -m benchmarks.report
 
 gpu-python:
 	@python3 -c "import torch, triton, pytest, hypothesis, rich, sklearn" || { echo "this needs the system's python3 with torch, triton, pytest, hypothesis, rich and scikit-learn, as GPU images have them" >&2; exit 2; }
