@@ -25,8 +25,8 @@ from headstart.trainer.inputs.split import split_images
 from headstart.trainer.selection.sources import resolve
 
 Run = Callable[..., Any]
-CLASSES = ("china", "flower", "0", "1", "2", "3", "4", "5", "6", "7")
-NUM_TRAIN, NUM_TEST = 100, 40
+CLASSES = ("china", "flower", "0", "1", "2")  # half of CIFAR-10's, and of the time
+NUM_TRAIN, NUM_TEST = 50, 20
 RECIPE = "cifar10-resnet50"
 
 
@@ -105,14 +105,14 @@ def test_its_test_part_is_cifars_own(cache: Path, cifar10: Path, test_images: tu
     data = load_recipe(RECIPE).data
     images = load_images(data, cache)
     parts = split_images(images, data.split, seed=0)
-    assert {name: len(part) for name, part in parts.items()} == {"train": 90, "validation": 10, "test": NUM_TEST}
+    assert {name: len(part) for name, part in parts.items()} == {"train": 45, "validation": 5, "test": NUM_TEST}
     for i, image, label in zip(parts["test"], *test_images, strict=True):
         assert np.array_equal(images.image(int(i)), image)
         assert images.classes[images.labels[i]] == CLASSES[label]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # two to four minutes on two cores to itself: the control trains ResNet-50 at three rates
+@pytest.mark.timeout(1800)  # a minute or two with two cores to itself: the control trains ResNet-50 at three rates
 def test_from_cifars_files_to_a_model_that_predicts(
     headstart: Run, cifar10: Path, test_images: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ):
@@ -127,7 +127,7 @@ def test_from_cifars_files_to_a_model_that_predicts(
     assert (summary["mode"], summary["target"]) == ("feature", "torchvision:CIFAR10")
     assert summary["source"].startswith("resnet50-")
     assert summary["test"]["num_samples"] == NUM_TEST
-    assert summary["test"]["accuracy"] >= 0.7  # chance is 0.1; 0.9 measured: random features tell most of these apart
+    assert summary["test"]["accuracy"] >= 0.7  # chance is 0.2: random features tell most of these apart
     assert summary["controls"]["scratch"] is not None
     # Through the source: train and validation to rank, test to evaluate. Then the control on test, and the probe's
     # sketch of train and validation.
