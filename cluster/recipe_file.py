@@ -75,7 +75,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Relative paths in it are made absolute. Raises `RecipeError` naming each field that cannot be and what it accepts.
     """
-    document = read_document(reference)
+    document = parse_document(_read(reference), reference)
     for override in overrides:
         _override(document, override)
     try:
@@ -102,16 +102,18 @@ def recipe_yaml(recipe: Recipe) -> str:
     return yaml.dump(recipe_document(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def read_document(reference: str) -> dict[str, Any]:
-    """Return the mapping in a recipe's file, or in a shipped one, as it is written; raises `RecipeError`."""
+def _read(reference: str) -> str:
     path = Path(reference)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"cannot read recipe {reference}: {error}. {_accepted()}") from error
-    else:
-        text = shipped_text(reference)
+    return shipped_text(reference)
+
+
+def parse_document(text: str, reference: str) -> dict[str, Any]:
+    """Return the mapping that a recipe's YAML holds, as it is written; raises `RecipeError`, naming `reference`."""
     try:
         document = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has, 2026-13-01

@@ -1,6 +1,6 @@
 """Commands on the recipes that come with Headstart."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,8 +25,7 @@ def list_recipes(as_json: Json = False) -> None:
 @recipes_app.command("show")
 def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME")], as_json: Json = False) -> None:
     """Print a recipe, to be copied and changed: `headstart recipes show folder > mine.yaml`."""
-    from headstart.cluster.recipe_file import read_document, shipped_text
+    from headstart.cluster.recipe_file import parse_document, shipped_text
 
     text = shipped_text(name)
-    found: dict[str, Any] = read_document(name)
-    print_found(found, as_json, lambda _: typer.echo(text, nl=False))
+    print_found(parse_document(text, name), as_json, lambda _: typer.echo(text, nl=False))

@@ -81,6 +81,7 @@ def test_shipped_recipes_are_listed_and_printed_to_be_changed(headstart: Callabl
     assert sorted(listed) == sorted(path.stem for path in shipped.glob("*.yaml"))
     assert all(line.strip() for line in listed.values())
     assert [line.split()[0] for line in headstart("recipes", "list").stdout.splitlines()] == list(listed)
+    (tmp_path / "folder").write_text("name: a file of that name, in the folder that the user is in")
     printed = headstart("recipes", "show", "folder").stdout
     assert printed == (shipped / "folder.yaml").read_text()
     read = headstart("recipes", "show", "folder", "--json").json()
