@@ -121,14 +121,20 @@ def test_what_is_not_sent_yet_is_waited_for_and_given_up_in_the_end(how: str):
     assert 32 <= asyncio.run(run(takes_it=True)) <= 36
 
 
+def with_an_unread_answer(idle_timeout: float) -> tuple[HttpServer, Connection, "_Slow"]:
+    """A connection at second 0 that has answered, and whose client does not read."""
+    server = HttpServer(TinyService(), HttpSettings(port=0, body_timeout=60, idle_timeout=idle_timeout))
+    server.clock = lambda: 0.0
+    connection, transport = Connection(server), _Slow()
+    connection.connection_made(transport)
+    transport.feed(connection, b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
+    connection.pause_writing()
+    return server, connection, transport
+
+
 def test_a_client_that_reads_no_answer_is_given_the_time_of_a_body_and_not_that_of_a_pause():
     async def run(reads_again: bool) -> bool:
-        server = HttpServer(TinyService(), HttpSettings(port=0, body_timeout=60, idle_timeout=300))
-        server.clock = lambda: 0.0
-        connection, transport = Connection(server), _Slow()
-        connection.connection_made(transport)
-        transport.feed(connection, b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
-        connection.pause_writing()
+        _, connection, transport = with_an_unread_answer(idle_timeout=300)
         if reads_again:
             connection.resume_writing()
         expire_at(connection, 61.0)
@@ -144,12 +150,7 @@ def test_a_server_that_winds_down_waits_for_a_client_that_takes_its_answer_and_n
     """Seconds from the end's beginning until the connection is closed."""
 
     async def run() -> float:
-        server = HttpServer(TinyService(), HttpSettings(port=0, body_timeout=60, idle_timeout=75))
-        server.clock = lambda: 0.0
-        connection, transport = Connection(server), _Slow()
-        connection.connection_made(transport)
-        transport.feed(connection, b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
-        connection.pause_writing()
+        server, connection, transport = with_an_unread_answer(idle_timeout=75)
         server.close()
         for tenth in range(700):
             expire_at(connection, tenth / 10)
