@@ -4,6 +4,7 @@ import asyncio
 import collections
 import concurrent.futures
 import logging
+import queue
 import re
 import threading
 from collections.abc import Callable
@@ -73,6 +74,7 @@ class Loading:
     ) -> None:
         self._root, self._load_model, self._scheduling, self._metrics = root, loader, scheduling, metrics
         self._memory = Memory(max_memory)
+        self._thread = _Thread()
         self._budget = Budget(scheduling.max_queue_bytes)
         self._open: collections.Counter[tuple[str, str]] = collections.Counter()
         """Models that were loaded and not released, by name and version: two while one takes the other's place."""
@@ -102,7 +104,7 @@ class Loading:
             estimated, before = self._memory.estimate(files), resident()
             self.on_opening(opening, False)
             try:
-                model, known = await _in_a_thread(self._load, entry.name, version)
+                model, known = await self._thread.run(self._load, entry.name, version)
             finally:
                 self.on_opening(opening, True)
         except (PackageError, RuntimeError) as error:  # the latter: there is no thread to load it in
@@ -150,8 +152,9 @@ class Loading:
         self.suspects = {one for one in self.suspects if one.name != name}
 
     def stop(self) -> None:
-        """Cut a warm-up off."""
+        """Cut a warm-up off, and let the thread end."""
         self._stopping = True
+        self._thread.stop()
         if model := self._warming:
             model.cut()
 
@@ -191,16 +194,39 @@ def _may_pass(error: BaseException | None) -> bool:
     return False
 
 
-async def _in_a_thread(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    """As `asyncio.to_thread`, in a thread that the end of the process does not wait for: a load cannot be cut off."""
-    done: concurrent.futures.Future[T] = concurrent.futures.Future()
-    done.set_running_or_notify_cancel()  # from now on nobody cancels it
+class _Thread:
+    """One thread for all loads, which the end of the process does not wait for: a load cannot be cut off.
 
-    def run() -> None:
-        try:
-            done.set_result(function(*arguments, **named))
-        except BaseException as error:
-            done.set_exception(error)
+    A new one for each would have an arena of the allocator each, and what is freed there stays with the process.
+    """
 
-    threading.Thread(target=run, name=f"{THREADS}load", daemon=True).start()
-    return await asyncio.wrap_future(done)
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._started = False
+
+    async def run(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """As `asyncio.to_thread`; RuntimeError: the machine gives no thread."""
+        done: concurrent.futures.Future[T] = concurrent.futures.Future()
+        done.set_running_or_notify_cancel()  # from now on nobody cancels it
+
+        def job() -> None:
+            try:
+                done.set_result(function(*arguments, **named))
+            except BaseException as error:
+                done.set_exception(error)
+
+        if not self._started:
+            threading.Thread(target=self._work, name=f"{THREADS}load", daemon=True).start()
+            self._started = True
+        self._jobs.put(job)
+        return await asyncio.wrap_future(done)
+
+    def stop(self) -> None:
+        """Let it end after what it does now."""
+        if self._started:
+            self._started = False
+            self._jobs.put(None)
+
+    def _work(self) -> None:
+        while job := self._jobs.get():
+            job()

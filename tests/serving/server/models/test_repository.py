@@ -314,33 +314,25 @@ def lacks_a_folder() -> None:
     raise PackageError("it cannot be copied") from FileNotFoundError("No usable temporary directory found")
 
 
-def lacks_a_thread() -> None:
+def lacks_a_thread(*_: object) -> None:
     raise RuntimeError("can't start new thread")
 
 
-@pytest.mark.parametrize("fails", [lacks_memory, lacks_descriptors, lacks_a_folder, lacks_a_thread, "start"])
+@pytest.mark.parametrize("fails", [lacks_memory, lacks_descriptors, lacks_a_folder, lacks_a_thread])
 @on_a_loop
 async def test_what_fails_for_want_of_something_is_tried_again_with_the_same_files(
     root: Path, fails: Any, monkeypatch: pytest.MonkeyPatch
 ):
     def loader(folder: Path, name: str, version: str) -> LoadedModel:
-        if version == "2" and lacking and fails != "start":
+        if version == "2" and lacking:
             fails()
         return load_package(folder, name=name, version=version, device=Device(threads=1))
 
-    def start(thread: threading.Thread) -> None:
-        if thread.name == "headstart-load":
-            lacks_a_thread()
-        start_thread(thread)
-
-    lacking, start_thread = True, threading.Thread.start
+    lacking = True
     write_package(root / "demo" / "1", 1)
     async with serving(root, loader=loader, poll_s=NEVER) as service:
         write_package(root / "demo" / "2", 2)
-        with monkeypatch.context() as full:
-            if fails == "start":
-                full.setattr(threading.Thread, "start", start)
-            await looks(service)
+        await looks(service)
         assert rows(service)["demo", "2"][0] == "UNAVAILABLE"
         assert await served_by(service) == "1"
         assert service.repository.entries["demo"].refused == []
@@ -350,6 +342,36 @@ async def test_what_fails_for_want_of_something_is_tried_again_with_the_same_fil
         monkeypatch.setattr(loading, "monotonic", lambda: time.monotonic() + 31)
         await looks(service)
         assert await served_by(service) == "2"
+
+
+@on_a_loop
+async def test_where_there_is_no_thread_to_load_in_it_is_tried_again(root: Path, monkeypatch: pytest.MonkeyPatch):
+    async with serving(root, poll_s=NEVER) as service:
+        write_package(root / "demo" / "1", 1)
+        with monkeypatch.context() as full:
+            full.setattr(threading.Thread, "start", lacks_a_thread)
+            await looks(service)
+        assert rows(service)["demo", "1"] == ("UNAVAILABLE", "can't start new thread")
+        monkeypatch.setattr(loading, "monotonic", lambda: time.monotonic() + 31)
+        await looks(service)
+        assert await served_by(service) == "1"
+
+
+@on_a_loop
+async def test_one_thread_loads_all_and_ends_with_the_repository(root: Path):
+    def loader(folder: Path, name: str, version: str) -> LoadedModel:
+        threads.append(threading.current_thread())
+        return load_package(folder, name=name, version=version, device=Device(threads=1))
+
+    threads: list[threading.Thread] = []
+    async with serving(root, loader=loader, poll_s=NEVER) as service:
+        for number in (1, 2, 3):
+            write_package(root / "demo" / str(number), number)
+            await looks(service)
+    assert len(threads) == 3
+    assert len({*threads}) == 1
+    threads[0].join(10)
+    assert not threads[0].is_alive()
 
 
 @pytest.mark.parametrize("name", BROKEN)
