@@ -606,7 +606,7 @@ async def test_what_is_no_plain_file_holds_nobody_up(root: Path):
     (root / "evil").mkdir()
     os.mkfifo(root / "evil" / "policy")
     async with serving(root, poll_s=NEVER) as service:
-        assert rows(service)["evil", "policy"][1] == "the file is not used: it cannot be read"
+        assert rows(service)["evil", "policy"][1] == "the file is not used: it is a link or not a plain file"
         for version, damage in enumerate((os.mkfifo, lambda path: path.symlink_to("/dev/zero")), start=1):
             (root / "evil" / str(version)).mkdir()
             damage(root / "evil" / str(version) / MANIFEST)
@@ -615,6 +615,7 @@ async def test_what_is_no_plain_file_holds_nobody_up(root: Path):
         assert await served_by(service, "good") == "2"
         for version in ("1", "2"):
             assert "manifest.json cannot be read (it is a link or not a plain" in rows(service)["evil", version][1]
+        assert service.repository.entries["evil"].refused == [1, 2]  # until their files change
 
 
 @on_a_loop
