@@ -98,7 +98,7 @@ def _scan_model(folder: Path, root: Path) -> Folder:
             try:
                 found.policy = Policy.parse(read_plain(path, _POLICY_BYTES).decode())
             except (PackageError, OSError, ValueError) as error:
-                reason = str(error) if isinstance(error, PackageError) else "it cannot be read"
+                reason = "it cannot be read" if isinstance(error, (OSError, UnicodeDecodeError)) else str(error)
                 found.refused[POLICY_FILE] = f"the file is not used: {reason}"
         elif path.name == MANIFEST:
             too_deep = ", or serve the folder above" if VERSION.fullmatch(folder.name) else ""

@@ -9,9 +9,10 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from headstart.serving.errors import PackageError, first_line
 from headstart.serving.server.models.entry import Attempt, Entry, Served
@@ -201,25 +202,22 @@ class _Thread:
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None]
+        self._jobs = queue.SimpleQueue()
         self._started = False
 
     async def run(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """As `asyncio.to_thread`; RuntimeError: the machine gives no thread."""
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
         done.set_running_or_notify_cancel()  # from now on nobody cancels it
-
-        def job() -> None:
-            try:
-                done.set_result(function(*arguments, **named))
-            except BaseException as error:
-                done.set_exception(error)
-
         if not self._started:
             threading.Thread(target=self._work, name=f"{THREADS}load", daemon=True).start()
             self._started = True
-        self._jobs.put(job)
-        return await asyncio.wrap_future(done)
+        self._jobs.put((done, partial(function, *arguments, **named)))
+        try:
+            return await asyncio.wrap_future(done)
+        finally:
+            del done  # which has the error whose traceback has this frame, and with it all that was loaded
 
     def stop(self) -> None:
         """Let it end after what it does now."""
@@ -229,4 +227,9 @@ class _Thread:
 
     def _work(self) -> None:
         while job := self._jobs.get():
-            job()
+            done, call = job
+            try:
+                done.set_result(call())
+            except BaseException as error:
+                done.set_exception(error)
+            del job, done, call  # or the model would stay, with its session, until another one is loaded

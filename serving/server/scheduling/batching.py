@@ -75,10 +75,11 @@ class Scheduler:
         self.model = model
         self.signature = Signature(model.name, model.inputs, model.outputs, max_batch)
         self.statistics = statistics or Statistics(model.name, model.version)
-        self.statistics.depth = lambda: self._queue.depth
         self._run = model.run
         self._budget = budget or Budget(1 << 30)
-        self._queue = Queue(max_requests=max_queue, budget=self._budget)
+        self._queue = queue = Queue(max_requests=max_queue, budget=self._budget)
+        # Of the queue alone: a cycle with the model in it would be kept by `gc.freeze`.
+        self.statistics.depth = lambda: queue.depth
         self._max_delay_ns = int(max_delay_s * 1e9)
         self._loop = asyncio.get_running_loop()
         self._running = 0
@@ -349,3 +350,4 @@ class Scheduler:
                 self._loop.call_soon_threadsafe(self._finished, batch)
             except RuntimeError:  # the loop was closed without us
                 return
+            del batch  # or its images would stay for as long as the model is idle

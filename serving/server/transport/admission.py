@@ -1,5 +1,6 @@
 """Which requests of a connection are let in: by their heads alone, before any body."""
 
+import contextlib
 import re
 from functools import partial
 from typing import TYPE_CHECKING
@@ -64,6 +65,11 @@ class Admission:
             raise too_large(f"Content-Length is {head.length}; accepted: {self._settings.max_body_bytes} bytes")
         self._raw = raw
         return head
+
+    def look(self, part: bytes) -> None:
+        """See whether a head that is too long has the token, as far as it has come."""
+        with contextlib.suppress(ServeError):
+            self.admit(part)
 
     def _is_open(self, head: Head) -> bool:
         """Whether it is a probe's, without a body: those of strangers would fill the memory that bodies may take."""

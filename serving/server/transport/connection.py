@@ -212,6 +212,7 @@ class Connection(asyncio.BufferedProtocol):
         raw = self._buffer.take_head()
         if raw is None:
             if len(self._buffer) == self._buffer.size:
+                self._admission.look(self._buffer.unread().tobytes())
                 self._refuse(too_many_headers(f"more than {self._buffer.size} bytes"))
             elif self._buffer and self.deadline > (latest := self._server.clock() + self._settings.header_timeout):
                 self.deadline = latest

@@ -34,11 +34,11 @@ _SCAN = b"\xff\xda"  # marks one of a progressive JPEG; nowhere else in its code
 _MOST_SCANS = 32  # common are 10; 42 bytes for one more cost 75 ms at 25 million pixels, without end
 _THREADS = 2
 _MOST_WAITING = 64
-_MOST_HELD = 1 << 30
-_BYTES = {"1": 6, "L": 6, "P": 6, "I;16": 6, "CMYK": 12}
-"""Bytes that a pixel of a mode takes until it is decoded; those of others take 10. Pillow holds it in 1, 2 or 4, and
-in as many again while it turns the image; a progressive JPEG has 2 for each colour. Then come the 3 of RGB, and 3 more
-where several images are put together. Measured at 25 million pixels: up to 5.1 for 6, 10.0 for 10 and 12.0 for 12."""
+_MOST_HELD = 512 << 20
+"""Bytes of the pixels of all requests, 3 for each; one that waits for a thread is counted as what it will hold.
+
+Beside them each thread takes up to 9 more for a pixel of what it decodes, 450 MB in all: CMYK 9, RGBA and progressive
+RGB 7, grey and palettes 3, measured at 25 million pixels."""
 _NO_IMAGE = "cannot be decoded; accepted: an undamaged JPEG or PNG"
 
 
@@ -95,19 +95,17 @@ class ImageDecoder:
         """
         files = self._files(request, most)
         at_once = len(files) == 1 and _is_simple(files[0])
-        pixels, held = _count(files) if at_once else await self._apart(_count, files)
+        pixels = _count(files) if at_once else await self._apart(_count, files)
         if pixels > self._limits.max_pixels:
             raise too_large(f"the images have {pixels} pixels; accepted: {self._limits.max_pixels}")
-        if self._held + held > _MOST_HELD:
+        if self._held + 3 * pixels > _MOST_HELD:
             raise unavailable("the images of other requests fill the memory that they may take")
-        self._held += held
+        self._held += 3 * pixels
         try:
             if at_once and pixels <= _SMALL_PIXELS:  # about a millisecond: a thread would not pay
                 batches = _decode(files, request)
             else:
                 batches = await self._apart(_decode, files, request)
-            self._held -= held - 3 * pixels
-            held = 3 * pixels
             groups = [group for group, _ in batches]
             request.parts = tuple(replace(request, inputs={name: images}) for _, images in batches)
             answers = run(request.parts)
@@ -119,7 +117,7 @@ class ImageDecoder:
             request.cancel()
             raise
         finally:
-            self._held -= held
+            self._held -= 3 * pixels
 
     def _files(self, request: InferRequest, most: int) -> list[bytes]:
         array = request.inputs[ENCODED]
@@ -171,19 +169,17 @@ def _is_simple(data: bytes) -> bool:
     return False
 
 
-def _count(files: list[bytes]) -> tuple[int, int]:
-    """The pixels that files say they have, and the bytes that these take to be decoded; none is."""
-    pixels, held = zip(*map(_size, files, range(len(files))), strict=True)
-    return sum(pixels), sum(held)
+def _count(files: list[bytes]) -> int:
+    """The pixels that files say they have; none is decoded."""
+    return sum(_num_pixels(data, index) for index, data in enumerate(files))
 
 
-def _size(data: bytes, index: int) -> tuple[int, int]:
+def _num_pixels(data: bytes, index: int) -> int:
     if data.startswith(_FIRST_BYTES[0]) and data.count(_SCAN) > _MOST_SCANS:
         raise too_large(f"image {index} has more than {_MOST_SCANS} scans")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            pixels = image.width * image.height
-            return pixels, pixels * _BYTES.get(image.mode, 10)
+            return int(image.width * image.height)
     except MemoryError:
         raise
     except Image.DecompressionBombError:

@@ -118,8 +118,6 @@ class HeadParser:
             ServeError: 400, 417, 431, 501 or 505.
         """
         self._target, self.headers, self._complete, self._twice = b"", {}, False, None
-        if raw.count(b"\r\n") - 2 > self._max_headers:
-            raise too_many_headers(f"more than {self._max_headers} headers")
         parser = self._parser
         if parser is None:
             raise RuntimeError("the parser was closed")
@@ -135,6 +133,8 @@ class HeadParser:
             raise bad_request(f"the request is not HTTP/1.1: {str(error)[:100]}") from None
         if not self._complete:
             raise bad_request("the request is not HTTP/1.1")
+        if raw.count(b"\r\n") - 2 > self._max_headers:
+            raise too_many_headers(f"more than {self._max_headers} headers")
         if self._twice is not None:
             raise bad_request(f"the header {self._twice.decode('latin-1').title()} is there twice")
         return Head(

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ import numpy as np
 import onnx
 import pytest
 
-from headstart.serving.device import Device
+from headstart.serving.device import Device, open_on
 from headstart.serving.errors import PackageError
 from headstart.serving.manifest import MANIFEST
 from headstart.serving.package import MODEL
@@ -374,6 +376,38 @@ async def test_one_thread_loads_all_and_ends_with_the_repository(root: Path):
     assert not threads[0].is_alive()
 
 
+@on_a_loop
+async def test_what_was_taken_down_or_failed_is_let_go_of_before_another_is_loaded(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """At once: a collector that comes by some time frees no memory of a GPU that the next version needs."""
+
+    class Fails(LoadedModel):
+        def warm_up(self) -> list[tuple[int, int]]:
+            raise MemoryError
+
+    def loader(folder: Path, name: str, version: str) -> LoadedModel:
+        kind = Fails if version == "2" else LoadedModel
+        session = open_on(Device(threads=1), folder / MODEL)
+        model = kind(name=name, version=version, session=session, max_batch=1, buckets=(1,))
+        made.append(weakref.ref(model))
+        return model
+
+    made: list[weakref.ref[LoadedModel]] = []
+    monkeypatch.setattr(loading._LOG, "warning", lambda *_: None)  # pytest keeps what is logged, and its error
+    gc.disable()
+    try:
+        async with serving(root, loader=loader, poll_s=NEVER) as service:
+            for version in (1, 2):
+                write_package(root / "demo" / str(version), version)
+                await looks(service)
+            await until(lambda: [one() is None for one in made] == [False, True], 5)
+            await service.unload("demo")
+            await until(lambda: made[0]() is None, 5)
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("name", BROKEN)
 @on_a_loop
 async def test_a_bad_package_is_refused_until_its_files_change(root: Path, name: str):
@@ -572,7 +606,7 @@ async def test_what_is_no_plain_file_holds_nobody_up(root: Path):
     (root / "evil").mkdir()
     os.mkfifo(root / "evil" / "policy")
     async with serving(root, poll_s=NEVER) as service:
-        assert rows(service)["evil", "policy"][1] == "the file is not used: it cannot be read"
+        assert rows(service)["evil", "policy"][1] == "the file is not used: it is a link or not a plain file"
         for version, damage in enumerate((os.mkfifo, lambda path: path.symlink_to("/dev/zero")), start=1):
             (root / "evil" / str(version)).mkdir()
             damage(root / "evil" / str(version) / MANIFEST)
@@ -581,6 +615,7 @@ async def test_what_is_no_plain_file_holds_nobody_up(root: Path):
         assert await served_by(service, "good") == "2"
         for version in ("1", "2"):
             assert "manifest.json cannot be read (it is a link or not a plain" in rows(service)["evil", version][1]
+        assert service.repository.entries["evil"].refused == [1, 2]  # until their files change
 
 
 @on_a_loop

@@ -2,8 +2,10 @@
 
 import asyncio
 import functools
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -120,6 +122,30 @@ async def calm(scheduler: Scheduler) -> None:
 @pytest.fixture(scope="module")
 def network() -> LoadedModel:
     return load_graph(mlp(), name="mlp", device=Device(threads=1), max_batch=32)
+
+
+@on_a_loop
+async def test_an_idle_scheduler_keeps_no_request_and_a_closed_one_no_model():
+    """Without the collector, which `gc.freeze` keeps from what was there when the server was ready."""
+
+    class Forgetful(Doubling):
+        def run(self, feed: dict[str, np.ndarray], outputs: list[str]) -> list[np.ndarray]:
+            return [feed["x"] * 2]
+
+    gc.disable()
+    try:
+        scheduler, request = batching.Scheduler(Forgetful(), max_batch=4, max_queue=4), ask(1)
+        statistics, left = scheduler.statistics, [weakref.ref(request.inputs["x"]), weakref.ref(scheduler.model)]
+        await answer(scheduler.infer(request))
+        del request
+        await until(lambda: left[0]() is None)
+        await scheduler.drained()
+        scheduler.close()
+        del scheduler
+        await until(lambda: left[1]() is None)
+        assert statistics.depth() == 0
+    finally:
+        gc.enable()
 
 
 @on_a_loop

@@ -360,6 +360,8 @@ def test_without_the_token_every_request_gets_the_same_401(guarded: Running, aut
         ("Content-Length: 99999999999", 413),
         ("Transfer-Encoding: gzip", 400),
         ("Transfer-Encoding: gzip, chunked", 501),
+        ("\r\n".join(["A: b"] * 65), 431),
+        (f"Cookie: {'a' * 20_000}", 431),
     ],
 )
 def test_what_is_wrong_with_a_head_is_told_to_who_has_the_token_alone(guarded: Running, fault: str, status: int):
