@@ -326,6 +326,60 @@ def test_photos_of_a_dozen_clients_at_once_are_all_answered(monkeypatch: pytest.
     asyncio.run(play())
 
 
+def with_chunks(kind: bytes, data: bytes, num: int, after: bool = False) -> bytes:
+    """A small PNG with some chunks more, before its pixels or behind them."""
+    whole = picture()
+    place = whole.index(b"IEND" if after else b"IDAT") - 4
+    chunk = len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+    return whole[:place] + chunk * num + whole[place:]
+
+
+def with_segments(marker: int, data: bytes, num: int) -> bytes:
+    """A small JPEG with some segments more."""
+    whole = picture(kind="JPEG")
+    return whole[:2] + (bytes([255, marker]) + (len(data) + 2).to_bytes(2) + data) * num + whole[2:]
+
+
+INFLATES = b"k\0\0" + zlib.compress(bytes(1000))
+SHORT_WORK = {
+    "a PNG": ([picture()], True),
+    "a JPEG": ([picture(kind="JPEG")], True),
+    "a progressive one": ([progressive(6)], True),
+    "two": ([picture()] * 2, False),
+    "many pixels": ([encoded_grey(257, 256)], False),
+    "many bytes": ([picture(120, 120)], False),
+    "text that inflates": ([with_chunks(b"zTXt", INFLATES, 1)], False),
+    "text that inflates behind": ([with_chunks(b"zTXt", INFLATES, 1, after=True)], False),
+    "many chunks": ([with_chunks(b"tIME", bytes(7), 30)], False),
+    "some chunks": ([with_chunks(b"tIME", bytes(7), 9)], True),
+    "EXIF": ([with_segments(0xE1, b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0", 1)], False),
+    "many segments": ([with_segments(0xE0, b"", 30)], False),
+    "some segments": ([with_segments(0xE0, b"", 9)], True),
+}
+"""Files, and whether they are decoded on the event loop."""
+
+
+@pytest.mark.parametrize("what", SHORT_WORK)
+def test_only_what_is_short_work_holds_up_the_event_loop(what: str):
+    files, at_once = SHORT_WORK[what]
+    decoder, apart = ImageDecoder(Limits()), []
+
+    async def play() -> None:
+        response = InferResponse(model="m", version="1", outputs={})
+        waited, decoder._apart = (
+            decoder._apart,
+            lambda function, *given: apart.append(function) or waited(function, *given),
+        )
+        await decoder.infer(
+            InferRequest(model="m", inputs={ENCODED: strings(files)}), "images", 4, lambda parts: [response]
+        )
+        decoder.close()
+
+    asyncio.run(play())
+    assert (encoded._decode not in apart) == at_once
+    assert (encoded._count not in apart) == (at_once or what == "many pixels")
+
+
 def test_one_part_that_fails_drops_the_others_and_answers_without_rows_are_refused():
     files = strings([picture(4), picture(5), picture(4)])
     seen: list[InferRequest] = []
