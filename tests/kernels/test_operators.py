@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from headstart.kernels import naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
@@ -215,6 +216,28 @@ def test_the_others_pass_opcheck(device: str):
         ),
     ):
         torch.library.opcheck(operator.default, arguments)
+
+
+@pytest.mark.parametrize("d", [5, 9])
+def test_gradients_have_the_strides_that_a_compiled_graph_expects(d: int, device: str):
+    x, tasks = problem(7, d, device, torch.float32)
+    x, features = x.T.contiguous().T, tasks.features
+    potentials, one = (features.new_zeros(len(features)), x.new_zeros(7)), torch.ones((), dtype=torch.float64)
+    labels, ours, more = classes(len(features), device), torch.ops.headstart, (1e-3, 9, "fp32", None, None)
+    for operator, arguments in (
+        (ours.frechet_gradient, (x, features, tasks.offsets, one.expand(3), None)),
+        (
+            ours.sinkhorn_gradient,
+            (x, features, tasks.offsets, *potentials, one.expand(3), one[None], 2, one, "fp32", None, None),
+        ),
+        (
+            ours.label_aware_gradient,
+            (x, classes(7, device), features, labels, tasks.offsets, *potentials, one.expand(3), "bures", one, *more),
+        ),
+    ):
+        with FakeTensorMode() as mode:
+            told = operator(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in arguments))
+        assert operator(*arguments).stride() == told.stride(), operator
 
 
 def labelled(function, **options):
