@@ -13,7 +13,7 @@ from headstart.kernels.engine.terms import NONE
 from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.frechet import frechet_distances
 from headstart.kernels.label_aware import label_aware_distances, label_aware_self_terms
-from headstart.kernels.mmd import mmd_distances, mmd_self_terms
+from headstart.kernels.mmd import median_bandwidths, mmd_distances, mmd_self_terms
 from headstart.kernels.neighbours import nearest_neighbours
 from headstart.kernels.prototype import prototype_distances
 from headstart.kernels.ragged import RaggedTasks
@@ -359,3 +359,11 @@ def test_no_gradient_reaches_the_tasks(name: str, device: str):
     function(two, made).sum().backward()
     assert layer.grad is None  # not that of the tasks' own terms alone
     assert torch.equal(one.grad, two.grad)
+
+
+def test_the_default_device_has_no_part_in_what_runs_outside_operators():
+    tasks = RaggedTasks(torch.randn(600, 5), torch.tensor([0, 591, 600]), classes(600, "cpu"))
+    with torch.device("meta"):  # as torch.set_default_device: where the tasks are does not change
+        terms, kept = (make(tasks, epsilon=9.0) for make in (label_aware_self_terms, sinkhorn_self_terms))
+        found = (tasks.means(), median_bandwidths(tasks.features), terms.values, kept.values)
+    assert all(values.device.type == "cpu" for values in found)
