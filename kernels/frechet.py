@@ -151,12 +151,12 @@ def frechet_gradient(target: Tensor, features: Tensor, offsets: Tensor, weights:
         moved -= polar.transpose(0, 1).flatten(1) @ (left.mT @ factors).flatten(0, 1)
     moved = moved if basis is None else basis @ moved
     moved.add_(rows, alpha=float(weights.sum()))
-    return moved.mul_(2 / num_rows**0.5).add_(shift, alpha=2 / num_rows).to(target.dtype)
+    return moved.mul_(2 / num_rows**0.5).add_(shift, alpha=2 / num_rows).to(target.dtype).contiguous()
 
 
 @frechet_gradient.register_fake
 def _(target: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(target)
+    return target.new_empty(target.shape)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -179,7 +179,7 @@ def label_aware_gradient(
 
 @label_aware_gradient.register_fake
 def _(target: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(target)
+    return target.new_empty(target.shape)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -212,8 +212,9 @@ def label_aware_self_terms(
     at = float(resolve_epsilon(tasks.features, 2, epsilon, options.memory, None))
     centre = needed_centre(tasks, options.precision, "eager")
     how = How(label_distance, options.precision, centre, Settings(at, tolerance, max_iterations, options.memory))
-    classes = labelled(tasks, how)
-    solution = solve(classes.points, None, own_cost(classes, how), how.settings)
+    with torch.device("cpu"):  # of what is given none: operators leave torch.set_default_device out by themselves
+        classes = labelled(tasks, how)
+        solution = solve(classes.points, None, own_cost(classes, how), how.settings)
     warn_of(solution.errors, how.settings)
     return SinkhornSelfTerms(
         values=solution.values,

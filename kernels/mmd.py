@@ -38,7 +38,7 @@ def median_bandwidths(target: Tensor) -> Tensor:
     median = median_distance(sample)
     if not keeps_digits(median, sample.dtype):
         median = median_distance(sample.double())
-    return median * torch.tensor(MULTIPLES, dtype=torch.float64)
+    return median * torch.tensor(MULTIPLES, dtype=torch.float64, device="cpu")
 
 
 def mmd_self_terms(

@@ -44,8 +44,9 @@ def nearest_neighbours(
     `naive.nearest_neighbours` is the definition. Products at `precision` (default: fp64 for float64 features, else
     fp32) choose candidates, more than k of them; their distances are computed again from the differences of the rows
     as given, in float32 at least, and decide. So a distance is that of its row, whatever the precision, and a row that
-    is missed is nearer by less than the precision's error; those nearer than 1e-19 (1e-154 for fp64), whose squares are
-    no normal numbers, may count as equal. `memory` bounds, in bytes, what is held beside the inputs
+    is missed is nearer by less than the precision's error; where more rows than candidates are within that of the k-th,
+    as with binary features, it may be an equally near one of a lower number. Rows nearer than 1e-19 (1e-154 for fp64),
+    whose squares are no normal numbers, may count as equal. `memory` bounds, in bytes, what is held beside the inputs
     and results and k + 8 candidates for each of the N rows (4 k + 32 where products are rounded).
 
     ValueError: a target of another D, dtype or device, or without rows, or not finite; k below 1, or above the number

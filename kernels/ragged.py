@@ -136,11 +136,11 @@ def make_blocks(offsets: Tensor, rows: int) -> Blocks:
     """Cut the tasks of offsets [T + 1] into blocks that start at a task's first row and every `rows` rows after."""
     sizes = offsets.diff()
     if int(sizes.max()) <= rows:
-        return Blocks(offsets, torch.arange(len(offsets)))
+        return Blocks(offsets, torch.arange(len(offsets), device="cpu"))
     counts = (sizes + rows - 1) // rows
     first_of_task = torch.cat([offsets.new_zeros(1), counts.cumsum(0)])
-    task = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    starts = offsets[task] + rows * (torch.arange(len(task)) - first_of_task[task])
+    task = torch.repeat_interleave(counts)
+    starts = offsets[task] + rows * (torch.arange(len(task), device="cpu") - first_of_task[task])
     return Blocks(torch.cat([starts, offsets[-1:]]), first_of_task)
 
 

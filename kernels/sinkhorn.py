@@ -221,7 +221,7 @@ def resolve_epsilon(
     if epsilon is None:
         epsilon = _default_epsilon(target.detach(), p, memory) if kept is None else kept.epsilon
     wanted = None if kept is None else kept.epsilon
-    checked: Tensor = _checked_epsilon(torch.as_tensor(epsilon, dtype=torch.float64), wanted)
+    checked: Tensor = _checked_epsilon(torch.as_tensor(epsilon, dtype=torch.float64, device="cpu"), wanted)
     return checked
 
 

@@ -89,7 +89,7 @@ def sinkhorn_gradient(
 
 @sinkhorn_gradient.register_fake
 def _(target: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(target)
+    return target.new_empty(target.shape)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from headstart.kernels import naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
@@ -12,7 +13,7 @@ from headstart.kernels.engine.terms import NONE
 from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.frechet import frechet_distances
 from headstart.kernels.label_aware import label_aware_distances, label_aware_self_terms
-from headstart.kernels.mmd import mmd_distances, mmd_self_terms
+from headstart.kernels.mmd import median_bandwidths, mmd_distances, mmd_self_terms
 from headstart.kernels.neighbours import nearest_neighbours
 from headstart.kernels.prototype import prototype_distances
 from headstart.kernels.ragged import RaggedTasks
@@ -217,6 +218,28 @@ def test_the_others_pass_opcheck(device: str):
         torch.library.opcheck(operator.default, arguments)
 
 
+@pytest.mark.parametrize("d", [5, 9])
+def test_gradients_have_the_strides_that_a_compiled_graph_expects(d: int, device: str):
+    x, tasks = problem(7, d, device, torch.float32)
+    x, features = x.T.contiguous().T, tasks.features
+    potentials, one = (features.new_zeros(len(features)), x.new_zeros(7)), torch.ones((), dtype=torch.float64)
+    labels, ours, more = classes(len(features), device), torch.ops.headstart, (1e-3, 9, "fp32", None, None)
+    for operator, arguments in (
+        (ours.frechet_gradient, (x, features, tasks.offsets, one.expand(3), None)),
+        (
+            ours.sinkhorn_gradient,
+            (x, features, tasks.offsets, *potentials, one.expand(3), one[None], 2, one, "fp32", None, None),
+        ),
+        (
+            ours.label_aware_gradient,
+            (x, classes(7, device), features, labels, tasks.offsets, *potentials, one.expand(3), "bures", one, *more),
+        ),
+    ):
+        with FakeTensorMode() as mode:
+            told = operator(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in arguments))
+        assert operator(*arguments).stride() == told.stride(), operator
+
+
 def labelled(function, **options):
     return lambda x, t: function(x, t, labels=classes(len(x), str(x.device)), **options)
 
@@ -336,3 +359,11 @@ def test_no_gradient_reaches_the_tasks(name: str, device: str):
     function(two, made).sum().backward()
     assert layer.grad is None  # not that of the tasks' own terms alone
     assert torch.equal(one.grad, two.grad)
+
+
+def test_the_default_device_has_no_part_in_what_runs_outside_operators():
+    tasks = RaggedTasks(torch.randn(600, 5), torch.tensor([0, 591, 600]), classes(600, "cpu"))
+    with torch.device("meta"):  # as torch.set_default_device: where the tasks are does not change
+        terms, kept = (make(tasks, epsilon=9.0) for make in (label_aware_self_terms, sinkhorn_self_terms))
+        found = (tasks.means(), median_bandwidths(tasks.features), terms.values, kept.values)
+    assert all(values.device.type == "cpu" for values in found)
