@@ -137,7 +137,8 @@ def _stages(context: Context, until: Until) -> Outcome:
     if until == "rank":
         return _outcome(context, ranked)
     tuned = tune_source(context, ranked)
-    write_training_csv(context.run.path / "training.csv", {"fit": tuned})
+    if not (context.run.path / SUMMARY).exists():  # which tells of a whole run, as does its table
+        write_training_csv(context.run.path / "training.csv", {"fit": tuned})
     chosen = choose(context, ranked, tuned)
     if until == "fit":
         return _outcome(context, ranked, chosen)

@@ -26,6 +26,7 @@ from headstart.cluster.connect import Connection
 from headstart.cluster.pipeline import Outcome, run
 from headstart.cluster.recipe_file import load_recipe
 from headstart.cluster.stages.context import Context, Reporter
+from headstart.cluster.stages.run_directory import Stage
 from headstart.serving.runtime import Predictor
 from headstart.trainer.errors import DataError, SourceError
 from headstart.trainer.evaluation import expected_calibration_error
@@ -307,6 +308,26 @@ def test_of_an_edited_recipe_there_is_no_summary_before_its_end(context: Context
     assert not command("rank", epochs=3)
     assert command("register", epochs=3)
     assert not command("rank", epochs=3, fresh=True)
+
+
+def test_the_table_of_a_whole_run_is_left_by_a_fit_that_trains_nothing(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+):
+    summary, table = (context.run.path / name for name in ("summary.json", "training.csv"))
+    result = {"ranking": [], "source": "", "mode": "full", "rows": [{"epoch": 1}]}
+    fitted = Stage(key="", result=result, seconds=0, skipped=True)
+    for name in ("rank", "tune_source", "choose"):
+        monkeypatch.setattr(pipeline, name, lambda *arguments: fitted)
+    summary.touch()
+    table.write_text("rows of fit and control")
+    pipeline._stages(context, "fit")
+    assert table.read_text() == "rows of fit and control"
+    summary.unlink()
+    pipeline._stages(context, "fit")
+    assert table.read_text().split() == ["job,mode,epoch", "fit,full,1"]
+    monkeypatch.setattr(pipeline, "tune_source", lambda *arguments: None)
+    pipeline._stages(context, "fit")
+    assert not table.exists()
 
 
 @pytest.mark.parametrize(
