@@ -7,7 +7,7 @@ Each stage is a function of the recipe and of the stages before it, and is skipp
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from headstart.trainer.inputs.readers import load_images
 from headstart.trainer.inputs.split import split_images
 from headstart.trainer.recipe import Recipe
 from headstart.trainer.selection.ranking import Target
+from headstart.trainer.selection.sources import survey
 
 Until = Literal["rank", "fit", "evaluate", "export", "register"]
 
@@ -66,17 +67,23 @@ def run(
 
     The summary of a run that ends early has null for what is not known yet; summary.json is written at the end
     alone, and removed where it is of another recipe or other inputs. Raises the errors of the rooms, each with the next
-    step; what is finished stays and is not done again.
+    step; what is finished stays and is not done again, and data or sources that cannot be alter nothing.
     """
     cache, reporter = cache or cache_root(), reporter or Reporter()
-    with RunDirectory(out, {"name": recipe.name, "data": recipe.data.path}, fresh=fresh) as directory:
+    with RunDirectory(out, {"name": recipe.name, "data": recipe.data.path}) as directory:
         summary, written, text = directory.path / SUMMARY, directory.path / "recipe.yaml", recipe_yaml(recipe).encode()
         summarised = summary.exists()
+        target = _read(recipe, cache, reporter, settled=settled)
         # A settled run has its own recipe, to which a variant may have come.
-        if not settled and written.exists() and written.read_bytes() != text:
+        if fresh or (not settled and written.exists() and written.read_bytes() != text):
             directory.remove_summary()
+        if fresh:
+            directory.start_over()
         write_atomically(written, text)
-        context = replace(_prepare(recipe, directory, cache, connection, reporter), settled=settled)
+        context = Context(
+            recipe=recipe, target=target, data_key=_data(target, directory).key, run=directory, cache=cache,
+            connection=connection, reporter=reporter, settled=settled,
+        )  # fmt: skip
         outcome = _stages(context, until)
         if until == "register":
             write_json(summary, outcome.summary)
@@ -91,20 +98,26 @@ def _tell_outdated(outcome: Outcome, reporter: Reporter) -> None:
     later = [("evaluation.json", outcome.evaluation), ("package*", outcome.manifest), ("source", None)]
     left = [path.name for name, made in later if made is None for path in sorted(outcome.path.glob(name))]
     reporter.say(
-        "[bold]summary.json is removed[/bold]: it is of another recipe, other data or other sources. Also of those, "
-        f"until `headstart run` makes them anew: {', '.join(left)}"
+        "[bold]summary.json is removed[/bold]: it is of another recipe, other data or other sources, or of before "
+        f"--fresh. Also of those, until `headstart run` makes them anew: {', '.join(left)}"
     )
 
 
-def _prepare(
-    recipe: Recipe, directory: RunDirectory, cache: Path, connection: Connection, reporter: Reporter
-) -> Context:
-    """Read the data; always done, because the other stages' inputs are named by its content."""
+def _read(recipe: Recipe, cache: Path, reporter: Reporter, *, settled: bool) -> Target:
+    """Read the data, and look whether the sources can be: what is wrong is told before anything is altered."""
     with reporter.bar("data") as progress:
         images = load_images(recipe.data, cache, progress)
-    parts = split_images(images, recipe.data.split, recipe.seed)
+    target = Target(images=images, parts=split_images(images, recipe.data.split, recipe.seed))
+    if not settled:  # whose ranking stays
+        survey(recipe.sources, cache, exclude_data=images.fingerprint, judged_on=target.judged_on)
     if images.skipped:
         reporter.say(escape(f"left out, being no images: {some(images.skipped)}"))
+    return target
+
+
+def _data(target: Target, directory: RunDirectory) -> Stage:
+    """The stage by which the others' inputs are named: the images' content and their division into parts."""
+    images, parts = target.images, target.parts
     inputs: dict[str, object] = {
         "images": images.fingerprint,
         "skipped": list(images.skipped),
@@ -116,16 +129,7 @@ def _prepare(
         "skipped": list(images.skipped),
         "parts": {name: len(part) for name, part in parts.items()},
     }
-    stage = directory.stage("data", inputs, lambda: [], lambda: (result, []))
-    return Context(
-        recipe=recipe,
-        target=Target(images=images, parts=parts),
-        data_key=stage.key,
-        run=directory,
-        cache=cache,
-        connection=connection,
-        reporter=reporter,
-    )
+    return directory.stage("data", inputs, lambda: [], lambda: (result, []))
 
 
 def _stages(context: Context, until: Until) -> Outcome:
@@ -133,7 +137,8 @@ def _stages(context: Context, until: Until) -> Outcome:
     if until == "rank":
         return _outcome(context, ranked)
     tuned = tune_source(context, ranked)
-    write_training_csv(context.run.path / "training.csv", {"fit": tuned})
+    if not (context.run.path / SUMMARY).exists():  # which tells of a whole run, as does its table
+        write_training_csv(context.run.path / "training.csv", {"fit": tuned})
     chosen = choose(context, ranked, tuned)
     if until == "fit":
         return _outcome(context, ranked, chosen)

@@ -21,7 +21,7 @@ from headstart.cluster.report.sources import print_unavailable
 from headstart.cluster.stages.context import Reporter, cache_root
 from headstart.cluster.stages.rank import no_source
 from headstart.cluster.stages.run_directory import RunDirectory, write_json
-from headstart.trainer.errors import RunError, SourceError
+from headstart.trainer.errors import RecipeError, RunError, SourceError
 from headstart.trainer.features import extract_features
 from headstart.trainer.heads import audition, head_settings
 from headstart.trainer.inputs.readers import load_images
@@ -49,7 +49,7 @@ def tune_heads(recipe: Recipe, out: Path, *, connection: Connection, cache: Path
         storage = directory.private / "tune"
         shutil.rmtree(storage, ignore_errors=True)
         features, unavailable = source_features(recipe, target, cache)
-        trials = _run_trials(recipe, target, features, storage, connection)
+        trials = _run_trials(recipe, target, features, storage, connection, unavailable)
         shutil.rmtree(storage, ignore_errors=True)
         document = {
             "schema": 1,
@@ -75,23 +75,27 @@ def source_features(recipe: Recipe, target: Target, cache: Path) -> tuple[dict[s
     for candidate in candidates:
         name = candidate.card.name
         try:
-            backbone = candidate.load(cache)
+            with reporter.bar(f"features {name}") as progress:
+                backbone = candidate.load(cache)
+                features[name] = extract_features(backbone, known, cache, progress=progress).tensor()
         except SourceError as error:
             if recipe.sources != "all":
                 raise
             unavailable[name] = str(error)
-            continue
-        with reporter.bar(f"features {name}") as progress:
-            features[name] = extract_features(backbone, known, cache, progress=progress).tensor()
     if not features:
         raise no_source(unavailable)
     return features, unavailable
 
 
 def _run_trials(
-    recipe: Recipe, target: Target, features: dict[str, torch.Tensor], storage: Path, connection: Connection
+    recipe: Recipe,
+    target: Target,
+    features: dict[str, torch.Tensor],
+    storage: Path,
+    connection: Connection,
+    unavailable: dict[str, str],
 ) -> list[dict[str, Any]]:
-    """Run a trial for each of `features` and return the figures of their banks."""
+    """Run a trial a source and return the figures of their banks; `unavailable` gets why some have none."""
     # Tune's trials leak their resources when it runs without Ray's dashboard.
     ray = connection.ray(num_workers=1, dashboard=True)
     from ray import tune
@@ -125,7 +129,13 @@ def _run_trials(
     trials: list[dict[str, Any]] = []
     for position in range(len(results)):
         figures = results[position].metrics or {}
-        trials.append({"source": figures["config"]["source"], **{name: figures[name] for name in _FIGURES}})
+        source = figures["config"]["source"]
+        if "reason" in figures:
+            unavailable[source] = figures["reason"]
+        else:
+            trials.append({"source": source, **{name: figures[name] for name in _FIGURES}})
+    if not trials:
+        raise no_source(unavailable)
     return trials
 
 
@@ -146,20 +156,26 @@ def print_trials(document: Trials) -> None:
 
 def _trial(
     config: dict[str, str], *, stored: dict[str, Any], num_train: int, num_classes: int, recipe: Recipe
-) -> dict[str, float]:
+) -> dict[str, float | str]:
+    """Return the figures of one bank, or with `all` the `reason` why there are none."""
     import ray
 
     features, labels = ray.get(stored[config["source"]])
-    found = audition(
-        features[:num_train],
-        labels[:num_train],
-        features[num_train:],
-        labels[num_train:],
-        num_classes=num_classes,
-        search=recipe.search,
-        optimizer=recipe.train.optimizer,
-        seed=recipe.seed,
-    )
+    try:
+        found = audition(
+            features[:num_train],
+            labels[:num_train],
+            features[num_train:],
+            labels[num_train:],
+            num_classes=num_classes,
+            search=recipe.search,
+            optimizer=recipe.train.optimizer,
+            seed=recipe.seed,
+        )
+    except RecipeError as error:  # all of its heads diverged
+        if recipe.sources != "all":
+            raise
+        return {"accuracy": 0.0, "reason": str(error)}
     setting = found.setting
     return {
         "accuracy": found.accuracy,

@@ -176,10 +176,12 @@ def chosen_model(context: Context, chosen: Stage, tuned: Stage | None) -> Model:
 
 
 def write_training_csv(path: Path, fits: dict[str, Stage | None]) -> None:
-    """Write an epoch a row for each fit, its job beside it."""
+    """Write an epoch a row for each fit, its job beside it; nothing was trained where there is no file."""
     stages = {name: stage.result for name, stage in fits.items() if stage is not None}
     rows = [{"job": name, "mode": fit["mode"], **row} for name, fit in stages.items() for row in fit["rows"]]
-    if rows:
+    if not rows:
+        path.unlink(missing_ok=True)  # an earlier recipe's
+    else:
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]))
         writer.writeheader()

@@ -78,6 +78,8 @@ def evaluate(context: Context, model: Model, chosen: Stage, control: Stage | Non
         fits = {name: stage.result for name, stage in (("fit", tuned), ("control", control)) if stage}
         if fits:
             plot_learning(path / "learning.png", fits, context.recipe.name)
+        else:
+            (path / "learning.png").unlink(missing_ok=True)  # an earlier recipe's
         return result, used
 
     return context.run.stage("evaluate", inputs, lambda: files, make)

@@ -28,7 +28,7 @@ from headstart.trainer.files import write_atomically
 
 SUMMARY = "summary.json"
 # What a run that has finished no stage leaves behind: in its folder, and in `.stages/` there.
-_CLAIMED = frozenset({".stages", "recipe.yaml"})
+_CLAIMED = frozenset({".stages"})
 _OPENED = frozenset({"lock", "identity.json", "attempt.json"})
 # What writing meets where a disk is full, a quota is spent or a folder is not one's own.
 _NO_PLACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
@@ -74,12 +74,11 @@ def write_json(path: Path, document: object) -> None:
 class RunDirectory:
     """One run's folder, held by one process at a time."""
 
-    def __init__(self, path: Path, identity: Mapping[str, object], *, fresh: bool = False) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, object]) -> None:
         """Open or make the folder.
 
         `identity` says whose run it is (name, data): a folder of another run is refused with `RunError` and left
-        as it is, or taken over where nothing was made in it, as after a mistyped path. With `fresh` the stages start
-        over; the run's earlier files stay until they are replaced.
+        as it is, or taken over where nothing was made in it, as after a mistyped path.
         """
         self.path = path.absolute()
         self.private = self.path / ".stages"
@@ -100,10 +99,6 @@ class RunDirectory:
         except RunError:
             self._lock.close()
             raise
-        if fresh:
-            for old in self.private.iterdir():
-                if old.name not in ("lock", "identity.json"):  # without which a killed run's folder is nobody's
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
         write_json(self.private / "identity.json", identity)
         self.attempt = self._open_attempt()
 
@@ -154,6 +149,13 @@ class RunDirectory:
         stage = Stage(key=key, result=record["result"], seconds=record["seconds"] if mine else 0.0, skipped=not mine)
         self.stages[name] = stage
         return stage
+
+    def start_over(self) -> None:
+        """Forget the stages, and begin another attempt; the run's earlier files stay until they are replaced."""
+        for old in self.private.iterdir():
+            if old.name not in ("lock", "identity.json"):  # without which a killed run's folder is nobody's
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        self.attempt = self._open_attempt()
 
     def remove_summary(self) -> None:
         """Remove the summary, because it is of another recipe or of inputs that are others by now."""

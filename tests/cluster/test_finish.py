@@ -180,6 +180,7 @@ def test_the_model_and_its_control_are_each_measured_on_the_test_images(
     monkeypatch.setattr(finish, "EVALUATION_SCHEMA", finish.EVALUATION_SCHEMA + 1)
     again.append(evaluate(other_seed, model, chosen, None, None))
     assert len({found.key, *(one.key for one in again)}) == 6
+    assert not written.exists()  # nothing was trained for the last ones
 
 
 def test_what_a_run_registers_has_seen_what_its_source_has_if_it_took_that_over(context: Context, shared_weights: Path):

@@ -26,11 +26,14 @@ from headstart.cluster.connect import Connection
 from headstart.cluster.pipeline import Outcome, run
 from headstart.cluster.recipe_file import load_recipe
 from headstart.cluster.stages.context import Context, Reporter
+from headstart.cluster.stages.run_directory import Stage
 from headstart.serving.runtime import Predictor
+from headstart.trainer.errors import DataError, SourceError
 from headstart.trainer.evaluation import expected_calibration_error
 from headstart.trainer.inputs.dataset import LabelledImages
 from headstart.trainer.inputs.readers import load_images
 from headstart.trainer.inputs.split import split_images
+from headstart.trainer.recipe import Data, Recipe, Split
 from headstart.trainer.selection import sources
 
 Run = Callable[..., Any]
@@ -278,16 +281,16 @@ def test_a_run_that_finished_in_between_is_ranked_by_run_and_not_by_evaluate(
 def test_of_an_edited_recipe_there_is_no_summary_before_its_end(context: Context, monkeypatch: pytest.MonkeyPatch):
     console = Console(record=True, width=300, stderr=True)
 
-    def command(until: pipeline.Until, epochs: int, *, settled: bool = False) -> bool:
+    def command(until: pipeline.Until, epochs: int, *, settled: bool = False, fresh: bool = False) -> bool:
         recipe = replace(context.recipe, train=replace(context.recipe.train, epochs=epochs))
         run(
             recipe, folder, connection=context.connection, cache=context.cache, until=until, settled=settled,
-            reporter=Reporter(console),
+            reporter=Reporter(console), fresh=fresh,
         )  # fmt: skip
         return (folder / "summary.json").exists()
 
     folder = context.cache / "edited"
-    monkeypatch.setattr(pipeline, "_prepare", lambda recipe, directory, *more: replace(context, run=directory))
+    monkeypatch.setattr(pipeline, "_read", lambda *arguments, **more: context.target)
     monkeypatch.setattr(pipeline, "_stages", lambda context, until: Outcome(path=folder, summary={}, ranking={}))
     assert command("register", epochs=1)
     for made in ("evaluation.json", "package/model.onnx", "package-int8/model.onnx", "source/card.yaml"):
@@ -297,11 +300,58 @@ def test_of_an_edited_recipe_there_is_no_summary_before_its_end(context: Context
     assert command("export", epochs=2, settled=True)
     assert console.export_text() == ""
     assert not command("rank", epochs=3)
-    told = "summary.json is removed: it is of another recipe, other data or other sources. Also of those, until "
-    told += "`headstart run` makes them anew: evaluation.json, package, package-int8, source"
+    told = (
+        "summary.json is removed: it is of another recipe, other data or other sources, or of before --fresh. Also of "
+    )
+    told += "those, until `headstart run` makes them anew: evaluation.json, package, package-int8, source"
     assert console.export_text().strip() == told
     assert not command("rank", epochs=3)
     assert command("register", epochs=3)
+    assert not command("rank", epochs=3, fresh=True)
+
+
+def test_the_table_of_a_whole_run_is_left_by_a_fit_that_trains_nothing(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+):
+    summary, table = (context.run.path / name for name in ("summary.json", "training.csv"))
+    result = {"ranking": [], "source": "", "mode": "full", "rows": [{"epoch": 1}]}
+    fitted = Stage(key="", result=result, seconds=0, skipped=True)
+    for name in ("rank", "tune_source", "choose"):
+        monkeypatch.setattr(pipeline, name, lambda *arguments: fitted)
+    summary.touch()
+    table.write_text("rows of fit and control")
+    pipeline._stages(context, "fit")
+    assert table.read_text() == "rows of fit and control"
+    summary.unlink()
+    pipeline._stages(context, "fit")
+    assert table.read_text().split() == ["job,mode,epoch", "fit,full,1"]
+    monkeypatch.setattr(pipeline, "tune_source", lambda *arguments: None)
+    pipeline._stages(context, "fit")
+    assert not table.exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"sources": ("typo",)}, SourceError),
+        ({"data": Data(path="sklearn:digits", split=Split(train=99_999))}, DataError),
+    ],
+)
+def test_a_recipe_that_cannot_be_costs_nothing_of_the_run_before(
+    context: Context, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], error: type[Exception]
+):
+    def command(recipe: Recipe, *, fresh: bool = False) -> None:
+        run(recipe, folder, connection=context.connection, cache=context.cache, fresh=fresh)
+
+    folder = context.cache / "mistyped"
+    monkeypatch.setattr(pipeline, "_stages", lambda context, until: Outcome(path=folder, summary={}, ranking={}))
+    command(context.recipe)
+    kept = [folder / name for name in ("summary.json", "recipe.yaml", ".stages/data.json")]
+    before = [path.read_bytes() for path in kept]
+    for fresh in (False, True):
+        with pytest.raises(error):
+            command(replace(context.recipe, seed=5, **wrong), fresh=fresh)
+        assert [path.read_bytes() for path in kept] == before
 
 
 @pytest.mark.timeout(KILL_TIMEOUT + 60)

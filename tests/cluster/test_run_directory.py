@@ -28,7 +28,9 @@ class Work:
 
 
 def do(folder: Path, work: Work, inputs: dict, *, finish: bool = True, fresh: bool = False):
-    with RunDirectory(folder, IDENTITY, fresh=fresh) as run:
+    with RunDirectory(folder, IDENTITY) as run:
+        if fresh:
+            run.start_over()
         stage = run.stage("work", inputs, lambda: [work.file], work)
         if finish:
             run.finish()
@@ -117,17 +119,15 @@ def test_the_folder_of_another_recipe_is_refused_and_untouched(tmp_path: Path):
     with pytest.raises(RunError, match=r"run of another recipe.*data.*--out"):
         RunDirectory(folder, IDENTITY | {"data": "elsewhere"})
     with pytest.raises(RunError, match="another recipe"):
-        RunDirectory(folder, IDENTITY | {"name": "y"}, fresh=True)
+        RunDirectory(folder, IDENTITY | {"name": "y"})
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_the_folder_of_another_recipe_that_made_nothing_is_taken_over(tmp_path: Path):
     folder = tmp_path / "run"
     other = IDENTITY | {"data": "mistyped"}
-    with RunDirectory(folder, other):
-        (folder / "recipe.yaml").write_text("as the pipeline does before it looks at the data")
-        with pytest.raises(RunError, match="at work in"):
-            RunDirectory(folder, IDENTITY)
+    with RunDirectory(folder, other), pytest.raises(RunError, match="at work in"):
+        RunDirectory(folder, IDENTITY)
     assert not do(folder, Work(folder), {"a": 1}).skipped
     with pytest.raises(RunError, match="run of another recipe"):
         RunDirectory(folder, other)
@@ -169,10 +169,10 @@ def test_a_folder_whose_first_run_could_write_nothing_is_no_stranger(tmp_path: P
         with pytest.raises(RunError, match="Free space"):
             RunDirectory(folder, IDENTITY)
     assert not do(folder, Work(folder), {}).skipped
-    with monkeypatch.context() as patch:
+    with RunDirectory(folder, IDENTITY) as run, monkeypatch.context() as patch:
         patch.setattr(run_directory, "write_atomically", full)
         with pytest.raises(RunError, match="Free space"):
-            RunDirectory(folder, IDENTITY, fresh=True)
+            run.start_over()
     with pytest.raises(RunError, match="run of another recipe"):
         RunDirectory(folder, IDENTITY | {"name": "y"})
     assert not do(folder, Work(folder), {}).skipped

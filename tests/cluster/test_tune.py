@@ -14,14 +14,16 @@ import pytest
 import torch
 import yaml
 
+from headstart.cluster import tune
 from headstart.cluster.recipe_file import load_recipe
 from headstart.cluster.tune import print_trials, source_features
-from headstart.trainer.errors import SourceError
+from headstart.trainer.backbones.backbone import Backbone
+from headstart.trainer.errors import RecipeError, SourceError
 from headstart.trainer.features import extract_features
 from headstart.trainer.heads import audition
 from headstart.trainer.inputs.readers import load_images
 from headstart.trainer.inputs.split import split_images
-from headstart.trainer.recipe import Recipe
+from headstart.trainer.recipe import Recipe, Search
 from headstart.trainer.selection import sources
 from headstart.trainer.selection.ranking import Target
 from headstart.trainer.selection.sources import resolve
@@ -103,6 +105,31 @@ def test_every_trial_is_the_whole_bank_of_one_source(recipe: Path, tmp_path: Pat
     assert not (out / ".stages" / "tune").exists()
 
 
+def features_but_of(source: str) -> Callable[..., Any]:
+    """`extract_features` where one source gives NaN."""
+
+    def extract(backbone: Backbone, *arguments: Any, **more: Any) -> Any:
+        if backbone.name == source:
+            raise SourceError(f"source {source} gives NaN")
+        return extract_features(backbone, *arguments, **more)
+
+    return extract
+
+
+def test_a_trial_whose_heads_all_diverge_has_the_reason_with_all_and_is_an_error_by_name(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+):
+    every = replace(load_recipe(str(recipe)), sources="all", search=Search(weight_decays=(1e30,), epochs=3))
+    monkeypatch.setattr("ray.get", lambda stored: stored)
+    stored = {"wild": (torch.arange(8.0)[:, None], torch.arange(8) % 2)}
+    shape: dict[str, Any] = {"stored": stored, "num_train": 4, "num_classes": 2}
+    figures = tune._trial({"source": "wild"}, recipe=every, **shape)
+    assert figures["accuracy"] == 0
+    assert "every head of the search diverged" in str(figures["reason"])
+    with pytest.raises(RecipeError, match="every head"):
+        tune._trial({"source": "wild"}, recipe=replace(every, sources=("wild",)), **shape)
+
+
 def test_sources_that_cannot_be_used_are_told_with_their_reasons(
     recipe: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -119,6 +146,14 @@ def test_sources_that_cannot_be_used_are_told_with_their_reasons(
     assert "absent.onnx" in unavailable["absent"]
     print_trials({"name": "searched", "trials": [], "unavailable": unavailable})
     assert "unavailable: absent: source absent cannot be used: " in capsys.readouterr().out
+
+    few["nan"] = replace(few["mtcnn-onet"], name="nan")
+    monkeypatch.setattr(tune, "extract_features", features_but_of("nan"))
+    features, unavailable = source_features(every, target_of(every, cache), cache)
+    assert (list(features), unavailable["nan"]) == (["mtcnn-onet"], "source nan gives NaN")
+    with pytest.raises(SourceError, match="gives NaN"):
+        source_features(replace(every, sources=("nan",)), target_of(every, cache), cache)
+    del few["nan"]
 
     del few["mtcnn-onet"]
     with pytest.raises(SourceError, match=r"(?s)no source can be used here:\n  broken: .*\n  absent: "):
