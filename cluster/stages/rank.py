@@ -1,6 +1,7 @@
 """The stage that ranks the sources: an audition of each, and its distance where it has a sketch."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,15 @@ def load_probe(context: Context) -> Backbone:
 def rank(context: Context) -> Stage:
     """Rank the sources; writes ranking.json and each source's best head."""
     recipe = context.recipe
-    target = context.target
-    candidates, passed_over = survey(
-        recipe.sources, context.cache, exclude_data=target.images.fingerprint, judged_on=target.judged_on
-    )
     ranked = context.run.result("rank") if context.settled else None
-    if ranked is not None:  # an evaluation or an export beside others must not be of another source
-        names = {entry["source"] for entry in ranked["ranking"]}
-        candidates = [candidate for candidate in candidates if candidate.card.name in names]
-        passed_over = {name: reason for name, reason in passed_over.items() if name in names}
-    sources = {candidate.card.name: candidate.fingerprint for candidate in candidates} | passed_over
-    # Sources that went, or are others by now, change nothing either, but for the one that is used: `ranked_source`.
-    kept = sources if ranked is None else ranked.get("sources", sources)  # which earlier versions did not write
+    # Sources that went, or are others by now, change nothing in a settled run, but for the one that is used:
+    # `ranked_source`. Earlier versions did not write of which their ranking is.
+    look = cache(partial(_survey, context, ranked))
+    sources = ranked["sources"] if ranked is not None and "sources" in ranked else _identities(*look())
     document = recipe_document(recipe)
     inputs = {
         "data": context.data_key,
-        "sources": list(kept.items()),
+        "sources": list(sources.items()),
         "search": document["search"],
         "optimizer": recipe.train.optimizer,
         "seed": recipe.seed,
@@ -49,6 +43,7 @@ def rank(context: Context) -> Stage:
     heads = context.run.private / "heads"
 
     def make() -> tuple[Result, list[CachedFeatures]]:
+        candidates, passed_over = look()
         _tell_unknown(context, candidates)
         used: list[CachedFeatures] = []
         entries = [_audition(context, candidate, heads, used) for candidate in candidates]
@@ -58,22 +53,45 @@ def rank(context: Context) -> Stage:
         _add_distances(context, candidates, entries, used)
         # The best audition first; a tie goes to the better score, then to the order of the recipe.
         entries.sort(key=lambda e: (not e["available"], -(e["audition_accuracy"] or 0), -(e["score"] or 0)))
-        # `sources`: by name the fingerprint of what was ranked, or why it was passed over.
         result = {
-            "schema": 1, "target": context.recipe.name, "probe": PROBE, "ranking": entries, "sources": sources,
-        }  # fmt: skip
+            "schema": 1,
+            "target": context.recipe.name,
+            "probe": PROBE,
+            "ranking": entries,
+            "sources": _identities(candidates, passed_over),
+        }
         write_json(context.run.path / "ranking.json", result)
         return result, used
 
     def nothing_new(result: Result) -> bool:
         if context.settled:
             return True
+        candidates, _ = look()
         lacking = {entry["source"] for entry in result["ranking"] if not entry["loaded"]}
         return not any(_loads(context, candidate) for candidate in candidates if candidate.card.name in lacking)
 
     return context.run.stage(
         "rank", inputs, lambda: [context.run.path / "ranking.json", *heads.glob("*.safetensors")], make, nothing_new
     )
+
+
+def _survey(context: Context, ranked: Result | None) -> tuple[list[Candidate], dict[str, str]]:
+    """The sources of the recipe, and why others are passed over; where there is a ranking already, those in it alone:
+    an evaluation or an export beside others must not be of another source."""
+    target = context.target
+    candidates, passed_over = survey(
+        context.recipe.sources, context.cache, exclude_data=target.images.fingerprint, judged_on=target.judged_on
+    )
+    if ranked is not None:
+        names = {entry["source"] for entry in ranked["ranking"]}
+        candidates = [candidate for candidate in candidates if candidate.card.name in names]
+        passed_over = {name: reason for name, reason in passed_over.items() if name in names}
+    return candidates, passed_over
+
+
+def _identities(candidates: list[Candidate], passed_over: Mapping[str, str]) -> dict[str, str]:
+    """By name the fingerprint of a source that is ranked, or why it is passed over."""
+    return {candidate.card.name: candidate.fingerprint for candidate in candidates} | dict(passed_over)
 
 
 def no_source(reasons: Mapping[str, str]) -> SourceError:

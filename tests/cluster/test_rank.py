@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -33,12 +33,19 @@ def candidate(name: str) -> Candidate:
     return Candidate(card=dataclasses.replace(catalog()["mtcnn-onet"], name=name))
 
 
+def gone(*_: object) -> NoReturn:
+    raise SourceError("there is no weights file")
+
+
 def test_a_settled_ranking_stays_where_a_source_has_come_or_gone(context: Context, monkeypatch: pytest.MonkeyPatch):
     first = ranked(context, monkeypatch, {"good": 0.9, "losing": 0.5})
     settled = dataclasses.replace(context, settled=True)
     for now in ({"good": 0.9}, {"good": 0.9, "losing": 0.5, "better": 1.0}):
         again = ranked(settled, monkeypatch, now)
         assert (again.key, again.result, again.skipped) == (first.key, first.result, True)
+    with monkeypatch.context() as lost:
+        lost.setattr(stage, "_survey", gone)  # a source that the recipe names
+        assert stage.rank(settled).skipped
     again = ranked(context, monkeypatch, {"good": 0.9})
     assert not again.skipped
     assert [entry["source"] for entry in again.result["ranking"]] == ["good"]

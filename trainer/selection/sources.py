@@ -6,6 +6,7 @@
 The registry is the folder `<cache>/sources/`; NAME there is a copy of a run's `source/` folder.
 """
 
+import contextlib
 import difflib
 import os
 import re
@@ -203,7 +204,7 @@ def survey(
 def find_source(name: str, sources: Literal["all"] | tuple[str, ...], cache: Path) -> Candidate:
     """Return the candidate called `name` among a recipe's `sources`; raises `SourceError` where it is not.
 
-    The others' sketches are not read, which `survey` has done.
+    Others may be gone, or damaged: `survey` looks at all.
     """
     if sources == "all":
         if name in (cards := catalog()):
@@ -211,9 +212,11 @@ def find_source(name: str, sources: Literal["all"] | tuple[str, ...], cache: Pat
         if name in (folders := registered(cache)):
             return Candidate(card=_registered_card(folders[name]), base=folders[name])
     else:
-        for card, base in (_named(spec, cache) for spec in sources):
-            if card.name == name:
-                return Candidate(card=card, base=base)
+        for spec in sources:
+            with contextlib.suppress(SourceError):  # of another, which has gone
+                card, base = _named(spec, cache)
+                if card.name == name:
+                    return Candidate(card=card, base=base)
     raise SourceError(f"there is no source {name!r} among the recipe's; `headstart sources list` shows them all")
 
 

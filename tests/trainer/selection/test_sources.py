@@ -256,7 +256,7 @@ def test_user_files(tmp_path):
     assert card.name == f"my-weights-{card.sha256[:8]}"
     assert (card.preprocessing.resize, card.preprocessing.crop, card.licence) == (256, 224, "not stated")
     assert candidate.load(tmp_path).num_features == 512
-    assert find_source(card.name, (spec,), tmp_path).card == card
+    assert find_source(card.name, (f"file:{tmp_path}/gone.onnx", spec), tmp_path).card == card
     with pytest.raises(SourceError, match="does not name its architecture; accepted: file:PATH#ARCH"):
         resolve((f"file:{tmp_path}/my weights.safetensors",), tmp_path)
     with pytest.raises(SourceError, match="no weights file"):
