@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -299,6 +300,16 @@ def lacks_memory() -> None:
     nodes = [onnx.helper.make_node("ConstantOfShape", ["size"], ["zeros"])]
     model = load_graph(model_bytes(nodes, [size], [zeros], {}), name="zeros", device=Device(threads=1), max_batch=1)
     model.run({"size": np.array([1 << 40])}, ["zeros"])
+
+
+def test_a_package_that_the_disk_has_no_room_for_is_refused_before_it_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = write_package(tmp_path / "demo", 1)
+    os.truncate(folder / MODEL, 20 << 20)  # sparse
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=19 << 20))
+    with pytest.raises(PackageError, match="demo cannot be copied: it has 20 MiB, and 19 MiB of the disk are free; "):
+        load_package(folder, name="demo", version="1", device=Device(threads=1))
 
 
 def lacks_descriptors() -> None:
