@@ -6,6 +6,9 @@
 Digests in a manifest tell an accident: whoever can write the folder can write its manifest too. A signature tells who
 made the package. It lies in the folder as `package.sig` and covers every other file; `model_signing verify key` of the
 command line reads it as well.
+
+It does not tell which model of a repository, or which version, the package was meant to be: these are names of folders.
+Whoever can write there can put any package that was signed with the key, an old one too, in another's place.
 """
 
 import base64

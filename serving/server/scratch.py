@@ -1,6 +1,7 @@
 """Temporary folders that go with the server, also where it was killed: the next one deletes what nobody holds."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -47,6 +48,16 @@ class Scratch:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Refuse what there is no room for before its first byte is written: a full disk is everybody's.
+
+    Raises:
+        OSError: fewer bytes are free where the folder lies.
+    """
+    if num_bytes > (free := shutil.disk_usage(folder).free):
+        raise OSError(errno.ENOSPC, f"it has {num_bytes >> 20} MiB, and {free >> 20} MiB of the disk are free")
 
 
 def sweep() -> None:

@@ -2,12 +2,16 @@
 
 import hashlib
 import hmac
+import logging
+import os
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from headstart.serving.server.errors import StartError
 from headstart.serving.server.wire.protocol import Limits
+
+log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "[::1]", "localhost")
 """Names of this machine, as a URL has them, that lead here from nowhere else."""
@@ -139,3 +143,38 @@ def tls_context(settings: HttpSettings) -> ssl.SSLContext | None:
             f"unencrypted key in PEM ({getattr(error, 'reason', None) or error}); check both files"
         ) from error
     return context
+
+
+class Renewal:
+    """Tells when a certificate's files have changed: some are renewed every few weeks, while the server runs.
+
+        if context := renewal.look():
+            ...  # for new connections
+
+    Args:
+        settings: whose certificate it is; where there is none, nothing changes.
+    """
+
+    def __init__(self, settings: HttpSettings) -> None:
+        self._settings = settings
+        self._paths = [path for path in (settings.tls_cert, settings.tls_key) if path is not None]
+        self._seen = self._stamps()
+
+    def look(self) -> ssl.SSLContext | None:
+        """The TLS side with another certificate than at the last look, or None; the log says what cannot be used."""
+        if (stamps := self._stamps()) == self._seen:
+            return None
+        self._seen = stamps
+        try:
+            context = tls_context(self._settings)
+        except StartError as error:  # of one that is being written the rest is seen at the next look
+            log.warning("the certificate is not renewed, new connections get the one before: %s", error)
+            return None
+        log.info("new connections get the certificate that %s holds now", self._settings.tls_cert)
+        return context
+
+    def _stamps(self) -> list[tuple[int, int]]:
+        try:
+            return [(status.st_mtime_ns, status.st_ino) for status in map(os.stat, self._paths)]
+        except OSError:
+            return []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from headstart.serving.errors import PackageError, brief
-from headstart.serving.manifest import MANIFEST
+from headstart.serving.manifest import MANIFEST, MOST_BYTES
 from headstart.serving.plain import read_plain
 from headstart.serving.server.models.policy import VERSION, Policy
 
@@ -31,12 +31,17 @@ class Opening(NamedTuple):
     name: str
     version: int
     mark: str
-    """Of its files: another one where something was written."""
+    """Of its files: another one where something else was written, and the same where it was written again."""
 
     @classmethod
-    def of(cls, name: str, version: int, files: Snapshot) -> "Opening":
-        """With the mark of a snapshot."""
-        return cls(name, version, hashlib.sha256(repr(files).encode()).hexdigest()[:32])
+    def of(cls, name: str, version: int, files: Snapshot, folder: Path) -> "Opening":
+        """With a mark of the manifest, which has the files' digests, and of their sizes, which tell half a copy."""
+        try:
+            manifest = read_plain(folder / MANIFEST, MOST_BYTES)
+        except (OSError, ValueError):  # nothing of it is opened
+            manifest = b""
+        sizes = [(path, size) for path, size, *_ in files]
+        return cls(name, version, hashlib.sha256(repr((manifest, sizes)).encode()).hexdigest()[:32])
 
 
 @dataclass(kw_only=True)

@@ -95,12 +95,12 @@ class Loading:
         if failed and failed.files == files and (failed.again_at is None or monotonic() < failed.again_at):
             return old
         entry.loading.add(version)
-        opening = Opening.of(entry.name, version, files)
+        opening = Opening.of(entry.name, version, files, self._root / entry.name / str(version))
         try:
             if opening in self.suspects:
                 raise PackageError(
                     "processes of this server ended while they opened it, for which their log and the kernel's have "
-                    "the reason; copy it again, or load it by request"
+                    "the reason; put another in its place, or load it by request"
                 )
             estimated, before = self._memory.estimate(files), resident()
             self.on_opening(opening, False)

@@ -25,7 +25,7 @@ from headstart.serving.errors import PackageError, first_line
 from headstart.serving.server.errors import StartError
 from headstart.serving.server.models.folder import NAME, POLICY_FILE
 from headstart.serving.server.models.policy import VERSION, Policy
-from headstart.serving.server.scratch import Scratch
+from headstart.serving.server.scratch import Scratch, check_room
 
 LOOK_S = 10.0
 """Seconds between two listings, which object stores charge for."""
@@ -235,6 +235,7 @@ class Mirror:
     def _follow(self, key: tuple[str, str], files: _Files, says: str) -> None:
         """Copy a version, or a policy, and put it in the place of the one before."""
         name, version = key
+        check_room(self.folder, sum(entry["size"] or 0 for entry in files.values()))
         self._number += 1
         new = self.folder / _STORE / str(self._number)
         try:

@@ -22,7 +22,7 @@ from headstart.serving.runtime import CPU, OUTPUTS
 from headstart.serving.server.errors import bad_request, internal, unavailable
 from headstart.serving.server.models.bound import Bound, buckets, terminate
 from headstart.serving.server.models.drift import DriftGauge
-from headstart.serving.server.scratch import Scratch
+from headstart.serving.server.scratch import Scratch, check_room
 from headstart.serving.signing import verify_signature
 
 _LOG = logging.getLogger(__name__)
@@ -276,7 +276,9 @@ def _copy(source: Path, target: Path) -> None:
         raise PackageError(f"it lacks {brief(', '.join(missing))}; copy the whole folder")
     if extra := sorted(present - listed - {SIGNATURE}):
         raise PackageError(f"it holds {brief(', '.join(extra))}, which its manifest does not list; take it out")
-    for name in listed | (present & {SIGNATURE}):
+    copied = listed | (present & {SIGNATURE})
+    check_room(target, sum((source / name).lstat().st_size for name in copied))
+    for name in copied:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name, follow_symlinks=False)  # one made since is refused by `verify`
 

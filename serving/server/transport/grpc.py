@@ -13,6 +13,8 @@ import contextlib
 import logging
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
+from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
@@ -30,7 +32,7 @@ from headstart.serving.server.errors import (
     unavailable,
 )
 from headstart.serving.server.interface import InferenceService
-from headstart.serving.server.settings import HttpSettings, same_token, tls_context, token_digest
+from headstart.serving.server.settings import HttpSettings, Renewal, same_token, tls_context, token_digest
 from headstart.serving.server.transport.grpc_health import SERVICE as HEALTH
 from headstart.serving.server.transport.grpc_health import Health
 from headstart.serving.server.transport.grpc_methods import NAMES, Answer, Methods
@@ -132,9 +134,9 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
             if settings.tls_cert is None:
                 self.port = self._server.add_insecure_port(where)
             else:
-                chain = settings.tls_cert.read_bytes()
-                key = chain if settings.tls_key is None else settings.tls_key.read_bytes()
-                self.port = self._server.add_secure_port(where, grpc.ssl_server_credentials([(key, chain)]))
+                renewal, read = Renewal(settings), partial(_certificate, settings.tls_cert, settings.tls_key)
+                credentials = grpc.dynamic_ssl_server_credentials(read(), lambda: read() if renewal.look() else None)
+                self.port = self._server.add_secure_port(where, credentials)
         except (RuntimeError, OSError) as error:
             raise StartError(f"gRPC cannot listen on {where}; give another --grpc-port or --host") from error
         await self._server.start()
@@ -308,6 +310,11 @@ async def _abort(context: Any, error: ServeError, request_id: str = "") -> None:
     if request_id:
         trailing.append(("x-request-id", request_id))
     await context.abort(status, error.message[:_LONGEST_DETAILS], trailing_metadata=tuple(trailing))
+
+
+def _certificate(cert: Path, key: Path | None) -> Any:
+    chain = cert.read_bytes()
+    return grpc.ssl_server_certificate_configuration([(chain if key is None else key.read_bytes(), chain)])
 
 
 def _probe(host: str, port: int, reuse_port: bool) -> None:

@@ -10,12 +10,13 @@ It must run on uvloop or asyncio; it imports neither torch nor ray.
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable
 from email.utils import formatdate
 
 from headstart.serving.server.errors import StartError
 from headstart.serving.server.interface import InferenceService
-from headstart.serving.server.settings import HttpSettings, same_token, tls_context, token_digest
+from headstart.serving.server.settings import HttpSettings, Renewal, same_token, tls_context, token_digest
 from headstart.serving.server.transport.busy_poll import BusyPoll
 from headstart.serving.server.transport.connection import Connection
 from headstart.serving.server.transport.routes import Routes
@@ -62,6 +63,8 @@ class HttpServer:
         self._tick = min(1.0, settings.header_timeout / 4, settings.body_timeout / 4, settings.idle_timeout / 4)
         self._listener: asyncio.Server | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._renewal = Renewal(settings)
+        self._renewed: ssl.SSLContext | None = None
 
     async def listen(self) -> None:
         """Open the port.
@@ -71,6 +74,8 @@ class HttpServer:
         """
         settings = self.settings
         context = tls_context(settings)
+        if context is not None:
+            context.sni_callback = self._choose_certificate
         where = f"{settings.host}:{settings.port}"
         try:
             self._listener = await self._loop.create_server(
@@ -151,15 +156,21 @@ class HttpServer:
         return True
 
     def _sweep(self) -> None:
-        """Once per tick: set the date, and close what is too slow."""
+        """Once per tick: set the date, see to the certificate, and close what is too slow."""
         if self._timer is not None:
             self._timer.cancel()
         self.date = f"Date: {formatdate(usegmt=True)}\r\n".encode()
+        self._renewed = self._renewal.look() or self._renewed
         now = self.clock()
         for connection in list(self._connections):
             if connection.deadline <= now:
                 connection.expire()
         self._timer = self._loop.call_later(self._tick, self._sweep)
+
+    def _choose_certificate(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        """At each handshake, also where the client names no server."""
+        if self._renewed is not None:
+            connection.context = self._renewed
 
 
 async def serve_http(service: InferenceService, settings: HttpSettings, watch: Watch | None = None) -> HttpServer:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -67,12 +68,12 @@ sys.exit(run(HttpSettings(port=0), Service(Repository(Path(sys.argv[1]), loader=
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with cert.pem and key.pem for localhost, and other.pem, a key of its own."""
+    """A folder with cert.pem and key.pem for localhost, and with others of the same name: renewed.pem and other.pem."""
     folder = tmp_path_factory.mktemp("tls")
     for name in ("key", "other"):
         command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN=localhost"
         names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", f"{name}.pem", "-out"]
-        certificate = "cert.pem" if name == "key" else "unused.pem"
+        certificate = "cert.pem" if name == "key" else "renewed.pem"
         subprocess.run([*command.split(), *names, certificate], cwd=folder, check=True, capture_output=True)
     return folder
 
@@ -120,6 +121,36 @@ def test_tls_carries_everything(certificate: Path):
             assert plain.closed()
         with running.connect() as silent:  # no handshake at all
             assert silent.closed(within=4)
+
+
+def renew(certificate: Path, folder: Path, *names: str) -> None:
+    """Put the named files of `certificate`, a key first, in the place of key.pem and cert.pem."""
+    for source, target in zip(names, ("key.pem", "cert.pem"), strict=False):
+        shutil.copy(certificate / source, folder / "new.pem")
+        (folder / "new.pem").replace(folder / target)
+
+
+def test_a_renewed_certificate_is_that_of_new_connections(
+    certificate: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    renew(certificate, tmp_path, "key.pem", "cert.pem")
+    old, new = (ssl.create_default_context(cafile=str(certificate / name)) for name in ("cert.pem", "renewed.pem"))
+    settings = HttpSettings(port=0, tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem", body_timeout=0.2)
+    with Running(settings) as running, running.connect(old) as before:
+        renew(certificate, tmp_path, "other.pem")
+        wait_until(lambda: "not renewed" in caplog.text)
+        with running.connect(old):
+            pass
+        renew(certificate, tmp_path, "other.pem", "renewed.pem")
+        wait_until(lambda: "new connections get the certificate" in caplog.text)
+        with running.connect(new) as after:
+            assert after.ask("GET", "/v2").status == 200
+        with running.connect() as nameless:
+            new.wrap_socket(nameless.socket, server_hostname="127.0.0.1").close()
+        with pytest.raises(ssl.SSLCertVerificationError), running.connect(old):
+            pass
+        assert before.ask("GET", "/v2").status == 200
 
 
 @pytest.mark.parametrize(

@@ -379,6 +379,15 @@ async def test_a_disk_that_is_full_refuses_the_version_alone(remote: Path, caplo
         assert len(list((mirror.folder / ".versions").glob("[0-9]*"))) == 1, "no half is left"
 
 
+def test_what_the_disk_has_no_room_for_is_refused_before_it_is_copied(remote: Path, caplog: pytest.LogCaptureFixture):
+    Faulty.more = {f"{remote}/demo/2/{MODEL}": {"type": "file", "size": 1 << 60}}
+    mirror = Mirror(f"faulty://{remote}")
+    mirror.look()
+    assert f"demo/2 of faulty://{remote} cannot be copied: it has {1 << 40} MiB, and " in caplog.text
+    assert copied(mirror) == ["1"]
+    mirror.close()
+
+
 @pytest.mark.parametrize("fault", ["unlink", "mkdir"])
 @on_a_loop
 async def test_a_disk_that_fails_ends_no_deployment(

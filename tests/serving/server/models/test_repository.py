@@ -14,6 +14,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from headstart.serving.package import MODEL
 from headstart.serving.runtime import Predictor
 from headstart.serving.server.errors import ServeError
 from headstart.serving.server.models import loading
+from headstart.serving.server.models.folder import Opening
 from headstart.serving.server.models.loading import Scheduling
 from headstart.serving.server.models.model import LoadedModel, load_graph, load_package, public
 from headstart.serving.server.models.policy import Policy
@@ -301,6 +303,35 @@ def lacks_memory() -> None:
     nodes = [onnx.helper.make_node("ConstantOfShape", ["size"], ["zeros"])]
     model = load_graph(model_bytes(nodes, [size], [zeros], {}), name="zeros", device=Device(threads=1), max_batch=1)
     model.run({"size": np.array([1 << 40])}, ["zeros"])
+
+
+def test_a_package_that_the_disk_has_no_room_for_is_refused_before_it_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = write_package(tmp_path / "demo", 1)
+    os.truncate(folder / MODEL, 20 << 20)  # sparse
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=19 << 20))
+    with pytest.raises(PackageError, match="demo cannot be copied: it has 20 MiB, and 19 MiB of the disk are free; "):
+        load_package(folder, name="demo", version="1", device=Device(threads=1))
+
+
+@on_a_loop
+async def test_a_suspect_that_is_written_again_as_it_was_is_one_still(root: Path, tmp_path: Path):
+    write_package(root / "demo" / "1", 1)
+    async with serving(root, poll_s=NEVER) as service:
+        openings: list[Opening] = []
+        service.repository.loading.on_opening = lambda opening, done: openings.append(opening)
+        write_package(root / "demo" / "2", 2)
+        await service.repository.look()
+        service.repository.loading.suspects.update(openings)
+        (root / "demo" / "2").rename(tmp_path / "before")
+        shutil.copytree(tmp_path / "before", root / "demo" / "2", copy_function=shutil.copyfile)
+        await service.repository.look()
+        assert rows(service)["demo", "2"][1].startswith("processes of this server ended while they opened it")
+        shutil.rmtree(root / "demo" / "2")
+        write_package(root / "demo" / "2", 2.5)
+        await service.repository.look()
+        assert rows(service)["demo", "2"] == ("READY", "")
 
 
 def lacks_descriptors() -> None:

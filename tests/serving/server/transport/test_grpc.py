@@ -431,19 +431,26 @@ def test_without_the_token_nothing_is_told():
             client.get_cuda_shared_memory_status(headers=token)
 
 
-@pytest.mark.parametrize("key", ["key.pem", None], ids=["two files", "one file"])
-def test_tls_carries_everything(certificate: Path, tmp_path: Path, key: str | None):  # noqa: F811
-    cert = certificate / "cert.pem"
-    if key is None:
-        cert = tmp_path / "both.pem"
-        cert.write_bytes((certificate / "cert.pem").read_bytes() + (certificate / "key.pem").read_bytes())
-    settings = HttpSettings(grpc_port=0, tls_cert=cert, tls_key=key and certificate / key)
-    with RunningGrpc(settings) as running:
+@pytest.mark.parametrize("files", [("key.pem", "cert.pem"), ("cert.pem",)], ids=["two files", "one file"])
+def test_tls_carries_everything_and_its_certificate_is_renewed(
+    certificate: Path,  # noqa: F811
+    tmp_path: Path,
+    files: tuple[str, ...],
+):
+    def put(*contents: str) -> None:
+        parts = [(certificate / name).read_bytes() for name in contents]
+        for name, content in zip(files, parts if len(files) == 2 else [b"".join(parts)], strict=True):
+            (tmp_path / name).write_bytes(content)
+
+    put("key.pem", "cert.pem")
+    key = tmp_path / "key.pem" if len(files) == 2 else None
+    array = np.arange(200_000, dtype=np.float32)
+    with RunningGrpc(HttpSettings(grpc_port=0, tls_cert=tmp_path / "cert.pem", tls_key=key)) as running:
         url = f"localhost:{running.grpc_server.port}"
-        roots = str(certificate / "cert.pem")
-        with triton.InferenceServerClient(url, ssl=True, root_certificates=roots) as client:
-            array = np.arange(200_000, dtype=np.float32)
-            assert np.array_equal(client.infer("echo", [tensor("x", array)]).as_numpy("x"), array)
+        for roots in ("cert.pem", "renewed.pem"):
+            with triton.InferenceServerClient(url, ssl=True, root_certificates=str(certificate / roots)) as client:
+                assert np.array_equal(client.infer("echo", [tensor("x", array)]).as_numpy("x"), array)
+            put("other.pem", "renewed.pem")
         with running.client() as plain, pytest.raises(InferenceServerException, match="UNAVAILABLE"):
             plain.is_server_live(client_timeout=5)
 
