@@ -144,6 +144,10 @@ def test_the_model_and_its_control_are_each_measured_on_the_test_images(
     context = small(context, shared_weights)
     tuned, control = trained(context, "fit", "full", 1), trained(context, "control", "scratch", 0)
     chosen, model = stage("chosen", "full"), fitted_model(context, "fit", tuned)
+    for name, trained_one in (("fit", tuned), ("control", control)):
+        module = fitted_model(context, name, trained_one).backbone.module
+        assert module is not None
+        assert not module.training  # or batch norm would go by the images beside
     found = evaluate(context, model, chosen, control, tuned)
 
     def logits(model: Model, part: str) -> torch.Tensor:

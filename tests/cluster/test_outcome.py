@@ -12,7 +12,10 @@ from headstart.cluster.report.outcome import print_outcome
 
 
 def told(
-    ranking: list[dict[str, Any]], evaluation: dict[str, Any] | None = None, choice: dict[str, Any] | None = None
+    ranking: list[dict[str, Any]],
+    evaluation: dict[str, Any] | None = None,
+    choice: dict[str, Any] | None = None,
+    **package: Any,
 ) -> str:
     """What is printed of a run, in one line."""
     console = Console(file=io.StringIO(), record=True, width=200)
@@ -22,6 +25,7 @@ def told(
         ranking={"ranking": ranking, "probe": "probe"},
         choice=choice,
         evaluation=evaluation,
+        **package,
     )
     print_outcome(outcome, console)
     return " ".join(console.export_text().split())
@@ -53,14 +57,59 @@ def test_the_p_value_stands_beside_the_interval(p_value: float, shown: str):
 def test_the_control_is_called_the_same_architecture_where_it_is(architecture: str, shown: str):
     scratch = {"controls": {"scratch": FIGURES | {"architecture": architecture}, "raw_pixels": FIGURES}}
     choice = {"source": "a", "mode": "feature", "reason": "it is asked for"}
-    text = told([ENTRY], EVALUATION | scratch | {"verdict_control": "scratch"}, choice)
+    chosen = {"test": {"accuracy": 0.95, "interval": [0.8, 0.99], "num_samples": 30}}
+    text = told([ENTRY], EVALUATION | scratch | chosen | {"verdict_control": "scratch"}, choice)
+    assert "│ a, feature │ 0.9500 │ [0.8000, 0.9900] │" in text
+    assert "│ control: raw 16x16 pixels │ 0.9000 │ [0.7000, 1.0000] │" in text
     assert f"control: {shown} from scratch" in text
     assert f"stronger control ({shown} from scratch)" in text
+
+
+def test_from_scratch_there_is_no_verdict_and_test_images_in_training_are_told():
+    none = dict.fromkeys(("verdict", "verdict_interval", "verdict_p_value", "verdict_control"))
+    text = told([], EVALUATION | none | {"num_test_images_also_in_training": 3})
+    assert "Verdict" not in text
+    assert "; 3 test images are also among those learned from." in text
+
+
+def test_of_parity_the_worst_batch_is_told_and_of_latency_each_at_its_place():
+    rows = [
+        {"batch": 1, "relative_difference": 1e-6, "top1_agreement": 1.0},
+        {"batch": 16, "relative_difference": 3e-6, "top1_agreement": 0.9375},
+    ]
+    latency = {
+        "predict_p50_ms": 0.5,
+        "session_run_p50_ms": 0.4,
+        "ratio": 1.25,
+        "shape": [1, 8, 8, 3],
+        "provider": "CPU",
+    }
+    manifest = {"licence": "MIT", "parity": {"rows": rows}, "latency": latency}
+    variant = {"accuracy": 0.9, "num_images": 60, "fp32_accuracy": 0.91, "max_loss": 0.02, "latency_ms": 0.2}
+    variants = {
+        "int8": {"refused": None, "manifest": manifest | {"variant": variant | {"fp32_latency_ms": 0.3}}},
+        "fp16": {"refused": "0.5 is lost", "manifest": None},
+    }
+    text = told([], manifest=manifest, variants=variants)
+    assert "at batches 1, 16: logits within 3e-06 of the largest, top-1 agreement 0.9375." in text
+    assert "Prediction p50 0.500 ms, bare session.run 0.400 ms (ratio 1.250), one 1x8x8x3 image, CPU." in text
+    assert (
+        "int8: runs/mine/package-int8: accuracy 0.9000 on 60 validation images (fp32 0.9100, 0.02 may be lost), top-1 "
+        "agreement 0.9375; p50 0.200 ms (fp32 0.300 ms, in turns)."
+    ) in text
+    assert "No fp16 package: 0.5 is lost" in text
 
 
 def test_a_source_that_is_passed_over_is_told_with_its_reason():
     entry = {"source": "broken", "available": False, "reason": "card.yaml cannot be read [here]"}
     assert "unavailable: broken: card.yaml cannot be read [here]" in told([entry])
+
+
+def test_each_figure_of_a_source_stands_in_its_column():
+    figures = {"knn": 0.1, "ridge": 0.2, "score": 0.3, "audition_accuracy": 0.4, "seconds": 6.0}
+    text = told([ENTRY | figures | {"distances": {"energy": 1.5, "euclidean": 2.5}}])
+    assert "source ┃ k-NN ┃ ridge ┃ score ┃ audition ┃ energy ┃ Euclidean ┃ seconds ┃ licence ┃" in text
+    assert "│ a │ 0.1000 │ 0.2000 │ 0.3000 │ 0.4000 │ 1.5 │ 2.5 │ 6.0 │ MIT │" in text
 
 
 def test_a_ranking_says_what_a_dash_in_the_place_of_a_distance_means():

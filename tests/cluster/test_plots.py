@@ -1,11 +1,29 @@
 """The pictures of a run."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
-from headstart.cluster.report.plots import plot_confusion
+from headstart.cluster.report import plots
+from headstart.cluster.report.plots import plot_confusion, plot_learning
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures of a test."""
+    figures: list[Figure] = []
+
+    class Kept(Figure):
+        def __init__(self, **how: Any) -> None:
+            super().__init__(**how)
+            figures.append(self)
+
+    monkeypatch.setattr(plots, "Figure", Kept)
+    return figures
 
 
 def test_names_of_classes_are_no_formulas(tmp_path: Path):
@@ -13,3 +31,29 @@ def test_names_of_classes_are_no_formulas(tmp_path: Path):
     plot_confusion(picture, np.array([0, 1, 1]), np.array([0, 1, 0]), ("$_$", r"$\frac$"), "prices")
     with Image.open(picture) as image:
         assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_a_row_of_the_confusion_matrix_is_a_true_class(drawn: list[Figure], tmp_path: Path):
+    labels, predicted = np.array([0, 0, 0, 0, 1]), np.array([0, 0, 0, 2, 0])
+    plot_confusion(tmp_path / "confusion.png", labels, predicted, ("a", "b", "absent"), "mine")
+    axes = drawn[0].axes[0]
+    assert axes.images[0].get_array().tolist() == [[0.75, 0, 0.25], [1, 0, 0], [0, 0, 0]]  # type: ignore[union-attr]
+    counts = {text.get_position(): text.get_text() for text in axes.texts}
+    assert counts == {(0, 0): "3", (2, 0): "1", (0, 1): "1"}
+    assert axes.get_title() == "mine: 60.0% of 5 test images right"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+
+
+def test_the_chosen_rate_is_drawn_with_its_training_images(drawn: list[Figure], tmp_path: Path):
+    rows = [
+        {"peak_learning_rate": rate, "epoch": epoch, "validation_accuracy": rate + epoch / 10, "train_accuracy": 0.9}
+        for rate in (0.1, 0.2) for epoch in (1, 2)
+    ]  # fmt: skip
+    fit = {"mode": "scratch", "source": "net", "learning_rate": 0.1, "rows": rows}
+    plot_learning(tmp_path / "learning.png", {"control": fit}, "mine")
+    lines = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in drawn[0].axes[0].lines}
+    assert lines == {
+        "scratch (net), rate 0.1": [[1, 0.1 + 0.1], [2, 0.1 + 0.2]],
+        "scratch, training images": [[1, 0.9], [2, 0.9]],
+        "scratch (net), rate 0.2 (not chosen)": [[1, 0.2 + 0.1], [2, 0.2 + 0.2]],
+    }

@@ -12,15 +12,18 @@ from headstart.cluster.stages import rank as stage
 from headstart.cluster.stages.context import Context
 from headstart.cluster.stages.run_directory import Stage
 from headstart.trainer.errors import RecipeError, SourceError
-from headstart.trainer.selection.sources import Candidate, catalog
+from headstart.trainer.selection.sources import Candidate, Sketch, catalog
+
+CARD = catalog()["mtcnn-onet"]
 
 
-def ranked(context: Context, monkeypatch: pytest.MonkeyPatch, accuracies: dict[str, float]) -> Stage:
-    """The ranking where these sources are there, as a command of its own."""
+def ranked(context: Context, monkeypatch: pytest.MonkeyPatch, accuracies: dict[str, Any], **more: float) -> Stage:
+    """The ranking where these sources are there, as a command of its own; `more` are scores by name."""
 
     def audition(context: Context, candidate: Candidate, heads: Path, used: list[Any]) -> dict[str, Any]:
         name = candidate.card.name
-        return stage._entry(name, candidate.card) | {"available": True, "audition_accuracy": accuracies[name]}
+        found = {"loaded": True, "available": True, "audition_accuracy": accuracies[name], "score": more.get(name)}
+        return stage._entry(name, candidate.card) | (found if accuracies[name] is not None else {})
 
     there = [candidate(name) for name in accuracies]
     monkeypatch.setattr(stage, "survey", lambda *arguments, **more: (there, {}))
@@ -30,7 +33,7 @@ def ranked(context: Context, monkeypatch: pytest.MonkeyPatch, accuracies: dict[s
 
 
 def candidate(name: str) -> Candidate:
-    return Candidate(card=dataclasses.replace(catalog()["mtcnn-onet"], name=name))
+    return Candidate(card=dataclasses.replace(CARD, name=name))
 
 
 def gone(*_: object) -> NoReturn:
@@ -51,6 +54,63 @@ def test_a_settled_ranking_stays_where_a_source_has_come_or_gone(context: Contex
     assert [entry["source"] for entry in again.result["ranking"]] == ["good"]
 
 
+def test_the_best_audition_is_first_and_of_equal_ones_the_better_score(
+    context: Context, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    accuracies = {"absent": None, "worse": 0.0, "weak": 0.9, "strong": 0.9}
+    found = ranked(context, monkeypatch, accuracies, worse=-3.0, weak=-2.0, strong=-1.0).result["ranking"]
+    assert [entry["source"] for entry in found] == ["strong", "weak", "worse", "absent"]
+    assert "not known which images" not in capsys.readouterr().err  # which is for finished runs, not for the catalog
+
+
+def test_a_ranking_is_made_anew_for_other_data_another_search_or_another_seed(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = context.recipe
+    others = [
+        dataclasses.replace(context, data_key="other"),
+        *(
+            dataclasses.replace(context, recipe=dataclasses.replace(recipe, **field))
+            for field in (
+                {"seed": 5},
+                {"search": dataclasses.replace(recipe.search, epochs=1)},
+                {"train": dataclasses.replace(recipe.train, optimizer="sgd")},
+            )
+        ),
+    ]
+    keys = [ranked(one, monkeypatch, {"good": 0.9}).key for one in (context, context, *others)]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 5
+
+
+def test_each_source_has_its_own_distance_and_none_where_its_sketch_is_of_another_probe(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+):
+    def sketch(moved: float, probe: str = "ours") -> Sketch:
+        features = torch.eye(4) + moved
+        return Sketch(features=features, labels=torch.zeros(4).long(), mean=features.mean(0), probe=probe)
+
+    sketches = {"far": sketch(3), "other": sketch(0, "another"), "none": None, "near": sketch(0.5)}
+    there: Any = [
+        SimpleNamespace(card=SimpleNamespace(name=n), sketch=lambda one=one: one) for n, one in sketches.items()
+    ]
+    monkeypatch.setattr(stage, "load_probe", lambda context: None)
+    monkeypatch.setattr(stage, "make_sketch", lambda *arguments, **more: (sketch(0), None))
+    entries = [stage._entry(name, None) for name in ("near", "none", "other", "far")]
+    stage._add_distances(context, there, entries, [])
+    near, none, other, far = entries
+    assert near["distances"]["euclidean"] == pytest.approx(1)  # 0.5 in each of four dimensions
+    assert far["distances"]["euclidean"] == pytest.approx(6)
+    assert near["distance"] == near["distances"]["energy"] != near["distances"]["euclidean"]
+    assert (none["distance"], other["distance"]) == (None, None)
+
+    def absent(context: Context) -> Any:
+        raise SourceError("its weights are not to be had")
+
+    monkeypatch.setattr(stage, "load_probe", absent)
+    stage._add_distances(context, there, [], [])  # a ranking needs no distances
+
+
 def test_a_source_whose_heads_all_diverge_is_unavailable_with_all_and_an_error_by_name(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ):
@@ -59,7 +119,7 @@ def test_a_source_whose_heads_all_diverge_is_unavailable_with_all_and_an_error_b
             raise RecipeError("every head of the search diverged")
         return SimpleNamespace(
             features=SimpleNamespace(directory=Path("features"), num_computed=lambda attempt: 0),
-            head=torch.nn.Linear(2, 2), score=0.5, knn=0.5, ridge=0.5, audition_accuracy=0.5, seconds=1.0,
+            head=torch.nn.Linear(2, 2), score=0.1, knn=0.2, ridge=0.3, audition_accuracy=0.4, seconds=1.0,
         )  # fmt: skip
 
     def load(one: Candidate, cache: Path) -> Any:
@@ -80,8 +140,22 @@ def test_a_source_whose_heads_all_diverge_is_unavailable_with_all_and_an_error_b
         ("wild", False, "every head of the search diverged"),
         ("absent", False, "no network"),
     ]
+    figures = {"score": 0.1, "knn": 0.2, "ridge": 0.3, "audition_accuracy": 0.4}
+    assert {name: found[0][name] for name in figures} == figures
     context.run.attempt += "+"
     assert stage.rank(context).skipped  # it loads, and would diverge again
     named = dataclasses.replace(context, recipe=dataclasses.replace(context.recipe, sources=("wild",), seed=5))
     with pytest.raises(RecipeError, match="every head"):
         stage.rank(named)
+    del there[2]
+    with pytest.raises(SourceError, match=r"no source can be used here:\n  wild: every head .*\n  absent: no network"):
+        stage.rank(context)
+
+
+def test_what_is_trained_is_the_best_source_that_is_there_and_tunable():
+    states = {"absent": (False, True), "frozen": (True, False), "best": (True, True), "next": (True, True)}
+    entries = [{"source": name, "available": there, "tunable": can} for name, (there, can) in states.items()]
+    found = stage.tunable_source({"ranking": entries})
+    assert found is not None
+    assert found["source"] == "best"
+    assert stage.tunable_source({"ranking": entries[:2]}) is None

@@ -18,9 +18,10 @@ def counted(metrics: Metrics) -> Metrics:
     one.failed(503, 2)
     one.failed(400)
     one.depth, one.drift, one.memory = (lambda: 4), (lambda: {"rows": 6}), 1000
-    metrics.loaded(ready=True)
-    metrics.loaded(ready=False)
-    metrics.unknown()
+    for ready in (True, False, False):
+        metrics.loaded(ready)
+    for _ in range(3):
+        metrics.unknown()
     return metrics
 
 
@@ -68,8 +69,8 @@ def test_prometheus_reads_what_was_counted():
     assert found["headstart_request_errors_total demo 400 1"] == 1
     assert found["headstart_queue_depth demo 1"] == 4
     assert found["headstart_model_memory_bytes demo 1"] == 1000
-    assert found["headstart_model_loads_total ready"] == found["headstart_model_loads_total refused"] == 1
-    assert found["headstart_unknown_model_requests_total"] == 1
+    assert [found[f"headstart_model_loads_total {end}"] for end in ("ready", "refused")] == [1, 2]
+    assert found["headstart_unknown_model_requests_total"] == 3
     assert not any(name.startswith("headstart_drift") for name in found)
 
 
@@ -81,6 +82,7 @@ def test_a_version_that_is_loaded_anew_counts_on_and_one_that_is_forgotten_does_
     for version in ("10", "9", "2"):
         metrics.track("demo", version)
     assert [one.version for one in metrics.find(None, None)] == ["2", "9", "10"]
+    assert [one.version for one in metrics.find("demo", "9")] == ["9"]
 
 
 def test_a_model_may_be_called_as_a_count_is():
@@ -94,6 +96,7 @@ def test_a_model_may_be_called_as_a_count_is():
 def test_a_server_of_several_processes_is_the_sum_of_those_that_run_and_those_that_ended():
     first, second, ended = (json.loads(json.dumps(counted(Metrics()).counts())) for _ in range(3))
     del ended["now"]
+    ended["models"]["demo"]["1"]["last_inference_ms"] = 4
     whole = Metrics.summed([ended, first, second], {}, 7)
     (one,) = whole.find("demo", "1")
     assert (one.depth(), one.drift(), one.memory) == (8, {"rows": 12}, 2000), "of those that run"
@@ -105,7 +108,7 @@ def test_a_server_of_several_processes_is_the_sum_of_those_that_run_and_those_th
     assert found["headstart_request_errors_total demo 503 1"] == 6
     assert abs(found["headstart_request_duration_seconds_sum demo compute 1"] - 0.21) < 1e-9
     assert found["headstart_batch_rows_bucket 1.0 demo 1"] == 3
-    assert found["headstart_model_loads_total refused"] == found["headstart_unknown_model_requests_total"] == 3
+    assert (found["headstart_model_loads_total refused"], found["headstart_unknown_model_requests_total"]) == (6, 9)
     assert found["headstart_worker_restarts_total"] == 7
 
 
