@@ -291,13 +291,12 @@ def _policies(texts: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     from headstart.serving.server.models.folder import NAME
     from headstart.serving.server.models.policy import Policy
 
-    everywhere, by_model = Policy(), {}
+    rules: dict[str, Policy] = {}
     for text in texts:
-        name, equals, rule = text.partition("=")
-        if not equals:
-            everywhere = Policy.parse(text)
-        elif NAME.fullmatch(name):
-            by_model[name] = Policy.parse(rule)
-        else:
+        name, equals, rule = text.rpartition("=")
+        if equals and not NAME.fullmatch(name):
             raise PackageError(f"the policy {text[:80]!r} names no model; accepted: NAME=latest and the like")
-    return everywhere, by_model
+        if name in rules:
+            raise PackageError(f"the policy {text[:80]!r} is the second of {name or 'all models'}; give one")
+        rules[name] = Policy.parse(rule)
+    return rules.pop("", Policy()), rules

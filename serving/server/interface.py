@@ -31,7 +31,7 @@ class InferenceService(Protocol):
         """Whether the process works."""
 
     def ready(self) -> bool:
-        """Whether every model is ready."""
+        """Whether requests are taken; a package that is refused changes nothing."""
 
     def model_ready(self, name: str, version: str | None) -> bool:
         """Whether a model is ready."""

@@ -9,6 +9,8 @@ from headstart.serving.server.models.model import LoadedModel
 from headstart.serving.server.models.policy import VERSION, Policy
 from headstart.serving.server.scheduling.batching import Scheduler
 
+_UNLOADED = "unloaded by request; load it by request"
+
 State = Literal["READY", "LOADING", "UNAVAILABLE"]
 
 
@@ -66,6 +68,15 @@ class Entry:
         self.count += 1
         return self.canary if self.policy.takes(self.count - 1) else self.base
 
+    def reason(self) -> str:
+        """Why nothing of it serves: what is chosen comes before what is not."""
+        if self.unloaded:
+            return _UNLOADED
+        if self.loading:
+            return "it is being loaded"
+        failed = [version for version in self.failed if self.policy.chooses(version)]
+        return self.failed[max(failed)].reason if failed else str(self.index()[-1]["reason"])
+
     def index(self) -> list[dict[str, Any]]:
         """Its rows of the repository index; a version that serves names a failure of what should follow it."""
         rows = []
@@ -74,10 +85,12 @@ class Entry:
             reason = self.failed[version].reason if version in self.failed else ""
             if version in self.served:
                 state = "READY"
+                if not reason and not self.policy.chooses(version):
+                    reason = f"not chosen by the policy {self.policy}; it serves until what is chosen does"
             elif version in self.loading:
                 state, reason = "LOADING", ""
             elif self.unloaded:
-                reason = "unloaded by request; load it by request"
+                reason = _UNLOADED
             elif not reason:
                 reason = f"not chosen by the policy {self.policy}"
             rows.append({"name": self.name, "version": str(version), "state": state, "reason": reason})

@@ -48,11 +48,14 @@ class Policy:
             return self.kind
         return f"{self.kind}:{self.version}" + (f":{self.share / 100:g}%" if self.kind == "canary" else "")
 
+    def chooses(self, version: int) -> bool:
+        """Whether a version may serve by it."""
+        return self.kind != "pinned" or version == self.version
+
     def candidates(self, versions: list[int]) -> list[int]:
         """The versions of which the first that loads takes the requests, best first."""
-        if self.kind == "pinned":
-            return [self.version] if self.version in versions else []
-        return sorted((one for one in versions if self.kind == "latest" or one != self.version), reverse=True)
+        chosen = (one for one in versions if self.chooses(one) and (self.kind != "canary" or one != self.version))
+        return sorted(chosen, reverse=True)
 
     def canary(self, versions: list[int]) -> int | None:
         """The version that takes `share`, where it is there."""

@@ -210,7 +210,7 @@ class Repository:
                 version, attempt = max(entry.failed.items())
                 raise bad_request(f"{name} version {version} cannot be loaded: {attempt.reason}")
             if entry.base is None:
-                raise bad_request(f"{name} cannot be loaded: {entry.index()[-1]['reason']}")
+                raise bad_request(f"{name} cannot be loaded: {entry.reason()}")
 
     async def unload(self, name: str) -> None:
         """Take a model down until it is loaded by request; returns when its last request is answered.
@@ -301,8 +301,7 @@ class Repository:
                 return unavailable("the server is starting; try again")
             return not_found(f"there is no model {name[:128]!r}; POST /v2/repository/index lists those that are")
         if version is None or version == "":
-            rows = entry.index()
-            return unavailable(f"{name} is not ready: {rows[-1]['reason'] or 'it is being loaded'}")
+            return unavailable(f"{name} is not ready: {entry.reason()}")
         rows = [row for row in entry.index() if row["version"] == version]
         number = int(version) if VERSION.fullmatch(version) else 0
         if rows and (entry.unloaded or number in entry.failed or number in entry.loading or not self.started):

@@ -94,7 +94,9 @@ def _paths() -> dict[str, Any]:
         "/v1/predict": {"post": _predict(model)},
         "/v2": {"get": _operation("serverMetadata", "The server's name, version and extensions.", "ServerMetadata")},
         "/v2/health/live": {"get": _health("live", "Whether the process works.", "Live")},
-        "/v2/health/ready": {"get": _health("ready", "Whether every model is ready.", "Ready")},
+        "/v2/health/ready": {
+            "get": _health("ready", "Whether requests are taken; refused packages change nothing.", "Ready")
+        },
         "/v2/models/stats": {"get": _operation("allStatistics", "Statistics of all models.", "Statistics")},
         "/v2/repository/index": {"post": _index()},
     }

@@ -312,6 +312,9 @@ def test_tritons_client_works_with_the_served_repository(server: Server, root: P
     [
         ({"policy": ["newest"]}, "'newest' is not known; accepted: latest"),
         ({"policy": ["a/b=latest"]}, "names no model"),
+        ({"policy": ["=latest"]}, "names no model"),
+        ({"policy": ["demo=pinned:1", "demo=canary:2:10%"]}, "'demo=canary:2:10%' is the second of demo; give one"),
+        ({"policy": ["latest", "pinned:1"]}, "'pinned:1' is the second of all models; give one"),
         ({"max_delay_ms": -1}, "max_delay_ms is -1"),
         ({"max_batch": 0}, "max_batch is 0"),
         ({"max_queue": 0}, "max_queue is 0"),

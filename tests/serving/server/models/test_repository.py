@@ -615,9 +615,11 @@ async def test_the_file_of_a_model_goes_before_the_setting_and_is_followed(root:
         await looks(service)
         assert await served_by(service) == "1"  # a damaged file changes nothing
         assert "is not known; accepted: latest" in rows(service)["demo", "policy"][1]
-        (root / "demo" / "policy").write_text("pinned:7")  # not there: the old one stays
+        (root / "demo" / "policy").write_text("pinned:7")  # not there: the old one stays, and the index says so
         await looks(service)
         assert await served_by(service) == "1"
+        reason = "not chosen by the policy pinned:7; it serves until what is chosen does"
+        assert rows(service)["demo", "1"] == ("READY", reason)
         (root / "demo" / "policy").write_text("latest")
         await looks(service)
         assert await served_by(service) == "3"
@@ -627,6 +629,18 @@ async def test_the_file_of_a_model_goes_before_the_setting_and_is_followed(root:
         shutil.rmtree(root / "demo" / "2")  # and none is served in the place of one that is pinned
         await looks(service)
         assert await status_of(service) == 503
+
+
+@on_a_loop
+async def test_a_refusal_says_what_is_wrong_with_what_is_chosen_and_not_that_others_are_not(root: Path):
+    break_digest(write_package(root / "demo" / "1", 1))
+    write_package(root / "demo" / "2", 2)
+    async with serving(root, policy=Policy.parse("pinned:1"), poll_s=NEVER) as service:
+        with pytest.raises(ServeError, match=r"demo is not ready: model\.onnx was changed"):
+            service.repository.route("demo", None)
+        service.repository.entries["demo"].loading.add(1)
+        with pytest.raises(ServeError, match="demo is not ready: it is being loaded"):
+            service.repository.route("demo", None)
 
 
 @pytest.mark.timeout(60)
