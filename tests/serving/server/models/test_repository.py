@@ -347,7 +347,7 @@ def lacks_a_folder() -> None:
     raise PackageError("it cannot be copied") from FileNotFoundError("No usable temporary directory found")
 
 
-def lacks_a_thread(*_: object) -> None:
+def lacks_a_thread() -> None:
     raise RuntimeError("can't start new thread")
 
 
@@ -379,10 +379,16 @@ async def test_what_fails_for_want_of_something_is_tried_again_with_the_same_fil
 
 @on_a_loop
 async def test_where_there_is_no_thread_to_load_in_it_is_tried_again(root: Path, monkeypatch: pytest.MonkeyPatch):
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "headstart-load":
+            lacks_a_thread()
+        start_thread(thread)
+
+    start_thread = threading.Thread.start
     async with serving(root, poll_s=NEVER) as service:
         write_package(root / "demo" / "1", 1)
         with monkeypatch.context() as full:
-            full.setattr(threading.Thread, "start", lacks_a_thread)
+            full.setattr(threading.Thread, "start", start)
             await looks(service)
         assert rows(service)["demo", "1"] == ("UNAVAILABLE", "can't start new thread")
         monkeypatch.setattr(loading, "monotonic", lambda: time.monotonic() + 31)
