@@ -110,6 +110,11 @@ def _read_folder(path: Path) -> Listing:
     # A folder named train that holds images itself is a class: data sets of vehicles have one.
     parts = {f: _PART_NAMES[f.name.lower()] for f in folders if f.name.lower() in _PART_NAMES and not _images(f)}
     if not any(part == "train" and _folders(folder) for folder, part in parts.items()):
+        if folders and all(_is_called_a_part(f.name) and not _images(f) and _folders(f) for f in folders):
+            raise DataError(
+                f"{path} has folders that are parts by their names, not classes: {some([f.name for f in folders])}; "
+                "accepted for parts: train, with or without validation and test: rename them"
+            )
         return _read_class_folders(path, folders)
     beside = [folder.name for folder in folders if folder not in parts and _images_below(folder)]
     if beside:
@@ -128,6 +133,10 @@ def _read_folder(path: Path) -> Listing:
         names=tuple(name for listing in listings for name in listing.names),
         parts=tuple(listing.origin for listing in listings for _ in listing.paths),
     )
+
+
+def _is_called_a_part(name: str) -> bool:
+    return any(word in _PART_NAMES for word in re.split(r"[\W_]+", name.lower()))  # training_set, images-test
 
 
 def _read_class_folders(path: Path, folders: list[Path]) -> Listing:

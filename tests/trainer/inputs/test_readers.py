@@ -133,6 +133,11 @@ class TestFolder:
             ({"train/a": 1, "train/b": 1, "test": 2}, ["beside them images in test"]),
             ({"train/a": 1, "train/b": 1, "extra/c": 2}, ["beside them images in extra"]),
             ({"train/a": 1, "train/b": 1, "val/a": 1, "valid/a": 1}, ["a part twice: train, val, valid"]),
+            (
+                {"Training_set/a": 1, "Training_set/b": 1, "test_set/a": 1},
+                ["not classes: Training_set, test_set", "rename"],
+            ),
+            ({"test/a": 1, "val/a": 1}, ["not classes: test, val; accepted for parts: train"]),
         ],
         ids=str,
     )
