@@ -194,13 +194,12 @@ class HeadBank:
 
     def head(self, k: int) -> nn.Linear:
         """Head k on the CPU as an nn.Linear on raw features: W' = W s, b' = b - W' m, folded in float64."""
-        weight, bias = self._weight[k].double(), self._bias[k, :, 0].double()
-        folded = weight * self._scale.double()
+        folded = self._weight[k] * self._scale.double()
         # Made on the meta device: the default initialisation would draw from the global generator for nothing.
         linear = nn.Linear(folded.shape[1], self.num_classes, device="meta").to_empty(device="cpu")
         with torch.no_grad():
             linear.weight.copy_(folded)
-            linear.bias.copy_(bias - folded @ self._mean.double())
+            linear.bias.copy_(self._bias[k, :, 0] - folded @ self._mean.double())
         return linear
 
     def _initialise(self, num_features: int) -> None:
@@ -317,5 +316,4 @@ def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     deviation = (squares / len(x)).sqrt()
     common = deviation.square().mean().sqrt()
     scale = (1 / (deviation * common).sqrt()).float()
-    constant = (deviation <= 1e-6 * mean.abs()) | ~torch.isfinite(scale)
-    return mean.float(), scale.masked_fill(constant, 0.0)
+    return mean.float(), scale.masked_fill(deviation <= 1e-6 * mean.abs(), 0.0)

@@ -16,6 +16,7 @@ from headstart.cluster.stages.finish import _conclude, _raw_pixels, evaluate, re
 from headstart.cluster.stages.model import Model, load_source
 from headstart.cluster.stages.run_directory import Stage, write_json
 from headstart.trainer.backbones.card import card_to_yaml
+from headstart.trainer.errors import SourceError
 from headstart.trainer.evaluation import (
     accuracy_interval,
     fit_temperature,
@@ -28,7 +29,7 @@ from headstart.trainer.inputs.dataset import ImageArrays
 from headstart.trainer.inputs.preprocessing import Preprocess, Preprocessing
 from headstart.trainer.recipe import Mode
 from headstart.trainer.selection.ranking import Target
-from headstart.trainer.selection.source_folder import read_card, read_seen
+from headstart.trainer.selection.source_folder import WEIGHTS, read_card, read_seen
 from headstart.trainer.selection.sources import SourceCard, catalog, image_id
 from headstart.trainer.transfer import build_classifier
 
@@ -148,6 +149,9 @@ def test_the_model_and_its_control_are_each_measured_on_the_test_images(
         module = fitted_model(context, name, trained_one).backbone.module
         assert module is not None
         assert not module.training  # or batch norm would go by the images beside
+    plotted: list[np.ndarray] = []
+    plot = finish.plot_confusion
+    monkeypatch.setattr(finish, "plot_confusion", lambda *given: (plotted.extend(given[1:3]), plot(*given)))
     found = evaluate(context, model, chosen, control, tuned)
 
     def logits(model: Model, part: str) -> torch.Tensor:
@@ -161,6 +165,7 @@ def test_the_model_and_its_control_are_each_measured_on_the_test_images(
         for one in (model, fitted_model(context, "control", control))
     ]
     assert accuracies[0] != accuracies[1]
+    np.testing.assert_array_equal(plotted, [labels["test"], logits(model, "test").argmax(1).numpy()])
     assert [found.result["test"]["accuracy"], found.result["controls"]["scratch"]["accuracy"]] == accuracies
     assert found.result["controls"]["scratch"]["architecture"] == catalog()[SOURCE].architecture
     assert found.result["controls"]["raw_pixels"]["accuracy"] == _raw_pixels(context).mean()
@@ -205,6 +210,7 @@ def test_what_a_run_registers_has_seen_what_its_source_has_if_it_took_that_over(
     for field in ("architecture", "licence", "preprocessing"):
         assert getattr(card, field) == getattr(origin, field)
     assert (card.classes, card.data_fingerprint) == (tuple("0123456789"), first.target.images.fingerprint)
+    assert card.weights == WEIGHTS  # of its own, where they were trained
     assert (seen, card.notes) == (ids[0], f"made by Headstart from {SOURCE} in mode full")
     assert registered(second, "first", "scratch")[1] == ids[1]
     assert registered(second, "first", "full")[1] == ids[0] | ids[1]
@@ -227,8 +233,14 @@ def test_what_a_run_registers_has_seen_what_its_source_has_if_it_took_that_over(
     assert registered(second, "first", "scratch")[0] == card
 
 
-def test_a_source_is_made_anew_for_another_name_model_or_data(context: Context, shared_weights: Path):
+def test_a_source_is_made_anew_for_another_name_model_or_data(
+    context: Context, shared_weights: Path, monkeypatch: pytest.MonkeyPatch
+):
     context = small(context, shared_weights)
+    fewer = Target(images=context.target.images, parts=context.target.parts | {"train": np.arange(10)})
+    seeds: list[int] = []
+    sketched = finish.sketched
+    monkeypatch.setattr(finish, "sketched", lambda target, seed: (seeds.append(seed), sketched(target, seed))[1])
     backbone = load_source(context, SOURCE)
     model = Model(source=SOURCE, mode="full", backbone=backbone, head=torch.nn.Linear(backbone.num_features, 10))
     keys = [
@@ -236,8 +248,17 @@ def test_a_source_is_made_anew_for_another_name_model_or_data(context: Context, 
         for one, key in (
             (context, "a"), (context, "a"), (context, "b"), (dataclasses.replace(context, data_key="other"), "b"),
             (dataclasses.replace(context, recipe=dataclasses.replace(context.recipe, name="yours")), "b"),
+            (dataclasses.replace(context, target=fewer), "b"),
         )
     ]  # fmt: skip
     assert keys[0] == keys[1]
-    assert len(set(keys)) == 4
+    assert len(set(keys)) == 5
+    assert seeds == [context.recipe.seed] * 5
     assert sorted(path.name for path in (context.cache / "sources").glob("[!.]*")) == ["mine", "yours"]
+
+    def fails(context: Context) -> None:
+        raise SourceError("no network")
+
+    monkeypatch.setattr(finish, "load_probe", fails)
+    with pytest.raises(SourceError, match=r"^the run is finished, but .* without the probe: no network"):
+        register_source(context, model, stage("c", "full"))

@@ -266,7 +266,7 @@ class Repository:
         if base is None and canary is None and versions and entry.base and self._is_there(entry, entry.base):
             base = entry.base  # nothing that was chosen is sound: the old one stays
         if not self.stopping:
-            self._set(entry, base or canary, canary if base else None)
+            self._set(entry, base or canary, canary)
 
     def _set(self, entry: Entry, base: Served | None, canary: Served | None) -> list["asyncio.Task[None]"]:
         """Let these answer from the next request on; the others answer what they have and are closed."""

@@ -27,7 +27,7 @@ from headstart.serving.manifest import MANIFEST
 from headstart.serving.package import MODEL
 from headstart.serving.runtime import Predictor
 from headstart.serving.server.errors import ServeError
-from headstart.serving.server.models import loading
+from headstart.serving.server.models import loading, repository
 from headstart.serving.server.models.folder import Opening
 from headstart.serving.server.models.loading import Scheduling
 from headstart.serving.server.models.model import LoadedModel, load_graph, load_package, public
@@ -332,6 +332,10 @@ async def test_a_suspect_that_is_written_again_as_it_was_is_one_still(root: Path
         write_package(root / "demo" / "2", 2.5)
         await service.repository.look()
         assert rows(service)["demo", "2"] == ("READY", "")
+        service.repository.loading.suspects.update(openings)
+        await service.unload("demo")
+        await service.load("demo", {})  # by request it is tried whatever happened
+        assert rows(service)["demo", "2"] == ("READY", "")
 
 
 def lacks_descriptors() -> None:
@@ -533,6 +537,7 @@ async def test_links_that_lead_out_are_refused_and_others_followed(root: Path, t
         (" pinned:3\n", "pinned:3"),
         ("canary:3:10%", "canary:3:10%"),
         ("canary:3:0.1", "canary:3:10%"),
+        ("canary:3:0.57", "canary:3:57%"),
     ],
 )
 def test_a_policy_reads_and_writes_itself(text: str, words: str):
@@ -544,7 +549,8 @@ def test_a_policy_reads_and_writes_itself(text: str, words: str):
 @pytest.mark.parametrize(
     "text",
     ["", "newest", "latest:1", "pinned", "pinned:0", "pinned:x", "pinned:1:2", "canary:1", "canary:1:0", "canary:1:1",
-     "canary:1:100%", "canary:1:-5%", "canary:1:nan", "canary:1:1e-1", "canary:1:200%", "canary::10%"],
+     "canary:1:100%", "canary:1:-5%", "canary:1:nan", "canary:1:1e-1", "canary:1:200%", "canary::10%",
+     "canary:1:0.12345"],
 )  # fmt: skip
 def test_a_policy_that_is_not_one_is_refused_with_what_is_accepted(text: str):
     with pytest.raises(PackageError, match="accepted: latest, pinned:VERSION, or canary:VERSION:SHARE"):
@@ -571,9 +577,23 @@ async def test_a_canary_takes_its_share_of_the_requests_that_name_no_version(roo
         assert await served_by(service, "demo", "3") == "3"
         assert await served_by(service, "demo", "2") == "2"
         assert service.model_metadata("demo", None)["versions"] == ["2", "3"]
+        assert {service.repository.find("demo", None).model.version for _ in range(6)} == {"2"}
+        assert [await served_by(service) for _ in range(5)] == ["2", "2", "2", "2", "3"]  # questions count for nothing
         shutil.rmtree(root / "demo" / "3")
         await looks(service)
         assert {await served_by(service) for _ in range(10)} == {"2"}
+
+
+@on_a_loop
+async def test_a_canary_without_another_version_answers_all_and_is_replaced_as_any(root: Path):
+    folder = write_package(root / "demo" / "1", 1)
+    async with serving(root, policy=Policy.parse("canary:1:50%"), poll_s=NEVER) as service:
+        assert [await served_by(service) for _ in range(4)] == ["1"] * 4
+        shutil.rmtree(folder)
+        write_package(folder, 5)
+        await looks(service)
+        for _ in range(4):
+            np.testing.assert_allclose((await infer(service)).outputs["logits"], logits(IMAGE, 5), rtol=1e-6)
 
 
 @on_a_loop
@@ -615,8 +635,12 @@ async def test_the_file_of_a_model_goes_before_the_setting_and_is_followed(root:
     for version in (1, 2, 3):
         write_package(root / "demo" / str(version), version)
     (root / "demo" / "policy").write_text("pinned:1\n")
-    async with serving(root, policy=Policy.parse("pinned:2"), poll_s=NEVER) as service:
-        assert await served_by(service) == "1"
+    write_package(root / "other" / "1", 1)
+    write_package(root / "other" / "2", 2)
+    (root / "other" / "policy").write_text("damaged from the start")
+    policies = {"other": Policy.parse("pinned:1")}
+    async with serving(root, policy=Policy.parse("pinned:2"), policies=policies, poll_s=NEVER) as service:
+        assert await served_by(service) == await served_by(service, "other") == "1"
         (root / "demo" / "policy").write_text("pined:3")
         await looks(service)
         assert await served_by(service) == "1"  # a damaged file changes nothing
@@ -829,8 +853,31 @@ async def test_unloading_waits_for_the_last_answer_and_lasts_until_loading(root:
         assert await status_of(service, "demo", "1") == 503
         state, reason = rows(service)["demo", "1"]
         assert (state, reason) == ("UNAVAILABLE", "unloaded by request; load it by request")
+
+        async def come_back() -> None:
+            shutil.rmtree(root / "demo")
+            await service.repository.look()
+            write_package(root / "demo" / "1", 1)
+            await service.repository.look()
+
+        await come_back()
+        assert await status_of(service) == 503
         await service.load("demo", {})
         assert await served_by(service) == "1"
+        await come_back()
+        assert await served_by(service) == "1"
+        (root / "empty").mkdir()
+        with pytest.raises(ServeError, match="empty cannot be loaded: there is no version folder"):
+            await service.load("empty", {})
+        for version in (2, 3):
+            break_digest(write_package(root / "demo" / str(version), version))
+        with pytest.raises(ServeError, match=r"demo version 3 cannot be loaded: .*was changed"):
+            await service.load("demo", {})
+        assert service.repository.entries["demo"].refused == [2, 3]
+        for version, refused in ((3, [2]), (2, [])):
+            shutil.rmtree(root / "demo" / str(version))
+            await service.repository.look()
+            assert service.repository.entries["demo"].refused == refused
         for name in ("absent", "..", "demo/1"):
             with pytest.raises(ServeError) as caught:
                 await service.load(name, {})
@@ -951,16 +998,53 @@ def test_a_package_is_warmed_with_the_size_that_it_was_timed_with(pristine: Path
     assert {size for size, _ in known} == {40 * 48 * 3}
 
 
+@pytest.mark.parametrize("limits", [{"max_batch": 2}, {"max_delay_s": 10}], ids="-".join)
 @on_a_loop
-async def test_stopping_answers_what_is_queued(root: Path):
+async def test_stopping_answers_what_is_queued(root: Path, limits: dict[str, Any]):
     write_package(root / "demo" / "1", 1, graph=classifier(1, turns=10_000))
-    async with serving(root, scheduling=Scheduling(max_batch=2)) as service:
+    async with serving(root, scheduling=Scheduling(**limits)) as service:
         tasks = [asyncio.create_task(infer(service)) for _ in range(4)]
         await asyncio.sleep(0)
+        begun = time.monotonic()
         await service.stop()
+        assert time.monotonic() - begun < 5  # nothing waits for a batch to be filled
         assert all(task.done() for task in tasks)
         assert [(await task).version for task in tasks] == ["1"] * 4
-        assert await status_of(service) == 503
+        for name in ("demo", "absent"):
+            with pytest.raises(ServeError, match="the server is shutting down"):
+                await infer(service, name)
+        assert service.repository.metrics.counts()["unknown"] == 2
+
+
+@on_a_loop
+async def test_stopping_waits_no_longer_than_it_was_told(root: Path):
+    write_package(root / "demo" / "1", 1, graph=classifier(1, turns=10_000))  # which runs in a thread
+    over = threading.Event()
+    async with serving(root) as service:
+        service.repository.find("demo", None).model.run = lambda feed, outputs: over.wait(10)
+        asked = asyncio.create_task(infer(service))
+        await asyncio.sleep(0.01)
+        begun = time.monotonic()
+        await service.repository.stop(drain_s=0.05)
+        assert time.monotonic() - begun < 5
+        over.set()
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+
+
+@on_a_loop
+async def test_a_look_that_fails_is_not_the_last(root: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(root: Path) -> None:
+        failed.append(root)
+        raise RuntimeError("nobody thought of this")
+
+    failed: list[Path] = []
+    async with serving(root, poll_s=0.005) as service:
+        with monkeypatch.context() as broken:
+            broken.setattr(repository, "scan", fails)
+            await until(lambda: failed)
+        write_package(root / "demo" / "1", 1)
+        await until(lambda: service.model_ready("demo", None), 5)
 
 
 @on_a_loop
@@ -984,8 +1068,9 @@ async def test_a_root_that_cannot_be_read_takes_nothing_down(root: Path):
         ({"provider": "cpu"}, "'cpu' is not in this ONNX Runtime; accepted: .*CPUExecutionProvider"),
         ({"threads": 0}, "threads is 0"),
         ({"policy": None, "root": "absent"}, "is no folder; make it"),
+        ({"drift": 1.5}, "the share for drift is 1.5"),
     ],
-    ids=["provider", "threads", "root"],
+    ids=["provider", "threads", "root", "drift"],
 )
 def test_settings_that_cannot_be_are_refused(root: Path, settings: dict[str, Any], words: str):
     folder = root / settings.pop("root", ".")
