@@ -361,7 +361,8 @@ def test_a_source_made_from_a_source_has_seen_its_images_too(house: House, summa
     house(
         "run", "folder", "--set", f"data.path={write_digits(house.root / 'more', 20, num_classes=2, start=120)}",
         "--set", "name=more", "--set", "sources=[digits]", "--set", "mode=feature", "--set", "search.epochs=2",
-        "--set", "train.epochs=1", "--set", "train.batch_size=8", "--set", "export.variants=[]",
+        "--set", "train.epochs=1", "--set", "train.batch_size=8", "--set", "train.workers=1",
+        "--set", "export.variants=[]",
     )  # fmt: skip
     parts = json.loads((house.root / "runs/more/.stages/data.json").read_text())["result"]["parts"]
     seen = (house.root / "runs/more/source/seen.bin").read_bytes()
