@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
 from headstart.trainer.backbones import packaged
@@ -104,6 +103,8 @@ def build_architecture(name: str) -> tuple[nn.Module, int]:
 @functools.cache
 def architecture_names() -> tuple[str, ...]:
     """Return every architecture that `build_architecture` knows."""
+    import torchvision  # takes as long as torch itself, and most commands need neither names nor models
+
     models = torchvision.models.list_models(module=torchvision.models)
     return (*_PACKAGED, *(f"torchvision:{name}" for name in models))
 
@@ -164,6 +165,8 @@ _PACKAGED = {
 @functools.cache
 def _torchvision(name: str) -> Architecture:
     """Describe a torchvision model by building it once without memory, on the meta device."""
+    import torchvision
+
     arguments: dict[str, Any] = {"weights": None}
     crop, fixed = 224, False
     if name.startswith(("vit_", "maxvit_")):
@@ -205,6 +208,8 @@ def _torchvision(name: str) -> Architecture:
 def _classifier(model: nn.Module) -> tuple[str, int, nn.Module]:
     """Return the classifier's path, the number of its inputs, and what stands in its place to give
     features."""
+    import torchvision
+
     if isinstance(model, torchvision.models.SqueezeNet):  # its classifier is a convolution before the pooling
         return "classifier", 512, nn.AdaptiveAvgPool2d(1)
     layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]

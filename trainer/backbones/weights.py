@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import IO
 
 import torch
-import torchvision
 
 from headstart.trainer.errors import RunError, SourceError
 
@@ -187,6 +186,8 @@ def _from_wheel(spec: re.Match[str], target: Path) -> None:
 
 
 def _torchvision_url(spec: str) -> str:
+    import torchvision
+
     try:
         url: str = torchvision.models.get_weight(spec.removeprefix("torchvision:")).url
     except (ValueError, KeyError, AttributeError) as error:

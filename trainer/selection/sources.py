@@ -17,8 +17,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-import torchvision
-
 from headstart.trainer.backbones.architectures import find_architecture
 from headstart.trainer.backbones.backbone import Backbone, load_backbone
 from headstart.trainer.backbones.card import LICENCE_NOT_STATED, SourceCard, card_from_yaml, card_to_yaml
@@ -264,6 +262,8 @@ def _named(spec: str, cache: Path) -> tuple[SourceCard, Path | None]:
 
 
 def _torchvision_card(spec: str) -> SourceCard:
+    import torchvision
+
     architecture = find_architecture(spec)
     weights = torchvision.models.get_model_weights(spec.removeprefix("torchvision:")).DEFAULT
     transforms = weights.transforms()
