@@ -32,7 +32,7 @@ class Admission:
         self._parser = HeadParser(server.settings.max_headers)
         self._raw = b""
         self.head: Head | None = None
-        """That of the last request, where it could be read and was let in."""
+        """That of the last request, where it is one, whatever its headers' values, and was let in."""
         self.is_known = server.trusts(None)
         """Whether the last request had the token or needs none, and so may learn what is wrong with it."""
 
@@ -50,6 +50,8 @@ class Admission:
             head = self._parser.parse(raw)
         finally:
             self.is_known = self._server.trusts(self._parser.headers.get(b"authorization"))
+            if self.is_known:
+                self.head = self._parser.head
         self.is_known |= self._is_open(head)
         if not self.is_known:
             raise unauthenticated()

@@ -44,16 +44,27 @@ class Head:
         "timeout",
     )
 
-    def __init__(self, method: str, target: bytes, version: str, keep_alive: bool, headers: dict[bytes, bytes]) -> None:
+    def __init__(self, method: str, target: bytes, keep_alive: bool, headers: dict[bytes, bytes]) -> None:
         self.method = method
+        self.path, self.query = _split(target)
+        self.request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         self.headers = headers
         self.keep_alive = keep_alive
+        self.handler: Callable[..., Any] | None = None
+        self.arguments: tuple[Any, ...] = ()
+
+    def read(self, version: str) -> None:
+        """Read the headers whose values matter here.
+
+        Raises:
+            ServeError: 400, 417, 501 or 505.
+        """
+        headers = self.headers
         self.old = version == "1.0"
         if version not in ("1.0", "1.1"):
             raise ServeError(505, "this server speaks HTTP/1.1", grpc="UNIMPLEMENTED")
         if not self.old and b"host" not in headers:
             raise bad_request("the request has no Host header")
-        self.path, self.query = _split(target)
         self.length = int(headers.get(b"content-length", b"0"))
         coding = headers.get(b"transfer-encoding", b"").lower()
         if coding not in (b"", b"chunked"):
@@ -64,12 +75,9 @@ class Head:
             raise ServeError(417, "the only accepted Expect is 100-continue", grpc="INVALID_ARGUMENT")
         self.expects_continue = bool(expect) and not self.old
         self.json_length = self._number(b"inference-header-content-length", 0, 1 << 40)
-        self.request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         self.priority = self._number(b"headstart-priority", -100, 100)
         timeout = self._number(b"headstart-timeout-ms", 1, 1 << 40)
         self.timeout = None if timeout is None else timeout / 1e3
-        self.handler: Callable[..., Any] | None = None
-        self.arguments: tuple[Any, ...] = ()
 
     def texts(self) -> dict[str, str]:
         """The headers as text."""
@@ -108,6 +116,8 @@ class HeadParser:
         self._target = b""
         self.headers: dict[bytes, bytes] = {}
         """Of the last head, as far as it could be read."""
+        self.head: Head | None = None
+        """The last head, where it is one, whatever its headers' values."""
         self._complete = self._keep_alive = False
         self._twice: bytes | None = None
 
@@ -117,7 +127,7 @@ class HeadParser:
         Raises:
             ServeError: 400, 417, 431, 501 or 505.
         """
-        self._target, self.headers, self._complete, self._twice = b"", {}, False, None
+        self.head, self._target, self.headers, self._complete, self._twice = None, b"", {}, False, None
         parser = self._parser
         if parser is None:
             raise RuntimeError("the parser was closed")
@@ -133,17 +143,13 @@ class HeadParser:
             raise bad_request(f"the request is not HTTP/1.1: {str(error)[:100]}") from None
         if not self._complete:
             raise bad_request("the request is not HTTP/1.1")
+        self.head = head = Head(parser.get_method().decode(), self._target, self._keep_alive, self.headers)
         if raw.count(b"\r\n") - 2 > self._max_headers:
             raise too_many_headers(f"more than {self._max_headers} headers")
         if self._twice is not None:
             raise bad_request(f"the header {self._twice.decode('latin-1').title()} is there twice")
-        return Head(
-            parser.get_method().decode(),
-            self._target,
-            parser.get_http_version(),
-            self._keep_alive,
-            self.headers,
-        )
+        head.read(parser.get_http_version())
+        return head
 
     def close(self) -> None:
         """Let go of the parser, which refers to this object, so that both are freed at once."""

@@ -144,6 +144,10 @@ def ask_all(server: Logged) -> None:
     assert client.ask("GET", "/v2/models/absent?secret=1", X_Request_Id="absent").status == 404
     options = {"Inference_Header_Content_Length": ODD_LENGTH}
     assert client.ask("POST", "/v2/models/odd/infer", ODD_BODY, X_Request_Id="bad", **options).status == 500
+    refused = client.ask("GET", "/v2", X_Request_Id="late", Headstart_Timeout_Ms="soon")
+    assert (refused.status, refused.headers["x-request-id"]) == (400, "late")
+    client.socket.close()
+    client = RawClient(server.port)
     client.send(b"nonsense\r\n\r\n")
     assert client.read().status == 400
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
@@ -165,6 +169,7 @@ def test_json_lines_say_what_became_of_each_request(root: Path):
     assert good["bytes"] > 24
     assert (access["absent"]["message"], access["absent"]["status"]) == ("GET /v2/models/absent", 404)
     assert "model" not in access["absent"]
+    assert (access["late"]["message"], access["late"]["status"]) == ("GET /v2", 400)
     assert access["rpc"]["message"] == "inference.GRPCInferenceService/ModelReady"
     assert access["rpc"]["status"] == "OK"
     (odd,) = (one for name, one in access.items() if MADE.fullmatch(name))
@@ -173,7 +178,7 @@ def test_json_lines_say_what_became_of_each_request(root: Path):
     assert (failure["request_id"], failure["model"], failure["version"]) == ("bad", "odd", "1")
     assert "Traceback" in failure["exception"]
     assert access["bad"]["status"] == 500
-    assert len(access) == 5
+    assert len(access) == 6
 
 
 def test_without_an_access_log_the_log_has_failures_alone(root: Path):
