@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.kernels.engine.classes import ClassRows, chunks, class_rows
+from headstart.kernels.engine.classes import ClassRows, chunks, class_rows, pairs
 from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, Points, chunk_bytes
 from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.transport import Settings, solve
@@ -44,49 +44,53 @@ def labelled(tasks: RaggedTasks, how: How) -> ClassRows:
         return classes
     values = []
     for _, _, some in chunks(classes, how.settings):
-        settings = how.settings._replace(memory=_half(some.features, some, how))
+        settings = how.settings._replace(memory=_half(some.features, how))
         itself = solve(Points(some.features, some.offsets), None, how.cost, settings)
         warn_of(itself.errors, settings)
         values.append(itself.values)
     return classes._replace(values=torch.cat(values))
 
 
-def _half(rows: Tensor, classes: RaggedTasks, how: How) -> int:
-    """Half of the memory, which is for label distances. ValueError where that is less than they need."""
-    bures = how.label_distance == "bures"
-    least = least_bytes(rows, classes) if bures else chunk_bytes(rows, LEAST_CHUNK, how.cost)
+def _half(rows: Tensor, how: How, classes: RaggedTasks | None = None) -> int:
+    """Half of the memory, which is for label distances, Bures' with `classes`. ValueError where it is too little."""
+    least = chunk_bytes(rows, LEAST_CHUNK, how.cost) if classes is None else least_bytes(rows, classes)
     return fit_memory(how.settings.memory, 2 * least) // 2
 
 
-def squares(some: RaggedTasks, others: RaggedTasks | None, values: Tensor, theirs: Tensor, how: How) -> Tensor:
-    """W^2 of each of C classes to each of K others, [C, K] float64; `others` None: to each other.
+def _bures(some: RaggedTasks, others: RaggedTasks | None, how: How) -> Tensor:
+    largest = some.task(int(some.sizes.argmax()))
+    return frechet_table(some, others, _half(largest, how, some if others is None else others))
+
+
+def squares(some: RaggedTasks, others: RaggedTasks, values: Tensor, theirs: Tensor, how: How) -> Tensor:
+    """W^2 of each of C classes to each of K others, [C, K] float64.
 
     `values`, `theirs`: what `labelled` says of the classes, [C], and of the others, [K].
     """
-    columns = some if others is None else others
-    memory = _half(some.task(int(some.sizes.argmax())), columns, how)
     if how.label_distance == "bures":
-        return frechet_table(some, others, memory)
-    settings = how.settings._replace(memory=memory)
+        return _bures(some, others, how)
+    settings = how.settings._replace(memory=_half(some.features, how))
+    sets = Points(others.features, others.offsets)
     table = torch.zeros(len(values), len(theirs), dtype=torch.float64, device=values.device)
-    for c in range(len(values) - (others is None)):
-        first = c + 1 if others is None else 0
-        start = int(columns.offsets[first])
-        sets = Points(columns.features[start:], columns.offsets[first:] - start)
+    for c in range(len(values)):
         cross = solve(sets, as_points(some.task(c)), how.cost, settings)
         warn_of(cross.errors, settings)
-        table[c, first:] = (2 * cross.values - values[c] - theirs[first:]).clamp_(min=0)
-    return table + table.T if others is None else table
+        table[c] = _divergence(cross.values, values[c], theirs)
+    return table
+
+
+def _divergence(cross: Tensor, values: Tensor, theirs: Tensor) -> Tensor:
+    return (2 * cross - values - theirs).clamp_(min=0)
 
 
 def squares_gradient(rows: Tensor, classes: RaggedTasks, weights: Tensor, how: How) -> Tensor:
     """sum_c w_c dW^2_c / d rows of `squares`, like the rows."""
     settings, sets = how.settings, (classes.features, classes.offsets)
-    memory = _half(rows, classes, how)
     moved: Tensor
     if how.label_distance == "bures":
-        moved = frechet_gradient(rows, *sets, weights, memory)
+        moved = frechet_gradient(rows, *sets, weights, _half(rows, how, classes))
     else:
+        memory = _half(rows, how)
         epsilon = torch.tensor(settings.epsilon, dtype=torch.float64)
         options = (2, epsilon, settings.tolerance, settings.max_iterations, how.precision, memory, how.centre)
         potentials = transports(rows, *sets, *options)[5:]
@@ -107,13 +111,30 @@ def cross_cost(own: ClassRows, sources: ClassRows, how: How) -> Cost:
 
 def own_cost(classes: ClassRows, how: How) -> Cost:
     """The cost within each task: half of W^2 of its classes, [C, most classes of a task], 0 on the diagonals."""
-    first, values = classes.first.tolist(), classes.values
-    table = values.new_zeros(first[-1], int(classes.first.diff().max()))
-    for start, end in pairwise(first):
+    table = classes.values.new_zeros(classes.num_classes, int(classes.first.diff().max()))
+    (_fill_bures if how.label_distance == "bures" else _fill_sinkhorn)(table, classes, how)
+    return how.cost._replace(labels=table.div_(2).to(how.cost.dtype))
+
+
+def _fill_bures(table: Tensor, classes: ClassRows, how: How) -> None:
+    """W^2 of the classes of each task."""
+    for start, end in pairwise(classes.first.tolist()):
         for a, b, mine in chunks(classes, how.settings, start, end):
-            table[a:b, a - start : b - start] = squares(mine, None, values[a:b], values[a:b], how)
+            table[a:b, a - start : b - start] = _bures(mine, None, how)
             for low, high, others in chunks(classes, how.settings, b, end):
-                found = squares(mine, others, values[a:b], values[low:high], how)
+                found = _bures(mine, others, how)
                 table[a:b, low - start : high - start] = found
                 table[low:high, a - start : b - start] = found.T
-    return how.cost._replace(labels=table.div_(2).to(how.cost.dtype))
+
+
+def _fill_sinkhorn(table: Tensor, classes: ClassRows, how: How) -> None:
+    """As `_fill_bures`, of the pairs of many tasks at a time: those of one are few, and small."""
+    values = classes.values
+    places = torch.cat([torch.arange(number) for number in classes.first.diff().tolist()]).to(table.device)
+    for left, right in pairs(classes, how.settings):
+        sets = classes.some(left), classes.some(right)
+        cross = solve(*sets, how.cost, how.settings._replace(memory=_half(sets[0].features, how)))
+        warn_of(cross.errors, how.settings)
+        found = _divergence(cross.values, values[left], values[right])
+        table[left, places[right]] = found
+        table[right, places[left]] = found

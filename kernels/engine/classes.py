@@ -1,6 +1,7 @@
 """The classes of labelled, ragged tasks, as sets of rows of their own."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, Points, chun
 from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.transport import Settings
 from headstart.kernels.ragged import RaggedTasks
+
+_PAIR_BYTES = 512
 
 
 class ClassRows(NamedTuple):
@@ -35,6 +38,13 @@ class ClassRows(NamedTuple):
         index = self.order[int(offsets[0]) : int(offsets[-1])]
         return RaggedTasks(self.points.features[index], offsets - offsets[0])
 
+    def some(self, indices: list[int]) -> Points:
+        """Classes of these numbers, as sets: a copy of their rows."""
+        offsets = self.offsets.tolist()
+        index = torch.cat([self.order[offsets[c] : offsets[c + 1]] for c in indices])
+        sizes = self.offsets.diff()[indices]
+        return Points(self.points.features[index], torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]))
+
 
 def class_rows(tasks: RaggedTasks, cost: Cost, settings: Settings) -> ClassRows:
     """The classes of labelled tasks; ValueError where the memory cannot hold what their label distances take."""
@@ -59,6 +69,25 @@ def each(classes: ClassRows) -> Iterator[Tensor]:
     """The rows of one class after the other."""
     for c in range(classes.num_classes):
         yield classes.rows(c, c + 1).features
+
+
+def pairs(classes: ClassRows, settings: Settings) -> Iterator[tuple[list[int], list[int]]]:
+    """Every two classes of one task, as many at a time as have rows that fill a quarter of the memory, or one pair.
+
+    The larger of two comes first, so that pairs of like sizes are alike.
+    """
+    memory, features, first = fit_memory(settings.memory, 0), classes.points.features, classes.first.tolist()
+    found = torch.cat([low + torch.triu_indices(high - low, high - low, 1) for low, high in pairwise(first)], 1)
+    sizes = classes.offsets.diff()[found]
+    found = found.gather(0, sizes.argsort(0, descending=True, stable=True))
+    # With what their numbers take as Python's.
+    ends, low = (sizes.sum(0) * features.shape[1] * features.element_size() + _PAIR_BYTES).cumsum(0), 0
+    while low < len(ends):
+        before = int(ends[low - 1]) if low else 0
+        high = max(low + 1, int(torch.searchsorted(ends, before + memory // 4, right=True)))
+        left, right = found[:, low:high].tolist()
+        yield left, right
+        low = high
 
 
 def chunks(

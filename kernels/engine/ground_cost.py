@@ -34,6 +34,11 @@ class Points(NamedTuple):
     columns: Tensor | None = None
     """[sum n_t] int64: the column of `Cost.labels` that it has, as the other side of a pair."""
 
+    @property
+    def num_sets(self) -> int:
+        """T."""
+        return len(self.offsets) - 1
+
     def only(self, t: int) -> "Points":
         """Set t alone."""
         low, high = int(self.offsets[t]), int(self.offsets[t + 1])
@@ -181,19 +186,26 @@ def chunk_bytes(features: Tensor, size: int, cost: Cost) -> int:
     return blocks + tile + tables + _again_bytes(num_features, size, item)
 
 
-def held_bytes(features: Tensor, width: int, num_columns: int | None, cost: Cost) -> tuple[int, int]:
+def held_bytes(
+    features: Tensor, width: int, num_columns: int | None, cost: Cost, *, shared: bool = True
+) -> tuple[int, int]:
     """Memory that held costs take for sets padded to `width` rows: (whatever their number, for each of them).
 
-    `num_columns` is the number of the columns that they share, None where each meets itself.
+    `num_columns` is the number of the columns that they share, or that each has for itself; None where each meets
+    itself.
     """
     item, num_features = cost.dtype.itemsize, features.shape[1]
     kept, making = _row_bytes(cost)
     row = num_features * kept + 64
-    fixed = 0 if num_columns is None else num_columns * (row + num_features * making)
     columns = width if num_columns is None else num_columns
     tables = 0 if cost.labels is None else cost.labels.shape[1] * item + 16
     each = width * columns * item * 2 + width * (row + tables) + 12 * item * (width + columns)
-    return fixed + width * num_features * making + _again_bytes(num_features, columns, item), each
+    fixed, widest = _again_bytes(num_features, columns, item), width
+    if num_columns is not None and shared:
+        fixed += num_columns * (row + num_features * making)
+    elif num_columns is not None:
+        each, widest = each + num_columns * row, max(width, num_columns)
+    return fixed + widest * num_features * making, each
 
 
 def _row_bytes(cost: Cost) -> tuple[int, int]:

@@ -80,23 +80,26 @@ class Batch(NamedTuple):
 
     rows: Points
     columns: Points | None
-    """The one set that all meet; None: each meets itself."""
+    """The one set that all meet, or one for each; None: each meets itself."""
     members: list[int]
     """Which sets of rows."""
-    width: int | None
-    """Rows that each is padded to, where their costs are held; None where those of the one member are recomputed."""
+    widths: tuple[int, int] | None
+    """Rows and columns that each is padded to, where their costs are held; None where those of the one member are
+    recomputed."""
     cost: Cost
     memory: int
 
     def pair(self) -> tuple[Points, Points]:
         """The one member and what it meets."""
-        rows = self.rows.only(self.members[0])
-        return rows, self.columns or rows
+        rows, columns = self.rows.only(self.members[0]), self.columns
+        if columns is None:
+            return rows, rows
+        return rows, columns if columns.num_sets == 1 else columns.only(self.members[0])
 
 
 def choose_path(batch: Batch) -> tuple[str, str]:
     """The path of `dispatch` on which the costs of these sets are made, and the reason."""
-    if batch.width is not None:
+    if batch.widths is not None:
         return "eager", "costs fit in the memory"
     # The rule of what is recomputed: with D below it, products in registers are cheaper than what they would be read.
     features = batch.rows.features
@@ -113,8 +116,8 @@ def choose_path(batch: Batch) -> tuple[str, str]:
 
 def make_costs(batch: Batch, path: str = "eager") -> Costs:
     """The costs of a batch, on the path of `choose_path`: held, or recomputed within the memory."""
-    if batch.width is not None:
-        return _Held(batch.rows, batch.columns, batch.members, batch.width, batch.cost)
+    if batch.widths is not None:
+        return _Held(batch, batch.widths)
     if path == "fused":
         from headstart.kernels.engine.fused_cost import FusedCosts
 
@@ -149,19 +152,20 @@ class _Held(Costs):
 
     sweeps = 10
 
-    def __init__(self, rows: Points, columns: Points | None, members: list[int], width: int, cost: Cost) -> None:
+    def __init__(self, batch: Batch, widths: tuple[int, int]) -> None:
+        rows, columns, members, _, cost, _ = batch
         self.dtype = cost.dtype
-        fixed, each = held_bytes(rows.features, width, None if columns is None else len(columns.features), cost)
+        shared = columns is not None and columns.num_sets == 1
+        fixed, each = held_bytes(rows.features, widths[0], None if columns is None else widths[1], cost, shared=shared)
         self.planned = fixed + len(members) * each
-        offsets = rows.offsets.tolist()
-        starts, sizes = [offsets[t] for t in members], [offsets[t + 1] - offsets[t] for t in members]
+        runs = _runs(rows, members)
         if columns is None:
-            sets = [rows.features[s : s + n] for s, n in zip(starts, sizes, strict=True)]
-            y = x = make_block(rows, starts, sizes, width, torch.stack([centre_of(some, cost) for some in sets]), cost)
+            y = x = make_block(rows, *runs, widths[0], _centres(rows, *runs, cost), cost)
         else:
-            centre, num_columns = centre_of(columns.features, cost)[None], len(columns.features)
-            y = make_block(rows, starts, sizes, width, centre.expand(len(starts), -1), cost)
-            x = make_block(columns, [0], [num_columns], num_columns, centre, cost)
+            its = _runs(columns, [0] if shared else members)
+            centres = _centres(columns, *its, cost)
+            y = make_block(rows, *runs, widths[0], centres.expand(len(members), -1), cost)
+            x = make_block(columns, *its, widths[1], centres, cost)
         self._costs = pair_costs(y, x, cost, same=columns is None)
         self._scratch = torch.empty_like(self._costs)
         self.row_log_weights = y.log_weights
@@ -214,6 +218,18 @@ class _Held(Costs):
             errors += (log_v.exp().mul_(sums).sub_(1).abs_() * b).sum(1)
             log_v = step(log_v, sums)
         return f + epsilon * log_u, g + epsilon * log_v, errors
+
+
+def _runs(points: Points, members: list[int]) -> tuple[list[int], list[int]]:
+    """Where the sets of these numbers start, and how many rows they have."""
+    offsets = points.offsets.tolist()
+    return [offsets[t] for t in members], [offsets[t + 1] - offsets[t] for t in members]
+
+
+def _centres(points: Points, starts: list[int], sizes: list[int], cost: Cost) -> Tensor:
+    """A centre for each run, [B, D]."""
+    runs = zip(starts, sizes, strict=True)
+    return torch.stack([centre_of(points.features[start : start + size], cost) for start, size in runs])
 
 
 class Recomputed(Costs):

@@ -68,7 +68,8 @@ class Solution(NamedTuple):
 
 @torch.no_grad()
 def solve(rows: Points, columns: Points | None, cost: Cost, settings: Settings) -> Solution:
-    """Transport of each of T sets of rows to the one set of columns, or, where that is None, to itself."""
+    """Transport of each of T sets of rows to the one set of columns, to its own of T, or, where that is None, to
+    itself."""
     memory = fit_memory(settings.memory, chunk_bytes(rows.features, LEAST_CHUNK, cost))
     device, num_sets = rows.features.device, len(rows.offsets) - 1
     solution = Solution(
@@ -79,8 +80,8 @@ def solve(rows: Points, columns: Points | None, cost: Cost, settings: Settings) 
     )
     # What each path takes is watched, and reported, by itself.
     paths: dict[tuple[str, str], list[Batch]] = {}
-    for members, width in _batches(rows, columns, cost, memory):
-        batch = Batch(rows, columns, members, width, cost, memory)
+    for members, widths in _batches(rows, columns, cost, memory):
+        batch = Batch(rows, columns, members, widths, cost, memory)
         paths.setdefault(choose_path(batch), []).append(batch)
     for (path, reason), batches in paths.items():
         with dispatch.Watch("transports", device, path, reason, cost.precision) as watch, exact_products(device):
@@ -92,22 +93,36 @@ def solve(rows: Points, columns: Points | None, cost: Cost, settings: Settings) 
     return solution
 
 
-def _batches(rows: Points, columns: Points | None, cost: Cost, memory: int) -> Iterator[tuple[list[int], int | None]]:
-    """Sets to solve together and the width that they are padded to; None for one whose costs cannot be held."""
-    groups: dict[int, list[int]] = {}
-    for t, size in enumerate(rows.offsets.diff().tolist()):
-        step = max(8, 1 << max(0, size.bit_length() - 3))  # at most a quarter is padding, beyond 8 rows
-        groups.setdefault(-(-size // step) * step, []).append(t)
-    num_columns = None if columns is None else len(columns.features)
-    for width, members in groups.items():
-        fixed, each = held_bytes(rows.features, width, num_columns, cost)
+def _batches(
+    rows: Points, columns: Points | None, cost: Cost, memory: int
+) -> Iterator[tuple[list[int], tuple[int, int] | None]]:
+    """Sets to solve together and the widths that they are padded to; None for one whose costs cannot be held."""
+    widths = [_padded(size) for size in rows.offsets.diff().tolist()]
+    shared = columns is not None and columns.num_sets == 1
+    if columns is None:
+        others = widths
+    elif shared:
+        others = [len(columns.features)] * len(widths)
+    else:
+        others = [_padded(size) for size in columns.offsets.diff().tolist()]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for t, key in enumerate(zip(widths, others, strict=True)):
+        groups.setdefault(key, []).append(t)
+    for (width, other), members in groups.items():
+        fixed, each = held_bytes(rows.features, width, None if columns is None else other, cost, shared=shared)
         if fixed + each > memory:
             yield from (([t], None) for t in members)
             continue
-        fits = _BATCH[rows.features.device.type] // (width * (num_columns or width))
+        fits = _BATCH[rows.features.device.type] // (width * other)
         most = max(1, min((memory - fixed) // each, fits))
         for low in range(0, len(members), most):
-            yield members[low : low + most], width
+            yield members[low : low + most], (width, other)
+
+
+def _padded(size: int) -> int:
+    """A width for sets of that size: at most a quarter is padding, beyond 8 rows."""
+    step = max(8, 1 << max(0, size.bit_length() - 3))
+    return -(-size // step) * step
 
 
 def _iterate(

@@ -179,7 +179,7 @@ def test_softmins_of_a_pair_that_is_not_held(precision: str, path: str):
     x, tasks = problem(20)
     rows_, columns = Points(tasks.features, tasks.offsets), Points(x, torch.tensor([0, len(x)]))
     cost = Cost(2, None, precision, common_centre(tasks.features))
-    held = make_costs(Batch(rows_, columns, [1], 35, cost, 2**26))
+    held = make_costs(Batch(rows_, columns, [1], (35, len(columns.features)), cost, 2**26))
     batch = Batch(rows_, columns, [1], None, cost, 2**26)
     how = choose_path(batch)
     assert how[0] == ("fused" if path == "fused" else "eager")

@@ -108,10 +108,10 @@ def test_wrong_labels_are_seen(device: str):
 
 @pytest.mark.parametrize("memory", [None, 4_600_000], ids=["held", "recomputed"])
 def test_without_a_label_term_it_is_the_sinkhorn_divergence(memory: int | None, monkeypatch, device: str):
-    def nothing(some: RaggedTasks, others: RaggedTasks | None, values: Tensor, theirs: Tensor, _: object) -> Tensor:
-        return values.new_zeros(len(values), len(theirs))
+    def nothing(some: RaggedTasks, others: RaggedTasks | None, memory: int) -> Tensor:
+        return some.features.new_zeros(some.num_tasks, (others or some).num_tasks, dtype=torch.float64)
 
-    monkeypatch.setattr(label_distances, "squares", nothing)
+    monkeypatch.setattr(label_distances, "frechet_table", nothing)
     x, y = labelled(400, 6, 4, 3, device)
     tasks = ragged([labelled(n, 6, 3, n, device) for n in (1, 390, 30)])
     plain = sinkhorn_distances(x, tasks, epsilon=2.0, tolerance=1e-8)
