@@ -79,7 +79,7 @@ def pairs(classes: ClassRows, settings: Settings) -> Iterator[tuple[list[int], l
     memory, features, first = fit_memory(settings.memory, 0), classes.points.features, classes.first.tolist()
     found = torch.cat([low + torch.triu_indices(high - low, high - low, 1) for low, high in pairwise(first)], 1)
     sizes = classes.offsets.diff()[found]
-    found = found.gather(0, sizes.argsort(0, descending=True, stable=True))
+    found = found.gather(0, sizes.argsort(dim=0, descending=True, stable=True))
     # With what their numbers take as Python's.
     ends, low = (sizes.sum(0) * features.shape[1] * features.element_size() + _PAIR_BYTES).cumsum(0), 0
     while low < len(ends):

@@ -62,8 +62,8 @@ class Sweep:
         # A square that no pair reaches and that can still be added to others: marks what is not to be looked at.
         self.far = torch.finfo(self.dtype).max / 32
         if self.device.type == "cpu":
-            # A tile and the rows that it comes from take 5 MiB together, and a tile 2 where more is held beside it. Half as
-            # much is slower; twice as much at most 3% faster, and up to a quarter slower where others use the cache too.
+            # A tile and the rows that it comes from take 5 MiB together, and a tile 2 where more is held beside it.
+            # Half as much is slower; twice as much at most 3% faster, a quarter slower where others use the cache too.
             tile, both, callers = 2**19 if value.kind == "rbf" else 2**20, 5 * 2**18, 2**23
             near, pairs = 2**12, 2**16
         else:  # fewer launches

@@ -106,6 +106,16 @@ def test_wrong_labels_are_seen(device: str):
     assert abs(float(found.distances[0])) < 1e-2
 
 
+def test_classes_of_many_tasks_are_compared_within_the_memory():
+    tasks = ragged([labelled(n, 32, 1 + n % 7, n) for n in range(60, 100)])
+    how = {"epsilon": 40.0, "label_distance": "sinkhorn", "tolerance": 1e-6}
+    plain = label_aware_self_terms(tasks, **how)
+    memory = 6_000_000  # the rows of the pairs alone take 4 MB
+    found, most = held(lambda: label_aware_self_terms(tasks, **how, memory=memory))
+    assert memory / 4 < most <= memory
+    torch.testing.assert_close(found.values, plain.values, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("memory", [None, 4_600_000], ids=["held", "recomputed"])
 def test_without_a_label_term_it_is_the_sinkhorn_divergence(memory: int | None, monkeypatch, device: str):
     def nothing(some: RaggedTasks, others: RaggedTasks | None, memory: int) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from headstart.kernels import naive
+from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, Points, chunk_bytes, held_bytes
+from headstart.kernels.engine.transport import Settings, solve
 from headstart.kernels.ragged import RaggedTasks
 from headstart.kernels.sinkhorn import default_epsilon, sinkhorn_distances
 from tests.kernels.cases import held
@@ -32,6 +34,27 @@ def test_a_small_memory_recomputes_the_costs_and_is_held_to(p: int):
         assert most <= memory
         assert bool(found.converged.all())
         torch.testing.assert_close(found.distances, plain.distances, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.2], ids=["held", "some recomputed"])
+def test_sets_that_each_meet_their_own(share: float):
+    sizes = ((1, 30, 3, 300, 30, 31, 300), (1, 1, 300, 300, 29, 30, 280))
+    rows, columns = (
+        Points(side.features, side.offsets)
+        for side in (RaggedTasks.from_list([features(n, 5, seed + n) for n in part]) for seed, part in enumerate(sizes))
+    )
+    cost = Cost(2, precision="fp64")
+    least = chunk_bytes(rows.features, LEAST_CHUNK, cost)
+    fixed, each = held_bytes(rows.features, 320, 320, cost, shared=False)
+    memory = max(least, int((fixed + 7 * each) * share))
+    assert (fixed + each > memory) == (share < 1)  # those of 300 rows are met by 300
+    settings = Settings(2.0, 1e-9, 10000, memory)
+    found, most = held(lambda: solve(rows, columns, cost, settings))
+    assert most <= memory
+    for t in range(7):
+        alone = solve(rows.only(t), columns.only(t), cost, settings._replace(memory=None))
+        torch.testing.assert_close(found.values[t : t + 1], alone.values, rtol=1e-7, atol=1e-7)
+        assert float(found.errors[t]) <= 1e-9
 
 
 def test_batch_after_batch_memory_is_held_to():
