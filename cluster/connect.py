@@ -35,7 +35,7 @@ def set_environment(address: str | None = None) -> None:
     if address is None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ["RAY_AUTH_MODE"] = "token"
-        # Asks whether a cloud is about to take its machines back, which nobody does here: a process and 3 s each fit.
+        # A process at each fit that asks whether a cloud wants its machines back, which nobody does here.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     elif "RAY_AUTH_TOKEN" in os.environ:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
