@@ -80,6 +80,7 @@ def squares(some: RaggedTasks, others: RaggedTasks, values: Tensor, theirs: Tens
 
 
 def _divergence(cross: Tensor, values: Tensor, theirs: Tensor) -> Tensor:
+    """W^2 from OT(x, y), OT(x, x) and OT(y, y): twice the Sinkhorn divergence."""
     return (2 * cross - values - theirs).clamp_(min=0)
 
 
@@ -112,7 +113,10 @@ def cross_cost(own: ClassRows, sources: ClassRows, how: How) -> Cost:
 def own_cost(classes: ClassRows, how: How) -> Cost:
     """The cost within each task: half of W^2 of its classes, [C, most classes of a task], 0 on the diagonals."""
     table = classes.values.new_zeros(classes.num_classes, int(classes.first.diff().max()))
-    (_fill_bures if how.label_distance == "bures" else _fill_sinkhorn)(table, classes, how)
+    if how.label_distance == "bures":
+        _fill_bures(table, classes, how)
+    else:
+        _fill_sinkhorn(table, classes, how)
     return how.cost._replace(labels=table.div_(2).to(how.cost.dtype))
 
 

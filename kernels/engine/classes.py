@@ -13,6 +13,7 @@ from headstart.kernels.engine.transport import Settings
 from headstart.kernels.ragged import RaggedTasks
 
 _PAIR_BYTES = 512
+"""What a pair takes beside its rows: its numbers, offsets and index, as tensors and as Python's."""
 
 
 class ClassRows(NamedTuple):
@@ -80,7 +81,6 @@ def pairs(classes: ClassRows, settings: Settings) -> Iterator[tuple[list[int], l
     found = torch.cat([low + torch.triu_indices(high - low, high - low, 1) for low, high in pairwise(first)], 1)
     sizes = classes.offsets.diff()[found]
     found = found.gather(0, sizes.argsort(dim=0, descending=True, stable=True))
-    # With what their numbers take as Python's.
     ends, low = (sizes.sum(0) * features.shape[1] * features.element_size() + _PAIR_BYTES).cumsum(0), 0
     while low < len(ends):
         before = int(ends[low - 1]) if low else 0

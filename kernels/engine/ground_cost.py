@@ -35,9 +35,9 @@ class Points(NamedTuple):
     """[sum n_t] int64: the column of `Cost.labels` that it has, as the other side of a pair."""
 
     @property
-    def num_sets(self) -> int:
-        """T."""
-        return len(self.offsets) - 1
+    def is_one(self) -> bool:
+        """Whether T is 1: as columns, a set that all sets of rows meet."""
+        return len(self.offsets) == 2
 
     def only(self, t: int) -> "Points":
         """Set t alone."""
@@ -186,24 +186,21 @@ def chunk_bytes(features: Tensor, size: int, cost: Cost) -> int:
     return blocks + tile + tables + _again_bytes(num_features, size, item)
 
 
-def held_bytes(
-    features: Tensor, width: int, num_columns: int | None, cost: Cost, *, shared: bool = True
-) -> tuple[int, int]:
-    """Memory that held costs take for sets padded to `width` rows: (whatever their number, for each of them).
+def held_bytes(features: Tensor, widths: tuple[int, int], columns: Points | None, cost: Cost) -> tuple[int, int]:
+    """Memory that held costs take for sets padded to so many rows and columns: (whatever their number, for each).
 
-    `num_columns` is the number of the columns that they share, or that each has for itself; None where each meets
-    itself.
+    `columns`: the one set that all meet, or one for each; None where each meets itself.
     """
     item, num_features = cost.dtype.itemsize, features.shape[1]
     kept, making = _row_bytes(cost)
     row = num_features * kept + 64
-    columns = width if num_columns is None else num_columns
+    width, num_columns = widths
     tables = 0 if cost.labels is None else cost.labels.shape[1] * item + 16
-    each = width * columns * item * 2 + width * (row + tables) + 12 * item * (width + columns)
-    fixed, widest = _again_bytes(num_features, columns, item), width
-    if num_columns is not None and shared:
+    each = width * num_columns * item * 2 + width * (row + tables) + 12 * item * (width + num_columns)
+    fixed, widest = _again_bytes(num_features, num_columns, item), width
+    if columns is not None and columns.is_one:
         fixed += num_columns * (row + num_features * making)
-    elif num_columns is not None:
+    elif columns is not None:
         each, widest = each + num_columns * row, max(width, num_columns)
     return fixed + widest * num_features * making, each
 

@@ -94,7 +94,7 @@ class Batch(NamedTuple):
         rows, columns = self.rows.only(self.members[0]), self.columns
         if columns is None:
             return rows, rows
-        return rows, columns if columns.num_sets == 1 else columns.only(self.members[0])
+        return rows, columns if columns.is_one else columns.only(self.members[0])
 
 
 def choose_path(batch: Batch) -> tuple[str, str]:
@@ -155,14 +155,13 @@ class _Held(Costs):
     def __init__(self, batch: Batch, widths: tuple[int, int]) -> None:
         rows, columns, members, _, cost, _ = batch
         self.dtype = cost.dtype
-        shared = columns is not None and columns.num_sets == 1
-        fixed, each = held_bytes(rows.features, widths[0], None if columns is None else widths[1], cost, shared=shared)
+        fixed, each = held_bytes(rows.features, widths, columns, cost)
         self.planned = fixed + len(members) * each
         runs = _runs(rows, members)
         if columns is None:
             y = x = make_block(rows, *runs, widths[0], _centres(rows, *runs, cost), cost)
         else:
-            its = _runs(columns, [0] if shared else members)
+            its = _runs(columns, [0] if columns.is_one else members)
             centres = _centres(columns, *its, cost)
             y = make_block(rows, *runs, widths[0], centres.expand(len(members), -1), cost)
             x = make_block(columns, *its, widths[1], centres, cost)

@@ -98,25 +98,24 @@ def _batches(
 ) -> Iterator[tuple[list[int], tuple[int, int] | None]]:
     """Sets to solve together and the widths that they are padded to; None for one whose costs cannot be held."""
     widths = [_padded(size) for size in rows.offsets.diff().tolist()]
-    shared = columns is not None and columns.num_sets == 1
     if columns is None:
         others = widths
-    elif shared:
+    elif columns.is_one:
         others = [len(columns.features)] * len(widths)
     else:
         others = [_padded(size) for size in columns.offsets.diff().tolist()]
     groups: dict[tuple[int, int], list[int]] = {}
     for t, key in enumerate(zip(widths, others, strict=True)):
         groups.setdefault(key, []).append(t)
-    for (width, other), members in groups.items():
-        fixed, each = held_bytes(rows.features, width, None if columns is None else other, cost, shared=shared)
+    for key, members in groups.items():
+        fixed, each = held_bytes(rows.features, key, columns, cost)
         if fixed + each > memory:
             yield from (([t], None) for t in members)
             continue
-        fits = _BATCH[rows.features.device.type] // (width * other)
+        fits = _BATCH[rows.features.device.type] // (key[0] * key[1])
         most = max(1, min((memory - fixed) // each, fits))
         for low in range(0, len(members), most):
-            yield members[low : low + most], (width, other)
+            yield members[low : low + most], key
 
 
 def _padded(size: int) -> int:

@@ -23,7 +23,7 @@ _ONCE = {
 class Head:
     """What a request's head says.
 
-    `resolve` of the routes sets `handler` and `arguments`.
+    `read` sets what depends on headers' values, and may refuse; `resolve` of the routes sets `handler` and `arguments`.
     """
 
     __slots__ = (
