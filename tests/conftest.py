@@ -18,13 +18,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With pytest-xdist, what starts Ray or servers runs in one process for each room; other tests in any."""
+    """With pytest-xdist, what starts Ray or servers runs in one process for each room; other tests in any,
+    but those of compiled programs, which share what is compiled.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByRoom(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             room = nodeid.split("/")[1]
-            return room if room in ("cluster", "serving") else nodeid
+            file = nodeid.split("::")[0]
+            return room if room in ("cluster", "serving") else file if "test_compilation" in file else nodeid
 
     return ByRoom(config, log)
 

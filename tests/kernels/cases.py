@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from itertools import combinations, product
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._C._profiler import RecordScope
+from torch.autograd import profiler
 from torch.profiler import ProfilerActivity, profile
 
 from headstart.kernels.energy import energy_distances
@@ -209,7 +212,12 @@ def rounding_error(x: Tensor, y: Tensor, precision: str, num_means: int) -> floa
 def held(call: Callable[[], Any]) -> tuple[Any, int]:
     """What a call gives, and the most bytes that it holds on the CPU."""
     # Of the CPU alone: on a GPU machine the default would start CUPTI, which takes seconds and is not always allowed.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    # And of memory alone: events of operators, which none is of that scope, would take longer than the call.
+    enable, scopes = profiler._enable_profiler, {RecordScope.LITE_INTERPRETER}
+    with (
+        mock.patch.object(profiler, "_enable_profiler", lambda config, activities: enable(config, activities, scopes)),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
+    ):
         result = call()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
