@@ -2,16 +2,16 @@
 
 Features live in safetensors shards under `<cache>/features/<key>/`. The key is the SHA-256 of everything that
 decides a feature's value: the backbone's weights and pooling, the preprocessing, the dtype, the versions of what
-decodes and computes, and the content of the samples in order. A shard appears under its name only when it is whole, so
-a killed extraction goes on at the first missing shard; the batches inside a shard are always cut alike, so it ends with
-the same bits. Each shard carries the fingerprint of its features, and one that is no longer what was written is made
-anew.
+decodes and computes, a GPU's name, and the content of the samples in order. A shard appears under its name only when it
+is whole, so a killed extraction goes on at the first missing shard; the batches inside a shard are always cut alike, so
+it ends with the same bits. Each shard carries the fingerprint of its features, and one that is no longer what was
+written is made anew.
 """
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -85,11 +85,13 @@ def extract_features(
 ) -> CachedFeatures:
     """Return the features of all `images`, passing through `backbone` only those that the cache lacks.
 
+    On `backbone.device`, after which the module is on the CPU again.
+
     Example: `extract_features(backbone, images.subset(parts["train"]), cache).tensor()` is [N, D].
 
     `tag` is written into each shard made now, so that a run can tell its own work from what it found. Raises
-    `SourceError` naming the first image with a NaN or infinite feature, and `RunError` when the disk is full; the
-    shards that are whole stay.
+    `SourceError` naming the first image with a NaN or infinite feature, and `RunError` when the disk or the GPU's
+    memory is full; the shards that are whole stay.
     """
     directory = cache / "features" / feature_key(backbone, images)
     cached = CachedFeatures(directory=directory, num_samples=len(images), num_features=backbone.num_features)
@@ -99,16 +101,37 @@ def extract_features(
     batches = [part for shard in rows for part in np.split(shard, range(BATCH_SIZE, len(shard), BATCH_SIZE))]
     pixels = pixel_batches(images, batches, backbone.preprocess)
     done = len(images) - sum(map(len, rows))
-    with contextlib.closing(pixels):
+    with contextlib.closing(pixels), _placed(backbone) as device:
         for index, shard in zip(missing, rows, strict=True):
             parts: list[Tensor] = []
             while sum(map(len, parts)) < len(shard):
-                parts.append(backbone.features(next(pixels)))
+                parts.append(backbone.features(next(pixels).to(device)).cpu())
                 done += len(parts[-1])
                 if progress is not None:
                     progress(done, len(images))
             _write_shard(directory, index, _finite(torch.cat(parts), shard[0], backbone, images), tag)
     return cached
+
+
+@contextlib.contextmanager
+def _placed(backbone: Backbone) -> Iterator[torch.device]:
+    """The backbone's device, where float32 is exact and run after run gives the same bits; left as it was found."""
+    device = backbone.device
+    if device.type == "cpu" or backbone.module is None:
+        yield device
+        return
+    try:
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            yield device
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"{torch.cuda.get_device_name(device)} has no memory left to compute features under {backbone.name}: "
+            f"{str(error).splitlines()[0].rstrip('.')}. Free it, or set CUDA_VISIBLE_DEVICES to nothing for the CPU, "
+            "and run the same command again: what is finished is kept"
+        ) from error
+    finally:
+        backbone.module.cpu()
+        torch.cuda.empty_cache()  # for those who fine-tune on it
 
 
 def _identity(backbone: Backbone, images: LabelledImages) -> dict[str, object]:

@@ -272,6 +272,47 @@ def test_a_killed_extraction_goes_on_at_the_first_missing_shard(tmp_path: Path):
     assert torch.equal(resumed.tensor(), undisturbed.tensor())
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_features_are_those_of_the_cpu_and_the_same_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    net, data = backbone(), images(SHARD_SIZE + 7, mixed=True)
+    found = extract_features(net, data, tmp_path / "first")
+    assert {str(each.device) for each in net.module.parameters()} == {"cpu"}
+    assert torch.equal(extract_features(backbone(), data, tmp_path / "second").tensor(), found.tensor())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    expected = extract_features(net, data, tmp_path / "first")
+    assert expected.directory != found.directory
+    # Sums of nine products of order 1 in another order; under TF32 they would be off by some 2^-11.
+    torch.testing.assert_close(found.tensor(), expected.tensor(), atol=1e-5, rtol=0)
+
+
+def test_the_features_of_a_gpu_have_keys_of_their_own_and_those_of_a_graph_have_not(monkeypatch: pytest.MonkeyPatch):
+    net, data = backbone(), images(3)
+    graph = replace(net, module=None)
+    keys = [feature_key(net, data)]
+    assert feature_key(graph, data) == keys[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("NVIDIA A100", "NVIDIA H100"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        keys.append(feature_key(net, data))
+    assert len(set(keys)) == 3
+    assert feature_key(graph, data) == keys[0]
+
+
+def test_a_gpu_whose_memory_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    net = backbone()
+
+    def full(self: Backbone, pixels: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.\nMore about it.")
+
+    monkeypatch.setattr(Backbone, "device", torch.device("meta"))  # as good as any that this machine has not
+    monkeypatch.setattr(Backbone, "features", full)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    with pytest.raises(RunError, match=r"NVIDIA H100 has no memory .* counting: .* 20 MiB\. Free it, or set CUDA"):
+        extract_features(net, images(3), tmp_path)
+
+
 def test_progress_ends_at_the_total(tmp_path: Path):
     told: list[tuple[int, int]] = []
     extract_features(backbone(), images(70), tmp_path, progress=lambda done, total: told.append((done, total)))

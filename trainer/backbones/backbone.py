@@ -67,9 +67,16 @@ class Backbone:
         return self.onnx.output_name if self.onnx is not None else ""
 
     @property
+    def device(self) -> torch.device:
+        """Where its features are computed: the first CUDA device for a module, where there is one."""
+        return torch.device("cuda:0" if self.module is not None and torch.cuda.is_available() else "cpu")
+
+    @property
     def versions(self) -> dict[str, str]:
-        """Of the libraries that compute features, whose rounding follows from them."""
+        """Of the libraries that compute features, and of a GPU its name: their rounding follows from them."""
         found = {"torch": str(torch.__version__)}
+        if self.device.type != "cpu":
+            found["device"] = torch.cuda.get_device_name(self.device)
         if self.onnx is not None:
             import onnxruntime
 
