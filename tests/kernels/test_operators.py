@@ -223,16 +223,17 @@ def test_gradients_have_the_strides_that_a_compiled_graph_expects(d: int, device
     x, tasks = problem(7, d, device, torch.float32)
     x, features = x.T.contiguous().T, tasks.features
     potentials, one = (features.new_zeros(len(features)), x.new_zeros(7)), torch.ones((), dtype=torch.float64)
+    weights = one.expand(3).to(device)
     labels, ours, more = classes(len(features), device), torch.ops.headstart, (1e-3, 9, "fp32", None, None)
     for operator, arguments in (
-        (ours.frechet_gradient, (x, features, tasks.offsets, one.expand(3), None)),
+        (ours.frechet_gradient, (x, features, tasks.offsets, weights, None)),
         (
             ours.sinkhorn_gradient,
-            (x, features, tasks.offsets, *potentials, one.expand(3), one[None], 2, one, "fp32", None, None),
+            (x, features, tasks.offsets, *potentials, weights, one[None], 2, one, "fp32", None, None),
         ),
         (
             ours.label_aware_gradient,
-            (x, classes(7, device), features, labels, tasks.offsets, *potentials, one.expand(3), "bures", one, *more),
+            (x, classes(7, device), features, labels, tasks.offsets, *potentials, weights, "bures", one, *more),
         ),
     ):
         with FakeTensorMode() as mode:
