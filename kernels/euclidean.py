@@ -1,5 +1,6 @@
 """Euclidean distances between a target and many ragged tasks, and the nearest of them."""
 
+from collections import defaultdict
 from typing import Literal
 
 import torch
@@ -22,7 +23,7 @@ from headstart.kernels.ragged import (
     common_centre,
 )
 
-_CHUNK = {"cpu": 2**20, "cuda": 2**26}
+_CHUNK = defaultdict(lambda: 2**26, cpu=2**20)
 """Numbers of the features that the `mean` form takes at a time: more would leave the CPU's cache; on CUDA fewer would
 be launches alone."""
 

@@ -1,5 +1,6 @@
 """Distances between the class means of a labelled target and those of many labelled ragged tasks."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -24,7 +25,7 @@ from headstart.kernels.ragged import (
     sums_of_rows,
 )
 
-_CHUNK = {"cpu": 2**20, "cuda": 2**26}
+_CHUNK = defaultdict(lambda: 2**26, cpu=2**20)
 """Numbers of the features that are summed at a time: more would leave the CPU's cache, fewer be launches alone."""
 
 

@@ -1,5 +1,6 @@
 """Sums of values over the pairs of ragged tasks, tile by tile, and what they change by with the target."""
 
+from collections import defaultdict
 from itertools import pairwise
 
 import torch
@@ -13,7 +14,7 @@ from headstart.kernels.ragged import sums_of_runs
 OWN_ROWS = 256
 """Tasks of at most so many rows meet themselves in batches, larger ones in stripes."""
 
-GRADIENT_BYTES = {"cpu": 2**24, "cuda": 2**28}
+GRADIENT_BYTES = defaultdict(lambda: 2**28, cpu=2**24)
 """What sums of gradients take at once: a target's rows are taken some at a time."""
 
 

@@ -19,6 +19,7 @@ step; A. Thibault et al., "Overrelaxed Sinkhorn-Knopp algorithm", Algorithms 14 
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ _RELAXATION = 1.5
 """Of the first round; afterwards it follows from how the errors shrank."""
 _MOST_RELAXATION = 1.9
 
-_BATCH = {"cpu": 2**19, "cuda": 2**27}
+_BATCH = defaultdict(lambda: 2**27, cpu=2**19)
 """Numbers in the costs of the sets that are solved together. On the CPU these and their plans stay in the cache."""
 
 

@@ -20,8 +20,8 @@ from headstart.kernels.mmd import mmd_distances
 from headstart.kernels.neighbours import nearest_neighbours
 from headstart.kernels.ragged import RaggedTasks, common_centre
 from tests.kernels.cases import HALF_STEP, double, gradient_error, near_rows, rounding_error
+from tests.kernels.other_device import DEVICE
 
-DEVICE = "cpu" if units.INTERPRETED else "cuda"
 # In the interpreter tf32 is fp32, of rows that were rounded before.
 ROUNDED = ("bf16", "bf16x3") if units.INTERPRETED else ("bf16", "bf16x3", "tf32")
 
@@ -103,7 +103,7 @@ def test_memory_changes_no_bit_and_tasks_in_pieces_agree(path: str, monkeypatch:
     whole = energy_distances(x, tasks, precision="bf16")
     cross = pair_sums(x, tasks.features, tasks.offsets, *how, False)[0]
     # On a GPU a piece is longer than all that there is here; program_cases.py has more rows.
-    piece = 32 if DEVICE == "cpu" else 2**14
+    piece = 32 if units.INTERPRETED else 2**14
     nearest = [nearest_neighbours(x, tasks, k) for k in (1, 2)]
 
     def few(self: gpu.Setting, offsets: torch.Tensor, rows: int):

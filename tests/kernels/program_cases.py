@@ -14,8 +14,8 @@ from headstart.kernels.engine import fused, launch, streamed, units
 from headstart.kernels.engine.launch import Value
 from headstart.kernels.engine.layouts import cancellation
 from headstart.kernels.engine.precision import Operand, make_operand
+from tests.kernels.other_device import DEVICE
 
-DEVICE = "cpu" if units.INTERPRETED else "cuda"
 # Tiles are 16 x 16 under the interpreter, and stripes of the streamed path 32 x 32; the third task is in two of these,
 # and tasks begin at odd rows. The own sums of tasks of 20 rows and more are streamed there.
 SIZES = (1, 16, 35, 2) if units.INTERPRETED else (1, 128, 257, 2100, 63, 1, 600)

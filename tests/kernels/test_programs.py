@@ -1,12 +1,18 @@
-"""Runs program_cases.py and path_cases.py: in Triton's interpreter, in a process of its own, and on a GPU."""
+"""Runs program_cases.py and path_cases.py: in Triton's interpreter, in a process of its own, and on a GPU.
+
+And on a device that refuses tensors of two devices, which takes a C++ compiler; there eager_cases.py too.
+"""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.kernels import other_device
 
 OPTIONS = ("-q", "-rfE", "--tb=short", "--no-header", "-p", "no:cacheprovider")
 CASES = ("program_cases.py", "path_cases.py")
@@ -29,6 +35,14 @@ def run_cases(name: str, **environment: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_every_epilogue_in_the_interpreter(name: str):
     run_cases(name, TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_no_path_mixes_devices(tmp_path: Path):
+    library = str(other_device.build(tmp_path))
+    for name in (*CASES, "eager_cases.py"):
+        run_cases(name, TRITON_INTERPRET="1", HEADSTART_OTHER_DEVICE=library)
 
 
 @pytest.mark.gpu
