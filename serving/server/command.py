@@ -10,7 +10,7 @@ from headstart.serving.errors import PackageError
 from headstart.serving.manifest import MANIFEST, load_manifest
 from headstart.serving.package import SIGNATURE, verify
 from headstart.serving.runtime import CPU, MOST
-from headstart.serving.server.errors import StartError
+from headstart.serving.server.errors import StartError, address
 from headstart.serving.signing import verify_signature
 
 if TYPE_CHECKING:
@@ -128,9 +128,8 @@ def serve(
         rows = service.repository_index(False)
         serving = len([row for row in rows if row["state"] == "READY"])
         scheme = "https" if tls_cert else "http"
-        shown = f"[{host}]" if ":" in host else host
-        beside = "" if ports.grpc_port is None else f" (gRPC at {shown}:{ports.grpc_port})"
-        url = f"{scheme}://{shown}:{ports.port}"
+        beside = "" if ports.grpc_port is None else f" (gRPC at {address(host, ports.grpc_port)})"
+        url = f"{scheme}://{address(host, ports.port)}"
         where = mirror.url if mirror else repository
         if not serving and (link is None or link.number == 0):
             _tell_why(rows, where)

@@ -42,12 +42,17 @@ class StartError(PackageError):
     @classmethod
     def of_port(cls, error: OSError, host: str, port: int, option: str) -> "StartError":
         """What to do where `error` keeps a server from listening on a port that `option` chooses."""
-        where = f"{host}:{port}"
+        where = address(host, port)
         if error.errno == errno.EADDRINUSE:
             return cls(f"{where} is in use; stop what listens there, or give another {option}")
         if error.errno == errno.EACCES:
             return cls(f"{where} may not be used by this user; give a {option} from 1024 on")
         return cls(f"cannot listen on {where} ({error.strerror or error}); give --host an address of this machine")
+
+
+def address(host: str, port: int) -> str:
+    """`host:port` as in a URL, `[::1]:8000`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def bad_request(message: str) -> ServeError:

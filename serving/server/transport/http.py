@@ -10,11 +10,13 @@ It must run on uvloop or asyncio; it imports neither torch nor ray.
 
 import asyncio
 import logging
+import socket
 import ssl
 from collections.abc import Callable
 from email.utils import formatdate
+from typing import Any
 
-from headstart.serving.server.errors import StartError
+from headstart.serving.server.errors import StartError, address
 from headstart.serving.server.interface import InferenceService
 from headstart.serving.server.settings import HttpSettings, Renewal, same_token, tls_context, token_digest
 from headstart.serving.server.transport.busy_poll import BusyPoll
@@ -24,6 +26,7 @@ from headstart.serving.server.watching.watch import RequestIds, Watch
 
 log = logging.getLogger(__name__)
 
+_BACKLOG = 1024
 _GRACE = 0.5
 """Seconds for which an idle connection may still bring a request once the server winds down."""
 
@@ -76,15 +79,13 @@ class HttpServer:
         context = tls_context(settings)
         if context is not None:
             context.sni_callback = self._choose_certificate
-        where = f"{settings.host}:{settings.port}"
+        where = address(settings.host, settings.port)
         try:
             self._listener = await self._loop.create_server(
                 lambda: Connection(self),
-                settings.host,
-                settings.port,
+                **self._address(),
                 ssl=context,
-                backlog=1024,
-                reuse_port=settings.reuse_port or None,
+                backlog=_BACKLOG,
                 ssl_handshake_timeout=settings.header_timeout if context else None,
                 ssl_shutdown_timeout=settings.body_timeout if context else None,
             )
@@ -97,6 +98,17 @@ class HttpServer:
             elif context is None:
                 log.warning("%s: tokens and tensors cross the network in the clear; give --tls-cert", where)
         self._sweep()
+
+    def _address(self) -> dict[str, Any]:
+        """What to listen on. `::` is every address of this machine, IPv4 too where it has both, as for gRPC."""
+        settings = self.settings
+        if settings.host != "::":
+            return {"host": settings.host, "port": settings.port, "reuse_port": settings.reuse_port or None}
+        listening = socket.create_server(
+            ("::", settings.port), family=socket.AF_INET6, backlog=_BACKLOG, reuse_port=settings.reuse_port,
+            dualstack_ipv6=socket.has_dualstack_ipv6(),
+        )  # fmt: skip
+        return {"sock": listening}
 
     def close(self) -> None:
         """Stop accepting: no new connections; each open one is closed after the request that it has begun."""

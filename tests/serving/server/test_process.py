@@ -216,6 +216,19 @@ def test_two_servers_share_a_port_when_asked_to():
         assert second.server.port == first.server.port
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+@pytest.mark.parametrize("reuse_port", [False, True], ids=["alone", "shared"])
+def test_every_address_is_one_of_both_families(reuse_port: bool):
+    with Running(HttpSettings(host="::", port=0, reuse_port=reuse_port)) as running:
+        for host in ("127.0.0.1", "::1"):
+            with socket.create_connection((host, running.server.port), timeout=10) as raw:
+                raw.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert raw.recv(1 << 12).startswith(b"HTTP/1.1 200 ")
+        if not reuse_port:
+            with pytest.raises(StartError, match=rf"\[::\]:{running.server.port} is in use"):
+                Running(HttpSettings(host="::", port=running.server.port)).__enter__()
+
+
 def test_connections_send_at_once():
     with Running(HttpSettings(port=0)) as running, running.connect() as raw:
         raw.ask("GET", "/v2")
