@@ -5,6 +5,7 @@ import atexit
 import gc
 import logging
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable, Coroutine
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_OTHER_FILES = 256
 _GRACE = 0.5
 """Seconds for which a thread within ONNX Runtime is waited for at the end."""
 
@@ -67,6 +69,7 @@ def run(
     Raises:
         StartError: the server cannot listen, or gRPC is asked for and not installed.
     """
+    _allow_files(settings)
     try:
         code = uvloop.run(_serve(settings, service, on_ready, link, watch))
     finally:
@@ -79,6 +82,26 @@ def run(
         atexit._run_exitfuncs()
         os._exit(code)
     return code
+
+
+def _allow_files(settings: HttpSettings) -> None:
+    """Raise the limit of open files, as a process may: the usual 1,024 are what its connections alone take.
+
+    Without one that is left no package is read, and a connection too many is cut off instead of told 503. There is room
+    for four times the connections, for those that are within TLS's handshake or told 503, and for gRPC's.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 4 * settings.max_connections
+    if hard != resource.RLIM_INFINITY and hard < most:
+        most = hard
+        if hard < settings.max_connections + _OTHER_FILES:
+            log.warning(
+                "this process may open %d files, which %d connections and its own would pass: clients are cut off "
+                "then, and packages not read; raise its limit (LimitNOFILE=, --ulimit nofile=, ulimit -Hn)",
+                hard, settings.max_connections,
+            )  # fmt: skip
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 async def _serve(

@@ -270,10 +270,11 @@ def test_closing_answers_what_was_begun_and_accepts_no_more():
         wait_until(lambda: not running.server._connections)
 
 
-def start(*arguments: float) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+def start(*arguments: float, limit: str = "", **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+    if limit:
+        command = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh", *command]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, **options)
 
 
 def port_of(process: subprocess.Popen[str]) -> int:
@@ -281,6 +282,24 @@ def port_of(process: subprocess.Popen[str]) -> int:
     word, port = process.stdout.readline().split()
     assert word == "ready"
     return int(port)
+
+
+def test_as_many_files_are_allowed_as_connections_take():
+    with start(0, 0, 0, 30, limit="-Sn 128") as process:
+        port = port_of(process)
+        connected = [RawClient(port) for _ in range(200)]
+        for raw in connected:
+            raw.send(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert {raw.read().status for raw in connected} == {200}
+        process.send_signal(signal.SIGTERM)
+
+
+def test_too_few_files_for_the_connections_are_told():
+    with start(0, 0, 0, 30, limit="-n 900", stderr=subprocess.PIPE) as process:
+        port_of(process)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        assert "may open 900 files, which 1024 connections" in process.stderr.read()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
