@@ -41,20 +41,22 @@ def on(device: str) -> RaggedTasks:
     return RaggedTasks(TASKS.features.to(device), TASKS.offsets, TASKS.labels.to(device))
 
 
-def parts(found: Any) -> list[Tensor]:
-    """A result's tensors, on the CPU; of those that have iterations and the like, the distances alone."""
-    found = found.distances if hasattr(found, "errors") else found
+def parts(found: Any, device: str) -> list[Tensor]:
+    """A result's tensors, which are on the device, on the CPU; beside iterations or bandwidths the distances alone."""
+    found = found.distances if hasattr(found, "errors") or hasattr(found, "bandwidths") else found
     found = [found] if isinstance(found, Tensor) else [part for part in found if isinstance(part, Tensor)]
+    assert {part.device.type for part in found} == {device}
     return [part.detach().cpu() for part in found]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16x3", "fp64"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_values(name: str, precision: str):
-    expected = parts(FUNCTIONS[name](X, TASKS, precision=precision))
-    found = FUNCTIONS[name](X.to(DEVICE), on(DEVICE), precision=precision)
+    expected, found = (
+        parts(FUNCTIONS[name](X.to(device), on(device), precision=precision), device) for device in ("cpu", DEVICE)
+    )
     # Chunks are larger than on the CPU, and so the order of sums another.
-    for ours, theirs in zip(parts(found), expected, strict=True):
+    for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
