@@ -94,3 +94,15 @@ def test_what_is_kept(device: str):
     values, indices = topk(nearest, 2)
     assert torch.equal(values, nearest[indices])
     assert bool((frechet_distances(x, tasks, memory=2**22) >= 0).all())
+
+
+def test_what_was_kept_on_the_cpu_serves_on_a_device():
+    x, tasks = X.to(DEVICE), on(DEVICE)
+    own = energy_self_terms(TASKS, precision="bf16")  # with their centre
+    found = energy_distances(x, tasks, precision="bf16", self_terms=own)
+    torch.testing.assert_close(found.cpu(), energy_distances(X, TASKS, precision="bf16"), rtol=1e-5, atol=1e-5)
+    options: dict[str, Any] = {"epsilon": 2.0, "precision": "bf16"}
+    kept = label_aware_self_terms(TASKS, **options)
+    found = label_aware_distances(x, tasks, labels=thirds(x), **options, self_terms=kept).distances
+    expected = label_aware_distances(X, TASKS, labels=thirds(X), **options).distances
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
