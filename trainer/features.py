@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from headstart.kernels.engine.precision import exact_products
 from headstart.trainer.backbones.backbone import Backbone
 from headstart.trainer.backbones.tensors import tensors_fingerprint
 from headstart.trainer.errors import RunError, SourceError
@@ -121,7 +122,7 @@ def _placed(backbone: Backbone) -> Iterator[torch.device]:
         yield device
         return
     try:
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        with exact_products(device), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             yield device
     except torch.OutOfMemoryError as error:
         raise RunError(

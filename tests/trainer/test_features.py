@@ -1,5 +1,6 @@
 """The feature cache: one pass an image, equal to live features, whole after any death, never of something else."""
 
+import contextlib
 import errno
 import os
 import re
@@ -307,6 +308,7 @@ def test_a_gpu_whose_memory_is_full_is_named(tmp_path: Path, monkeypatch: pytest
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.\nMore about it.")
 
     monkeypatch.setattr(Backbone, "device", torch.device("meta"))  # as good as any that this machine has not
+    monkeypatch.setattr(features, "exact_products", contextlib.nullcontext)
     monkeypatch.setattr(Backbone, "features", full)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     with pytest.raises(RunError, match=r"NVIDIA H100 has no memory .* counting: .* 20 MiB\. Free it, or set CUDA"):
