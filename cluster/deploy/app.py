@@ -26,7 +26,7 @@ from headstart.serving.server.transport.inmemory import answer
 
 _OPTIONS = {
     "repository", "provider", "threads", "max_queue", "max_batch", "max_delay_ms", "policy", "public_key", "drift",
-    "provider_options", "token_file",
+    "provider_options", "max_memory", "token_file", "open_health",
 }  # fmt: skip
 _DRAIN_S = 30.0
 
@@ -65,6 +65,7 @@ class Headstart:
         options = dict(options)
         token_file = options.pop("token_file", None)
         token = read_token(Path(token_file)) if token_file is not None else None
+        open_health = bool(options.pop("open_health", False))
         # Serve gives a replica CPUs; ONNX Runtime would take all of the machine's.
         assigned: dict[str, float] = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
         options.setdefault("threads", max(1, int(assigned.get("CPU", 1))))
@@ -72,7 +73,7 @@ class Headstart:
             options["public_key"] = Path(options["public_key"])
         self._service = _Replica(open_repository(options.pop("repository"), **options))
         # Serve listens, wherever its configuration says: who may ask is not for a loopback address to decide.
-        self._server = HttpServer(self._service, HttpSettings(host="0.0.0.0", token=token))
+        self._server = HttpServer(self._service, HttpSettings(host="0.0.0.0", token=token, open_health=open_health))
         await self._service.start()
 
     async def __call__(self, request: Request) -> Response:
@@ -118,7 +119,7 @@ def app(args: dict[str, Any]) -> serve.Application:
     Args:
         args: `repository` (a folder or URL that every node reaches), and where they are not the defaults `provider`,
             `provider_options`, `threads` (the replica's CPUs), `max_queue`, `max_batch`, `max_delay_ms`, `policy`,
-            `public_key`, `drift`, `token_file`.
+            `public_key`, `drift`, `max_memory`, `token_file`, `open_health`.
 
     Raises:
         StartError: an option that is none, or no repository.

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import inspect
 import json
 import re
 import shlex
@@ -26,6 +27,7 @@ import yaml
 
 from headstart.cluster.connect import set_environment
 from headstart.serving.runtime import Predictor
+from headstart.serving.server.command import open_repository
 from headstart.serving.server.errors import StartError
 from tests.serving.server.graphs import write_package
 from tests.serving.server.tiny_service import infer_body, wait_until
@@ -67,6 +69,7 @@ def test_the_configuration_is_one_of_ray_serve_and_names_what_is_there():
     built = getattr(loaded, name)(application.args)
     (deployment,) = application.deployments
     assert deployment.name == loaded.Headstart.name == built._bound_deployment.name
+    assert {*inspect.signature(open_repository).parameters, "token_file", "open_health"} == loaded._OPTIONS
     # A setting that is said twice is the same in both places.
     options = deployment.model_dump(exclude_unset=True)
     for setting in ("max_ongoing_requests", "health_check_period_s", "health_check_timeout_s"):
@@ -329,6 +332,21 @@ def test_ray_serve_answers_as_headstart_serve_does(running: tuple[str, Any], mod
     status, _, body = ask(address, "/v2/repository/models/demo/unload", b"{}")
     assert status == 400
     assert b"one of several replicas" in body
+
+
+@pytest.mark.slow
+def test_ray_serve_keeps_to_a_token(running: tuple[str, Any], models: Path, tmp_path: Path):
+    address, _ = running
+    (tmp_path / "token").write_text("s3cret")
+    serve, module = (importlib.import_module(name) for name in ("ray.serve", "headstart.cluster.deploy.app"))
+    arguments = {"repository": str(models), "token_file": str(tmp_path / "token"), "open_health": True}
+    serve.run(module.Headstart.options(num_replicas=1).bind(arguments), name="locked", route_prefix="/locked")
+    try:
+        assert ask(address, "/locked/v2")[0] == 401
+        assert ask(address, "/locked/v2", Authorization="Bearer s3cret")[0] == 200
+        assert ask(address, "/locked/v2/health/ready")[0] == 200
+    finally:
+        serve.delete("locked")
 
 
 @pytest.mark.slow
