@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _OTHER_FILES = 256
+"""Room for what a process has open beside its connections: models, logs, the repository, gRPC's own."""
 _GRACE = 0.5
 """Seconds for which a thread within ONNX Runtime is waited for at the end."""
 

@@ -28,7 +28,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True, scope="session")
 def the_interpreter_does_only_what_tells() -> None:
-    """Half of its time goes into two things that no case here looks at.
+    """Nearly half of its time goes into two things that no case here looks at.
 
     It patches the language at every call of one function of a program by another, for good: the first will do. And it
     makes sums and products of int32 again in int64, to see that none overflows, which rows as few as these cannot.
