@@ -25,9 +25,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByRoom(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            room = nodeid.split("/")[1]
-            file = nodeid.split("::")[0]
-            return room if room in ("cluster", "serving") else file if "test_compilation" in file else nodeid
+            room, file = nodeid.split("/")[1], nodeid.split("::")[0]
+            if room in ("cluster", "serving"):
+                return room
+            return file if file.endswith("/test_compilation.py") else nodeid
 
     return ByRoom(config, log)
 

@@ -65,7 +65,7 @@ class Headstart:
         options = dict(options)
         token_file = options.pop("token_file", None)
         token = read_token(Path(token_file)) if token_file is not None else None
-        open_health = bool(options.pop("open_health", False))
+        open_health = options.pop("open_health", False)
         # Serve gives a replica CPUs; ONNX Runtime would take all of the machine's.
         assigned: dict[str, float] = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
         options.setdefault("threads", max(1, int(assigned.get("CPU", 1))))
@@ -122,11 +122,13 @@ def app(args: dict[str, Any]) -> serve.Application:
             `public_key`, `drift`, `max_memory`, `token_file`, `open_health`.
 
     Raises:
-        StartError: an option that is none, or no repository.
+        StartError: an option that is none, no repository, or `open_health` that is neither true nor false.
     """
     unknown = sorted(set(args) - _OPTIONS)
     if unknown or "repository" not in args:
         wrong = f"{unknown[0]!r} is no option" if unknown else "repository is missing"
         raise StartError(f"{wrong}; accepted in args: {', '.join(sorted(_OPTIONS))}")
+    if not isinstance(args.get("open_health", False), bool):  # a command line's "false" would open it
+        raise StartError(f"open_health is {args['open_health']!r}; accepted: true and false in a configuration's args")
     application: serve.Application = Headstart.bind(dict(args))  # type: ignore[attr-defined] # the decorator's
     return application

@@ -85,6 +85,8 @@ def test_arguments_that_cannot_be_are_refused(args: dict[str, Any], words: str):
     app = importlib.import_module("headstart.cluster.deploy.app").app
     with pytest.raises(StartError, match=f"{words}; accepted in args: .*repository"):
         app(args)
+    with pytest.raises(StartError, match="open_health is 'false'; accepted: true and false"):
+        app({"repository": "/m", "open_health": "false"})
 
 
 # KServe -----------------------------------------------------------------------------------------------------------

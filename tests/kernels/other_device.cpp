@@ -12,6 +12,8 @@
 #include <c10/core/impl/alloc_cpu.h>
 #include <torch/library.h>
 
+#include <cstring>
+
 namespace {
 
 using at::IntArrayRef;

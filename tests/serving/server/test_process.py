@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -270,11 +271,18 @@ def test_closing_answers_what_was_begun_and_accepts_no_more():
         wait_until(lambda: not running.server._connections)
 
 
-def start(*arguments: float, limit: str = "", **options: Any) -> subprocess.Popen[str]:
+@contextmanager
+def start(*arguments: float, limit: str = "", **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A server in a process of its own, which has ended when the block has: where that failed it is killed."""
     command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
     if limit:
         command = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh", *command]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, **options)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, **options) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
 
 def port_of(process: subprocess.Popen[str]) -> int:
