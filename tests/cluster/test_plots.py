@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image
 
 from headstart.cluster.report import plots
-from headstart.cluster.report.plots import plot_confusion, plot_learning
+from headstart.cluster.report.plots import font_families, plot_confusion, plot_learning
 
 
 @pytest.fixture
@@ -33,6 +34,16 @@ def test_names_of_classes_are_no_formulas(tmp_path: Path):
         assert np.asarray(image.convert("L")).std() > 5
 
 
+def test_a_font_that_has_the_names_is_found_where_one_is_installed(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    assert font_families("Ärger 12") == ["DejaVu Sans"]
+    of_stix = "\u20ec\u1d81"  # which DejaVu Sans lacks
+    plot_confusion(tmp_path / "confusion.png", np.array([0, 1]), np.array([0, 1]), (of_stix, "b"), "mine")
+    plot_learning(tmp_path / "learning.png", {"fit": _fit(of_stix)}, of_stix)
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    files = {font_manager.findfont(family) for family in font_families(of_stix)}
+    assert set(map(ord, of_stix)) <= set().union(*(font_manager.get_font(file).get_charmap() for file in files))
+
+
 def test_a_row_of_the_confusion_matrix_is_a_true_class(drawn: list[Figure], tmp_path: Path):
     labels, predicted = np.array([0, 0, 0, 0, 1]), np.array([0, 0, 0, 2, 0])
     plot_confusion(tmp_path / "confusion.png", labels, predicted, ("a", "b", "absent"), "mine")
@@ -45,15 +56,18 @@ def test_a_row_of_the_confusion_matrix_is_a_true_class(drawn: list[Figure], tmp_
 
 
 def test_the_chosen_rate_is_drawn_with_its_training_images(drawn: list[Figure], tmp_path: Path):
-    rows = [
-        {"peak_learning_rate": rate, "epoch": epoch, "validation_accuracy": rate + epoch / 10, "train_accuracy": 0.9}
-        for rate in (0.1, 0.2) for epoch in (1, 2)
-    ]  # fmt: skip
-    fit = {"mode": "scratch", "source": "net", "learning_rate": 0.1, "rows": rows}
-    plot_learning(tmp_path / "learning.png", {"control": fit}, "mine")
+    plot_learning(tmp_path / "learning.png", {"control": _fit("net")}, "mine")
     lines = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in drawn[0].axes[0].lines}
     assert lines == {
         "scratch (net), rate 0.1": [[1, 0.1 + 0.1], [2, 0.1 + 0.2]],
         "scratch, training images": [[1, 0.9], [2, 0.9]],
         "scratch (net), rate 0.2 (not chosen)": [[1, 0.2 + 0.1], [2, 0.2 + 0.2]],
     }
+
+
+def _fit(source: str) -> dict[str, Any]:
+    rows = [
+        {"peak_learning_rate": rate, "epoch": epoch, "validation_accuracy": rate + epoch / 10, "train_accuracy": 0.9}
+        for rate in (0.1, 0.2) for epoch in (1, 2)
+    ]  # fmt: skip
+    return {"mode": "scratch", "source": source, "learning_rate": 0.1, "rows": rows}

@@ -255,7 +255,7 @@ def _read_row(row: dict[str, str], folder: Path) -> tuple[Path, str, str]:
 
 
 def _read_npz(path: Path) -> LabelledImages:
-    """Read images uint8 [N, H, W] or [N, H, W, 3] and labels [N], ints or text."""
+    """Read images uint8 [N, H, W] or [N, H, W, 3], labels [N], ints or text, and perhaps split [N], text."""
     needed = "needed: images, uint8 [N, H, W] or [N, H, W, 3], and labels, [N] whole numbers or text"
     try:
         # Without pickles: a .npz is data that came from somewhere, and unpickling runs what it says.
@@ -264,6 +264,7 @@ def _read_npz(path: Path) -> LabelledImages:
             if missing:
                 raise DataError(f"{path} has the arrays {some(file.files) or 'none'}; {needed}")
             images, labels = file["images"], file["labels"]
+            split = file["split"] if "split" in file.files else None
     except (OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         # TypeError: a single array, as np.save writes it, is no context manager. RuntimeError: an encrypted archive.
         raise DataError(f"{path} cannot be read as a .npz file: {error}; {needed}") from error
@@ -276,8 +277,25 @@ def _read_npz(path: Path) -> LabelledImages:
     if len(images) and images.size == 0:
         raise DataError(f"{path}: images are {list(images.shape)}, without a pixel; {needed}")
     storage = ImageArrays(images)
-    names = [str(label) for label in labels.tolist()]
-    return label_images(storage, names, origin=str(path), digests=storage.digests(), grey=storage.grey())
+    return label_images(
+        storage,
+        [str(label) for label in labels.tolist()],
+        origin=str(path),
+        digests=storage.digests(),
+        grey=storage.grey(),
+        parts=() if split is None else _array_parts(split, len(images), path),
+    )
+
+
+def _array_parts(split: np.ndarray, num_images: int, path: Path) -> list[str]:
+    """Return the part of each image from an array `split`."""
+    accepted = f"accepted: [{num_images}] text, each train, validation or test"
+    if split.dtype.kind != "U" or split.shape != (num_images,):
+        raise DataError(f"{path}: split is {split.dtype} {list(split.shape)}; {accepted}")
+    names = [name.strip().lower() for name in split.tolist()]
+    if unknown := sorted(set(names) - _PART_NAMES.keys()):
+        raise DataError(f"{path}: split has {some([repr(name) for name in unknown])}; {accepted}")
+    return [_PART_NAMES[name] for name in names]
 
 
 def _many(wrong: list[str], num_all: int, what: str) -> str:

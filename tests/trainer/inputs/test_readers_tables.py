@@ -95,6 +95,13 @@ class TestArrays:
         assert np.array_equal(images.image(5), colour[5])
         assert not images.is_grey
 
+    def test_parts_of_their_own(self, load, write):
+        split = np.array(["train", "Train", "val", "test", "train", "testing"])
+        images = load(write(images=self.IMAGES, labels=np.array([0, 1, 0, 1, 1, 0]), split=split))
+        assert {name: indices.tolist() for name, indices in images.parts.items()} == {
+            "train": [0, 1, 4], "validation": [2], "test": [3, 5],
+        }  # fmt: skip
+
     @pytest.mark.parametrize(
         ("change", "said"),
         [
@@ -108,6 +115,10 @@ class TestArrays:
             ({"labels": np.array(["a", None] * 3, dtype=object)}, "cannot be read as a .npz file"),
             ({"labels": np.arange(5)}, "6 images and 5 labels"),
             ({"labels": np.zeros(6, dtype=int)}, "one class only, '0'"),
+            ({"split": np.arange(6)}, "split is int64 [6]; accepted: [6] text, each train, validation or test"),
+            ({"split": np.array(["train"] * 5)}, "[5]; accepted: [6] text"),
+            ({"split": np.array(["train"] * 4 + ["fold 1", ""])}, "split has '', 'fold 1'; accepted"),
+            ({"split": np.array(["train", "test"] * 3)}, "have no image in train: 1"),
             ({"images": IMAGES[:0], "labels": np.arange(0)}, "holds no images"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
