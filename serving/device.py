@@ -11,14 +11,24 @@ from typing import Any
 import onnxruntime
 
 from headstart.serving.errors import PackageError, first_line
+from headstart.serving.one_thread import OneThread
 from headstart.serving.runtime import CPU, check_threads, open_session
 
 CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 ENGINES = "trt_engine_cache_path"
 # HEURISTIC: the default search for convolution algorithms tries all of them for each new shape. The arena grows by what
-# is asked for, since it does not shrink.
-_CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
+# is asked for, since it does not shrink. TF32, which ONNX Runtime allows by itself, has 10 bits: answers would not be
+# those that were proven.
+_CUDA_OPTIONS = {
+    "cudnn_conv_algo_search": "HEURISTIC",
+    "arena_extend_strategy": "kSameAsRequested",
+    "use_tf32": "0",
+}
+_GRAPHS = {CUDA: "enable_cuda_graph", TENSORRT: "trt_cuda_graph_enable"}
+GRAPH_THREAD = OneThread("headstart-graphs")
+"""Where all is done on a device whose options ask for CUDA graphs: while one thread captures, what most calls of others
+do makes both fail, and a graph belongs to the thread that captured it."""
 _IDENTITY = bytes.fromhex(  # a graph of one Identity, float32 [1]; the server has no onnx to build it with
     "080812003a3b0a100a017812017922084964656e74697479120570726f62655a0f0a0178120a0a08080112040a020801"
     "620f0a0179120a0a08080112040a02080142040a001011"
@@ -35,8 +45,8 @@ class Device:
     """Threads within an operator; None is one per core."""
     options: Mapping[str, str] = field(default_factory=dict)
     """ONNX Runtime's options of the CUDA or TensorRT provider, over ours: `enable_cuda_graph=1` captures a CUDA graph
-    for each batch size, `gpu_mem_limit` is in bytes, `trt_engine_cache_path` keeps TensorRT's engines from one start to
-    the next."""
+    for each batch size, `use_tf32=1` allows CUDA TF32, `gpu_mem_limit` is in bytes, `trt_engine_cache_path` keeps
+    TensorRT's engines from one start to the next. TensorRT's switches are True and False."""
 
     def __post_init__(self) -> None:
         available = onnxruntime.get_available_providers()
@@ -47,6 +57,12 @@ class Device:
         if self.options and self.provider not in (CUDA, TENSORRT):
             given = ", ".join(self.options)
             raise PackageError(f"{self.provider} takes no options, found {given}; accepted: with {CUDA} or {TENSORRT}")
+
+    @property
+    def thread(self) -> OneThread | None:
+        """The one thread that may use the device, where CUDA graphs are asked for; None is any."""
+        asked = self.options.get(_GRAPHS.get(self.provider, ""), "0")
+        return GRAPH_THREAD if asked.lower() in ("1", "true") else None
 
     @property
     def memory(self) -> str:
@@ -89,7 +105,8 @@ def open_on(device: Device, model: Path | bytes, *, key: str = "") -> onnxruntim
             Path(chosen[0][1][ENGINES]).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PackageError(f"{ENGINES} cannot be made: {first_line(error)}; give a folder to write in") from error
-    return open_session(model, device.provider, device.threads, chosen)
+    opened = (model, device.provider, device.threads, chosen)
+    return device.thread.submit(open_session, *opened).result() if device.thread else open_session(*opened)
 
 
 def check(device: Device) -> None:
@@ -111,7 +128,11 @@ def providers(device: Device, key: str = "") -> list[Any]:
     if folder is not None:
         if key:
             options[ENGINES] = str(Path(folder) / key)
-            options |= {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1", "trt_timing_cache_path": folder}
+            options |= {
+                "trt_engine_cache_enable": "True",
+                "trt_timing_cache_enable": "True",
+                "trt_timing_cache_path": folder,
+            }
         else:
             del options[ENGINES]
     return [(TENSORRT, options), (CUDA, dict(_CUDA_OPTIONS)), CPU]

@@ -2,15 +2,18 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import onnxruntime
 import pytest
 import torch
 
+from headstart.serving import device as module
 from headstart.serving.device import (
     CUDA,
     ENGINES,
+    GRAPH_THREAD,
     TENSORRT,
     Device,
     check,
@@ -31,29 +34,47 @@ has_builds = pytest.mark.skipif(
 @has_builds
 def test_cuda_has_the_cpu_behind_it_and_our_options_below_the_operators():
     assert providers(Device(provider=CUDA)) == [
-        (CUDA, {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}),
+        (
+            CUDA,
+            {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"},
+        ),
         CPU,
     ]
-    asked = {"enable_cuda_graph": "1", "cudnn_conv_algo_search": "EXHAUSTIVE"}
+    asked = {"enable_cuda_graph": "1", "cudnn_conv_algo_search": "EXHAUSTIVE", "use_tf32": "1"}
     (_, options), _ = providers(Device(provider=CUDA, options=asked))
     assert options == {**asked, "arena_extend_strategy": "kSameAsRequested"}
+
+
+@has_builds
+@pytest.mark.parametrize("provider", [CUDA, TENSORRT])
+def test_where_cuda_graphs_are_asked_for_one_thread_has_the_device(provider: str, monkeypatch: pytest.MonkeyPatch):
+    opened: list[str] = []
+    monkeypatch.setattr(module, "open_session", lambda *_: opened.append(threading.current_thread().name))
+    name = {CUDA: "enable_cuda_graph", TENSORRT: "trt_cuda_graph_enable"}[provider]
+    for value, thread in (("1", GRAPH_THREAD), ("True", GRAPH_THREAD), ("0", None), ("False", None)):
+        device = Device(provider=provider, options={name: value})
+        assert device.thread is thread
+        open_on(device, b"")
+    assert Device(provider=provider).thread is None
+    assert Device().thread is None
+    assert opened == ["headstart-graphs"] * 2 + [threading.current_thread().name] * 2
 
 
 @has_builds
 def test_tensorrt_has_cuda_and_the_cpu_behind_it_and_engines_by_package(tmp_path: Path):
     found = providers(Device(provider=TENSORRT))
     assert [one if isinstance(one, str) else one[0] for one in found] == [TENSORRT, CUDA, CPU]
-    device = Device(provider=TENSORRT, options={ENGINES: str(tmp_path), "trt_fp16_enable": "1"})
+    device = Device(provider=TENSORRT, options={ENGINES: str(tmp_path), "trt_fp16_enable": "True"})
     first, second = (providers(device, key)[0][1] for key in ("a", "b"))
     assert first[ENGINES] == str(tmp_path / "a")
     assert second[ENGINES] == str(tmp_path / "b")
     assert {key: first[key] for key in first if key != ENGINES} == {
-        "trt_fp16_enable": "1",
-        "trt_engine_cache_enable": "1",
-        "trt_timing_cache_enable": "1",
+        "trt_fp16_enable": "True",
+        "trt_engine_cache_enable": "True",  # the only word for it that ONNX Runtime's Python takes
+        "trt_timing_cache_enable": "True",
         "trt_timing_cache_path": str(tmp_path),
     }
-    assert providers(device)[0][1] == {"trt_fp16_enable": "1"}, "a graph without a key keeps no engine"
+    assert providers(device)[0][1] == {"trt_fp16_enable": "True"}, "a graph without a key keeps no engine"
 
 
 @has_builds

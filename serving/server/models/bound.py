@@ -7,6 +7,7 @@ are copied out. All of it runs on the CPU provider as well, where the tests comp
 """
 
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from headstart.serving.manifest import Tensor
+from headstart.serving.one_thread import OneThread
 
 _MOST_PLANS = 64
 """Shapes that buffers are kept for; further ones run without, as images of every size would fill the device."""
@@ -32,6 +34,7 @@ class Bound:
         inputs, outputs: of the session.
         buckets: batch sizes to pad to, ascending.
         device: where the buffers lie, `cuda` or `cpu`.
+        thread: which alone may use the session, and ends it, as `Device.thread`; None is any.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Bound:
         *,
         buckets: Sequence[int],
         device: str,
+        thread: OneThread | None = None,
     ) -> None:
         self._session, self._buckets, self._device = session, tuple(buckets), device
         self._inputs, self._outputs = inputs, outputs
@@ -51,9 +55,15 @@ class Bound:
         self._plans: dict[Any, _Plan] = {}
         self._options = _options(_NO_GRAPH)
         self._lock = threading.Lock()
+        self._thread = thread
+        if thread:
+            weakref.finalize(self, _release, thread, [session, self._plans]).atexit = False
 
     def run(self, names: list[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """As `session.run`: the same numbers, for the rows that were given."""
+        return self._thread.submit(self._run, names, feed).result() if self._thread else self._run(names, feed)
+
+    def _run(self, names: list[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         rows = len(feed[self._inputs[0].name])
         bucket = next((size for size in self._buckets if size >= rows), None)
         if bucket is None:
@@ -119,6 +129,11 @@ class _Plan:
 def buckets(max_batch: int) -> tuple[int, ...]:
     """Batch sizes to pad to: 1, 2, 4, ... and `max_batch`."""
     return (*(1 << power for power in range((max_batch - 1).bit_length())), max_batch)
+
+
+def _release(thread: OneThread, held: list[Any]) -> None:
+    """Let that thread have the last hold on a session and its buffers."""
+    thread.submit(held.clear)
 
 
 def _padded(array: NDArray[Any], bucket: int) -> NDArray[Any]:

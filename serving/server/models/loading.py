@@ -2,19 +2,16 @@
 
 import asyncio
 import collections
-import concurrent.futures
 import logging
-import queue
 import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any, ParamSpec, TypeVar
 
 from headstart.serving.errors import PackageError, first_line
+from headstart.serving.one_thread import OneThread
 from headstart.serving.server.models.entry import Attempt, Entry, Served
 from headstart.serving.server.models.folder import Opening
 from headstart.serving.server.models.memory import Memory, Taken, resident
@@ -22,9 +19,6 @@ from headstart.serving.server.models.model import LoadedModel, public
 from headstart.serving.server.scheduling.batching import THREADS, Scheduler
 from headstart.serving.server.scheduling.queueing import Budget
 from headstart.serving.server.watching.metrics import Metrics
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 _RETRY_S = 30.0  # a failure of the machine, not of the package: no memory, no space, no thread
 _LACKING = re.compile("bad_alloc|Failed to allocate memory|out of memory|pthread_create failed|can't start new thread")
@@ -75,7 +69,9 @@ class Loading:
     ) -> None:
         self._root, self._load_model, self._scheduling, self._metrics = root, loader, scheduling, metrics
         self._memory = Memory(max_memory)
-        self._thread = _Thread()
+        # For all loads: threads of their own would have an arena of the allocator each, and what is freed there stays
+        # with the process. Its end does not wait for it: a load cannot be cut off.
+        self._thread = OneThread(f"{THREADS}load")
         self._budget = Budget(scheduling.max_queue_bytes)
         self._open: collections.Counter[tuple[str, str]] = collections.Counter()
         """Models that were loaded and not released, by name and version: two while one takes the other's place."""
@@ -105,7 +101,11 @@ class Loading:
             estimated, before = self._memory.estimate(files), resident()
             self.on_opening(opening, False)
             try:
-                model, known = await self._thread.run(self._load, entry.name, version)
+                loaded = self._thread.submit(self._load, entry.name, version)
+                try:
+                    model, known = await asyncio.wrap_future(loaded)
+                finally:
+                    del loaded  # which has the error whose traceback has this frame, and with it all that was loaded
             finally:
                 self.on_opening(opening, True)
         except (PackageError, RuntimeError) as error:  # the latter: there is no thread to load it in
@@ -193,43 +193,3 @@ def _may_pass(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
-
-
-class _Thread:
-    """One thread for all loads, which the end of the process does not wait for: a load cannot be cut off.
-
-    A new one for each would have an arena of the allocator each, and what is freed there stays with the process.
-    """
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None]
-        self._jobs = queue.SimpleQueue()
-        self._started = False
-
-    async def run(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-        """As `asyncio.to_thread`; RuntimeError: the machine gives no thread."""
-        done: concurrent.futures.Future[T] = concurrent.futures.Future()
-        done.set_running_or_notify_cancel()  # from now on nobody cancels it
-        if not self._started:
-            threading.Thread(target=self._work, name=f"{THREADS}load", daemon=True).start()
-            self._started = True
-        self._jobs.put((done, partial(function, *arguments, **named)))
-        try:
-            return await asyncio.wrap_future(done)
-        finally:
-            del done  # which has the error whose traceback has this frame, and with it all that was loaded
-
-    def stop(self) -> None:
-        """Let it end after what it does now."""
-        if self._started:
-            self._started = False
-            self._jobs.put(None)
-
-    def _work(self) -> None:
-        while job := self._jobs.get():
-            done, call = job
-            try:
-                done.set_result(call())
-            except BaseException as error:
-                done.set_exception(error)
-            del job, done, call  # or the model would stay, with its session, until another one is loaded

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from headstart.serving.device import Device, open_on
 from headstart.serving.errors import PackageError, brief, first_line, printable
 from headstart.serving.manifest import MANIFEST, Manifest, Tensor, load_manifest
+from headstart.serving.one_thread import OneThread
 from headstart.serving.package import MODEL, SIGNATURE, verify
 from headstart.serving.runtime import CPU, OUTPUTS
 from headstart.serving.server.errors import bad_request, internal, unavailable
@@ -53,6 +54,7 @@ class LoadedModel:
         buckets: batch sizes to pad to and to keep buffers for, ascending, ending with `max_batch`; empty runs each size
             as it comes.
         memory: where those buffers lie, `cpu` or `cuda`.
+        thread: the only one that may use the session, as `Device.thread`.
 
     Raises:
         PackageError: an input or output of a type that the protocol cannot carry (bfloat16, sequences, maps).
@@ -70,6 +72,7 @@ class LoadedModel:
         manifest: Manifest | None = None,
         buckets: tuple[int, ...] = (),
         memory: str = "cpu",
+        thread: OneThread | None = None,
     ) -> None:
         self.name, self.version, self.manifest, self.max_batch = name, version, manifest, max_batch
         self.inputs = _tensors(session.get_inputs())
@@ -84,7 +87,7 @@ class LoadedModel:
         self._cut: Callable[[], None]
         self._compute: _Compute | None
         if buckets:
-            bound = Bound(session, self.inputs, outputs, buckets=buckets, device=memory)
+            bound = Bound(session, self.inputs, outputs, buckets=buckets, device=memory, thread=thread)
             self._compute, self._cut = bound.run, bound.cut
         else:
             options = onnxruntime.RunOptions()
@@ -242,6 +245,7 @@ def load_package(
         "manifest": manifest,
         "buckets": buckets(largest) if device.provider != CPU else (),
         "memory": device.memory,
+        "thread": device.thread,
     }
     if manifest.drift and drift:
         return WatchedModel(**settings, gauge=DriftGauge(manifest.drift, drift))

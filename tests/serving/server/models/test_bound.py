@@ -1,7 +1,9 @@
 """Fixed batch sizes and buffers: a GPU's path, run on the CPU provider and compared with plain runs bit for bit."""
 
+import gc
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from headstart.serving.device import CUDA, Device, open_on
 from headstart.serving.errors import PackageError
+from headstart.serving.one_thread import OneThread
 from headstart.serving.server.models import bound as module
 from headstart.serving.server.models.bound import Bound, buckets
 from headstart.serving.server.models.model import LoadedModel, load_graph
@@ -159,17 +162,86 @@ def test_a_model_with_buckets_is_bound_and_warmed_at_each():
     assert np.array_equal(model.run({"x": x}, ["y"])[0], session.run(["y"], {"x": padded(x)})[0][:5])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "graphs"])
-def test_cuda_answers_as_the_cpu_does(graphs: bool):
+def test_one_thread_alone_uses_a_session_and_ends_it():
+    thread = OneThread("graphs")
+    begun: list[str] = []
+
+    class Seen:
+        """A session that says who uses it."""
+
+        def __init__(self, session: Any) -> None:
+            self._session = session
+
+        def __getattr__(self, name: str) -> Any:
+            begun.append(threading.current_thread().name)
+            return getattr(self._session, name)
+
+        def __del__(self) -> None:
+            begun.append(threading.current_thread().name + " ends")
+
+    plain = load_graph(mlp(), name="m", device=Device(threads=1), max_batch=6)
+    model = LoadedModel(
+        name="m",
+        version="1",
+        session=Seen(open_on(Device(threads=1), mlp())),
+        max_batch=6,
+        buckets=BUCKETS,
+        thread=thread,
+    )
+    begun.clear()  # what it has, read when it was made
+    model.warm_up()
+    random = np.random.default_rng(0)
+    asked = [random.normal(size=(rows, 16)).astype(np.float32) for rows in (1, 2, 3, 6, 7) * 8]
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(model.run, {"x": x}, ["y"]) for x in asked]
+    for x, run in zip(asked, found, strict=True):
+        expected = plain.run({"x": padded(x, (*BUCKETS, 7))}, ["y"])[0]
+        np.testing.assert_array_equal(run.result()[0], expected[: len(x)])
+    model.close()
+    model.cut()  # as it may be after its end
+    del model, found, run
+    gc.collect()
+    thread.submit(int).result()
+    assert set(begun[:-1]) == {"graphs"}
+    assert begun[-1] == "graphs ends"
+
+
+def on_cuda(graphs: bool) -> LoadedModel:
+    device = Device(provider=CUDA, threads=1, options={"enable_cuda_graph": "1"} if graphs else {})
     try:
-        device = Device(provider=CUDA, threads=1, options={"enable_cuda_graph": "1"} if graphs else {})
         session = open_on(device, mlp())
     except PackageError as error:
         pytest.skip(str(error))
-    model = LoadedModel(name="m", version="1", session=session, max_batch=6, buckets=BUCKETS, memory=device.memory)
-    model.warm_up()
-    plain = open_on(Device(threads=1), mlp())
-    for rows in (1, 3, 6, 3, 1, 5):  # a graph is captured on the first runs of a size, and replayed on the others
+    buffers = {"buckets": BUCKETS, "memory": device.memory, "thread": device.thread}
+    return LoadedModel(name="m", version="1", session=session, max_batch=6, **buffers)
+
+
+def check_rows(model: LoadedModel, plain: Any, sizes: tuple[int, ...]) -> None:
+    for rows in sizes:
         x = np.random.default_rng(rows).normal(size=(rows, 16)).astype(np.float32)
-        np.testing.assert_allclose(model.run({"x": x}, ["y"])[0], plain.run(["y"], {"x": x})[0], rtol=1e-3, atol=1e-3)
+        expected = plain.run(["y"], {"x": x})[0]
+        np.testing.assert_allclose(model.run({"x": x}, ["y"])[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "graphs"])
+def test_cuda_answers_as_the_cpu_does(graphs: bool):
+    model, plain = on_cuda(graphs), open_on(Device(threads=1), mlp())
+    model.warm_up()
+    check_rows(
+        model, plain, (1, 3, 6, 3, 1, 5)
+    )  # a graph is captured on the first run of a size, and replayed after it
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "graphs"])
+def test_cuda_serves_two_models_while_others_come_and_go(graphs: bool):
+    models, plain = [on_cuda(graphs), on_cuda(graphs)], open_on(Device(threads=1), mlp())
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(check_rows, model, plain, (1, 3, 6) * 50) for model in models * 2]
+        for _ in range(5):
+            another = on_cuda(graphs)
+            another.warm_up()
+            another.close()
+        for one in asked:
+            one.result()
