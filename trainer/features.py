@@ -122,7 +122,9 @@ def _placed(backbone: Backbone) -> Iterator[torch.device]:
         yield device
         return
     try:
-        with exact_products(device), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        # From `allow_tf32` alone "none" follows, which is whatever the process has set for all of torch.
+        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee")
+        with exact_products(device), exact:
             yield device
     except torch.OutOfMemoryError as error:
         raise RunError(

@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -271,6 +272,22 @@ def test_a_killed_extraction_goes_on_at_the_first_missing_shard(tmp_path: Path):
     assert net.module.seen == 2 * SHARD_SIZE
     undisturbed = extract_features(backbone(), images(3 * SHARD_SIZE), tmp_path / "other")
     assert torch.equal(resumed.tensor(), undisturbed.tensor())
+
+
+@pytest.mark.parametrize("setting", ["none", "tf32", "ieee"])
+def test_whatever_the_process_has_set_there_is_no_tf32_and_the_setting_stays(setting: str):
+    backends, on_gpu = torch.backends, SimpleNamespace(device=torch.device("cuda"), module=nn.Identity(), name="x")
+    before, backends.fp32_precision = backends.fp32_precision, setting
+    convolutions = backends.cudnn.conv.fp32_precision
+    try:
+        with features._placed(on_gpu):  # type: ignore[arg-type] - without the weights, which need a GPU
+            assert backends.cudnn.conv.fp32_precision == backends.cuda.matmul.fp32_precision == "ieee"
+            assert backends.cudnn.deterministic
+        assert backends.fp32_precision == setting
+        assert backends.cudnn.conv.fp32_precision == convolutions
+        assert not backends.cudnn.deterministic
+    finally:
+        backends.fp32_precision = before
 
 
 @pytest.mark.gpu
