@@ -76,10 +76,10 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Time the contenders in turn on each workload, append the rows, print them and return them.
 
-    The first contender is ours; `speedup` is a contender's median over ours, so that above 1 ours is faster. A
-    contender's name may end in its precision, "... bf16", else it is fp32. `floor` says how many milliseconds this
-    machine must take at a precision; `of_floor` is that over the median. `max_error` is against the definition in
-    float64, on the first `checked_tasks` tasks; `peak_mb` is what was held beside the inputs.
+    The first contender is ours; `speedup` is a contender's median over ours, so that above 1 ours is faster, and
+    nothing where ours failed. A contender's name may end in its precision, "... bf16", else it is fp32. `floor` says
+    how many milliseconds this machine must take at a precision; `of_floor` is that over the median. `max_error` is
+    against the definition in float64, on the first `checked_tasks` tasks; `peak_mb` is what was held beside the inputs.
 
     Time on a GPU is short and may not come again: there, what fails is named in FAILED and left out, and what was
     measured before is in the file already. On a CPU it raises.
@@ -117,8 +117,10 @@ def _measure_one(
     checked = tasks.offsets[: checked_tasks + 1]
     few = RaggedTasks(tasks.features[: int(checked[-1])].double(), checked)
     exact = definition(target.double(), few)
-    timed = _working(contenders(target, tasks), workload, device)
+    given = contenders(target, tasks)
+    timed = _working(given, workload, device)
     times = interleaved(timed, runs=runs)
+    ours = times.get(next(iter(given)))
     rows = []
     for contender, function in timed.items():
         precision = contender.rsplit(" ", 1)[-1]
@@ -134,7 +136,7 @@ def _measure_one(
                 "contender": contender,
                 "unit": "ms",
                 **{quantile: round(value, 4) for quantile, value in times[contender].items()},
-                "speedup": round(times[contender]["p50"] / times[next(iter(timed))]["p50"], 3),
+                "speedup": "" if ours is None else round(times[contender]["p50"] / ours["p50"], 3),
                 "max_error": f"{error:.3g}",
                 "peak_mb": peak,
                 "floor_ms": "" if least is None else round(least, 4),

@@ -154,10 +154,10 @@ def _on_path(path: str | None, target: Tensor, tasks: RaggedTasks, precision: st
 def workloads(quick: bool) -> list[Workload]:
     """Return what is measured on this machine."""
     if torch.cuda.is_available():
-        dims = (256,) if quick else (64, 256, 512, 2048)
+        dims = (256,) if quick else (2048, 256, 512, 64)
         large = [Workload(num_tasks=512, rows=2048, dim=dim, num_target=4096) for dim in dims]
         small = [Workload(num_tasks=512, rows=110, dim=dim, num_target=220) for dim in (256, 2048)]
-        return large if quick else [*small, Workload(num_tasks=1, rows=4096, dim=512, num_target=4096), *large]
+        return large if quick else [*large, *small, Workload(num_tasks=1, rows=4096, dim=512, num_target=4096)]
     first = Workload(num_tasks=512, rows=110, dim=256, num_target=220)
     if quick:
         return [first]

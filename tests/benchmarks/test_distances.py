@@ -51,6 +51,23 @@ def test_a_workload_that_fails_on_a_gpu_is_named_and_the_others_are_kept(
     assert said.endswith("RuntimeError: out of memory")
 
 
+def test_nothing_is_compared_with_ours_where_ours_fails(monkeypatch: pytest.MonkeyPatch):
+    def fails() -> torch.Tensor:
+        raise RuntimeError("no launch")
+
+    def some(target: torch.Tensor, tasks: Any) -> dict[str, Any]:
+        return {"headstart": fails, "other": lambda: energy_distances(target, tasks)}
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    target, tasks = SOME[0].make("cpu")
+    working = distances._working(some(target, tasks), SOME[0], "cuda")
+    assert list(working) == ["other"]
+    monkeypatch.setattr(distances, "_working", lambda *_: working)
+    for given, speedup in ((some, ""), (lambda *_: working, 1.0)):
+        (row,) = measure("speed", SOME[:1], given, definition, runs=1)
+        assert (row["contender"], row["speedup"]) == ("other", speedup)
+
+
 def test_what_is_not_known_on_the_command_line_measures_nothing(monkeypatch: pytest.MonkeyPatch):
     found = []
     for arguments in ([], ["--quick"]):
