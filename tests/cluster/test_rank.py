@@ -87,15 +87,15 @@ def test_each_source_has_its_own_distance_and_none_where_its_sketch_is_of_anothe
     context: Context, monkeypatch: pytest.MonkeyPatch
 ):
     def sketch(moved: float, probe: str = "ours") -> Sketch:
-        features = torch.eye(4) + moved
+        features = torch.full((4, 4), moved)
         return Sketch(features=features, labels=torch.zeros(4).long(), mean=features.mean(0), probe=probe)
 
-    sketches = {"far": sketch(3), "other": sketch(0, "another"), "none": None, "near": sketch(0.5)}
+    sketches = {"far": sketch(3.0), "other": sketch(0.0, "another"), "none": None, "near": sketch(0.5)}
     there: Any = [
         SimpleNamespace(card=SimpleNamespace(name=n), sketch=lambda one=one: one) for n, one in sketches.items()
     ]
     monkeypatch.setattr(stage, "load_probe", lambda context: None)
-    monkeypatch.setattr(stage, "make_sketch", lambda *arguments, **more: (sketch(0), None))
+    monkeypatch.setattr(stage, "make_sketch", lambda *arguments, **more: (sketch(0.0), None))
     entries = [stage._entry(name, None) for name in ("near", "none", "other", "far")]
     stage._add_distances(context, there, entries, [])
     near, none, other, far = entries

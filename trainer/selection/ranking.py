@@ -138,11 +138,18 @@ def make_sketch(
 def sketch_distances(target: Sketch, sources: Sequence[Sketch]) -> list[dict[str, float]]:
     """Return the energy and the Euclidean distance from the target to each source, smaller being closer.
 
-    All sketches are of one probe backbone; `kernels.energy` and `kernels.euclidean` have the formulas.
+    All sketches are of one probe backbone; `kernels.energy` and `kernels.euclidean` have the formulas. What the number
+    of images adds is taken off, or a task of few would be far from itself: energy is the U-statistic, about 0 for one
+    and the same task and sometimes below it; the square of the distance of two means is less by what their own
+    variances, tr(S) / n each, add on average, and not below 0. One image alone has no variance.
     """
     if not sources:
         return []
     tasks = RaggedTasks.from_list([sketch.features for sketch in sources])
-    energy: Tensor = energy_distances(target.features, tasks)
-    euclidean: Tensor = euclidean_distances(target.features, tasks, form="mean")
+    several = len(target.features) > 1 and tasks.smallest > 1
+    energy: Tensor = energy_distances(target.features, tasks, unbiased=several)
+    euclidean: Tensor = euclidean_distances(target.features, tasks, form="mean").double()
+    if several:
+        noise = torch.stack([one.features.double().var(dim=0).sum() / len(one.features) for one in (target, *sources)])
+        euclidean = (euclidean.square() - noise[0] - noise[1:]).clamp(min=0).sqrt()
     return [{"energy": float(e), "euclidean": float(d)} for e, d in zip(energy, euclidean, strict=True)]

@@ -115,6 +115,25 @@ def test_distances_are_those_of_each_source_in_their_order():
     for one, distances in zip(sources, found, strict=True):
         pairs = ((mine, one), (one, one), (mine, mine))
         cross, own, other = (torch.cdist(a.features.double(), b.features.double()).mean() for a, b in pairs)
+        own, other = own * len(one.labels) / (len(one.labels) - 1), other * 20 / 19
         assert distances["energy"] == pytest.approx(float(2 * cross - own - other), rel=1e-4)
-        assert distances["euclidean"] == pytest.approx(float(torch.dist(mine.mean, one.mean)), rel=1e-4)
+        noise = sum(a.features.var(0).sum() / len(a.labels) for a in (mine, one))
+        assert distances["euclidean"] == pytest.approx(
+            float((torch.dist(mine.mean, one.mean) ** 2 - noise) ** 0.5), 1e-4
+        )
     assert sketch_distances(mine, []) == []
+    alone = sketch(1, 0.0)
+    assert sketch_distances(mine, [alone])[0]["euclidean"] == pytest.approx(float(torch.dist(mine.mean, alone.mean)))
+
+
+def test_a_task_of_few_images_is_no_farther_than_one_of_many():
+    rng = torch.Generator().manual_seed(0)
+
+    def sketch(num: int, moved: float = 0.0) -> Sketch:
+        x = torch.randn(num, 200, generator=rng).add_(moved)
+        return Sketch(features=x, labels=torch.zeros(num, dtype=torch.int64), mean=x.mean(0), probe="p")
+
+    same, far = (sketch_distances(sketch(300), [sketch(n, moved) for n in (5, 50, 500)]) for moved in (0.0, 0.5))
+    for name, least in (("energy", 1.5), ("euclidean", 6.0)):
+        assert max(one[name] for one in same) < least / 2
+        assert min(one[name] for one in far) > least
