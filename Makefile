@@ -12,7 +12,7 @@ GPU_PYTHON := PYTHONPATH=.typing:. python3
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
-install: $(INSTALLED)  ## the pinned set, in .venv (about 6.4 GB: the registry's CUDA builds)
+install: $(INSTALLED)  ## the pinned set, in .venv (about 7.5 GB: the registry's CUDA builds)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,7 @@ bench: $(INSTALLED)  ## the CPU figures, appended to benchmarks/results/
 	$(BIN)/python -m benchmarks.mmd
 	$(BIN)/python -m benchmarks.neighbours
 	$(BIN)/python -m benchmarks.sinkhorn
+	$(BIN)/python -m benchmarks.precision
 	$(BIN)/python -m benchmarks.textbook
 	$(BIN)/python -m benchmarks.report
 

@@ -37,6 +37,10 @@ _COLUMNS = {
         "ratio_p50": "ratio, paired median", "ratio_p20": "p20", "ratio_p80": "p80", "limit": "limit",
         "accuracy_textbook": "textbook's accuracy", "accuracy_ours": "ours",
     },
+    "precision": {
+        "precision": "", "energy": "energy distance", "distance_error": "error of one distance",
+        "energy_error": "of the energy", "sinkhorn_error": "of the Sinkhorn distance",
+    },
     "stability": {
         "data": "", "precision": "", "num_tasks": "tasks", "dim": "D", "kendall_tau": "Kendall's tau",
         "largest_wrong_gap": "largest gap in wrong order", "max_error": "largest error", "stated_error": "stated error",

@@ -1,6 +1,6 @@
 """What the server adds to a bare call of ONNX Runtime, beside the servers that others have written.
 
-python -m benchmarks.serving                                # all models, all peers: two hours or so
+python -m benchmarks.serving                                # all models, all peers: an hour or two
 python -m benchmarks.serving --quick --peers fastapi,lit    # one model, two concurrencies, one round
 
 On the CPU, or with the CUDA provider where torch sees a GPU (CUDA_VISIBLE_DEVICES= leaves the CPU).
@@ -52,8 +52,12 @@ def main(arguments: list[str]) -> int:
     environments = "environments" if provider == CPU else "environments-gpu"
     environments = (options.environments or options.folder / environments).absolute()
     peers = [name for name in options.peers.split(",") if name]
-    if unknown := set(peers) - set(PEERS):
-        parser.error(f"no peer {min(unknown)!r}; accepted: {', '.join(PEERS)}")
+    models, clients = options.models.split(","), options.concurrency.split(",")
+    for what, names, accepted in (("peer", peers, PEERS), ("model", models, MODELS)):
+        if unknown := set(names) - set(accepted):
+            parser.error(f"no {what} {min(unknown)!r}; accepted: {', '.join(accepted)}")
+    if wrong := [number for number in clients if not number.isdecimal() or int(number) < 1]:
+        parser.error(f"--concurrency has {wrong[0]!r}; accepted: whole numbers of at least 1, separated by commas")
     try:
         check(Device(provider=provider))
     except PackageError as error:
@@ -61,9 +65,9 @@ def main(arguments: list[str]) -> int:
     failures = install(peers, environments, provider)
     groups = {"transport", "headstart", *peers} - set(failures)
     plan = Plan(
-        models=tuple(options.models.split(",")),
+        models=tuple(models),
         servers=tuple(server for server in SERVERS if server.group in groups),
-        concurrencies=tuple(map(int, options.concurrency.split(","))),
+        concurrencies=tuple(map(int, clients)),
         rounds=options.rounds,
         seconds=options.seconds,
         models_folder=options.folder.absolute() / "models",

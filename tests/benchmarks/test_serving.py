@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.serving.__main__ import main
 from benchmarks.serving.client import Clock
 from benchmarks.serving.formats import FORMATS
 from benchmarks.serving.measure import TOLERANCE, beside
@@ -112,6 +113,24 @@ def test_every_peer_has_a_program_and_a_pinned_list():
     for peer in PEERS:
         if peer != "ray":  # in the extra `serve`
             assert all("==" in line for line in (PROGRAMS / f"{peer}.txt").read_text().split())
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "said"),
+    [
+        ("--peers", "lit,nope", "no peer 'nope'; accepted: "),
+        ("--models", "mlp,", "no model ''; accepted: mlp, mobilenet_v2"),
+        ("--concurrency", "1,eight", "--concurrency has 'eight'; accepted: whole numbers"),
+        ("--concurrency", "0", "--concurrency has '0'"),
+    ],
+)
+def test_what_is_not_known_is_refused_before_anything_is_installed(
+    option: str, given: str, said: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as ended:
+        main([option, given])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -130,8 +130,8 @@ def _check_input(model: "onnx.ModelProto", preprocessing: Preprocessing, path: P
     wanted = [0, preprocessing.channels, preprocessing.crop, preprocessing.crop]
     if len(shape) != 4 or shape[0] != 0 or any(d not in (0, w) for d, w in zip(shape[1:], wanted[1:], strict=True)):
         raise SourceError(
-            f"{path} takes images of shape {['N' if d == 0 else d for d in shape]}, the card's preprocessing "
-            f"gives {['N', *wanted[1:]]}; change the card, or export the graph with a dynamic batch"
+            f"{path} takes images of shape {['N' if d == 0 else d for d in shape]}, the preprocessing gives "
+            f"{['N', *wanted[1:]]}; export the graph for that, with N dynamic (height and width may be too)"
         )
     return str(inputs[0].name)
 

@@ -306,7 +306,7 @@ def _open(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise StartError(
             f"the repository {_without_secrets(url)} is a URL, which needs fsspec; "
-            "run `pip install fsspec` with what its protocol needs (s3fs, gcsfs, adlfs), or install headstart[remote]"
+            "run `pip install fsspec` with what its protocol needs (s3fs, gcsfs, adlfs)"
         ) from error
     try:
         files, root = fsspec.core.url_to_fs(url)
