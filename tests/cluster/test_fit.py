@@ -243,3 +243,20 @@ def test_an_address_where_nobody_answers_is_told(tmp_path: Path, monkeypatch: py
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=False)
     assert "cannot connect to Ray at 127.0.0.1:1" in done.stdout, done.stdout + done.stderr[-2000:]
     assert "RAY_AUTH_TOKEN" in done.stdout
+
+
+def test_a_temporary_folder_too_long_for_a_socket_is_told(tmp_path: Path):
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    script = (
+        "from headstart.cluster.connect import Connection\n"
+        "from headstart.trainer.errors import RunError\n"
+        "try:\n    Connection().ray()\nexcept RunError as error:\n    print(error)"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment | {"TMPDIR": str(folder)}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert "cannot start Ray: " in done.stdout, done.stdout + done.stderr[-2000:]
+    assert "set RAY_TMPDIR to a folder with a short path" in done.stdout
