@@ -68,7 +68,7 @@ class Connection:
 
         The embedded Ray has a CPU slot for each of `num_workers` even where the machine has fewer cores; its
         dashboard, on loopback, runs only where asked for (Tune needs it). Raises `RunError` when no Ray answers at
-        the address.
+        the address, or its folder cannot be used.
         """
         set_environment(self.address)
         import ray
@@ -78,8 +78,14 @@ class Connection:
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
         if self.address is None:
             slots = max(os.cpu_count() or 1, num_workers)
-            # "local", or it would join a Ray that runs on this machine already.
-            ray.init("local", num_cpus=slots, include_dashboard=dashboard, dashboard_host="127.0.0.1", **common)
+            try:
+                # "local", or it would join a Ray that runs on this machine already.
+                ray.init("local", num_cpus=slots, include_dashboard=dashboard, dashboard_host="127.0.0.1", **common)
+            except OSError as error:  # such as of a socket, whose path may have 107 bytes: Ray adds up to 68
+                raise RunError(
+                    f"cannot start Ray: {error}. Its files are in RAY_TMPDIR, or else TMPDIR: set RAY_TMPDIR to a "
+                    "folder with a short path, such as /tmp, and run the same command again; what is finished is kept"
+                ) from error
         else:
             try:
                 _knock(self.address)

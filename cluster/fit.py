@@ -30,6 +30,8 @@ from headstart.trainer.transfer import Classifier
 
 Row = dict[str, float | None]
 STATE = "state.pt"
+# How often Ray Train waits its 60 s for a group of workers to start: half an hour, of a cluster that others use too.
+_NUM_WAITS = 30
 # What a file that is not there, or not whole, is to json and to torch.load.
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError)
 
@@ -78,12 +80,15 @@ def fit(
     """Train `model` on `task` at each of `learning_rates` and return the best.
 
     `storage` holds the checkpoints; on a cluster it must be a folder that every worker sees. It is emptied by the
-    caller once the result is stored. `on_epoch(row, total)` is called after each epoch. Raises `RunError` when a worker
-    meets a `LastingError`, or the workers fail more often than Ray Train is allowed to restart them.
+    caller once the result is stored. `on_epoch(row, total)` is called after each epoch. Raises `RunError` when there
+    are too few CPUs, when a worker meets a `LastingError`, or when the workers fail, or find no place to start, more
+    often than Ray Train is allowed to restart them.
     """
     ray = connection.ray(num_workers=settings.workers)
     import ray.train.torch as ray_train_torch  # only once the connection has set Ray's environment
 
+    resources = ray.cluster_resources()
+    num_processes, use_gpu = divide_work(settings, int(resources.get("GPU", 0)), int(resources.get("CPU", 0)))
     resume = latest_state(storage)
     attempt = storage / f"attempt-{len(list(storage.glob('attempt-*')))}"
     attempt.mkdir(parents=True)
@@ -94,7 +99,6 @@ def fit(
         "seed": seed,
         "rows_file": str(attempt / "rows.jsonl"),
     }
-    num_processes, use_gpu = divide_work(settings, int(ray.cluster_resources().get("GPU", 0)))
     trainer = ray_train_torch.TorchTrainer(
         _worker,
         train_loop_config=config,
@@ -103,7 +107,7 @@ def fit(
             name="train",
             storage_path=str(attempt),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            failure_config=ray.train.FailureConfig(max_failures=2),
+            failure_config=ray.train.FailureConfig(max_failures=2, controller_failure_limit=_NUM_WAITS),
             callbacks=[_no_restart_for_lasting_errors()],
         ),
     )
@@ -116,16 +120,23 @@ def fit(
     return Fitted(weights=weights, learning_rate=rate, validation_accuracy=accuracy, diverged=diverged, rows=rows)
 
 
-def divide_work(settings: Train, num_gpus: int) -> tuple[int, bool]:
-    """Return how many processes train, and whether each has a GPU.
+def divide_work(settings: Train, num_gpus: int, num_cpus: int) -> tuple[int, bool]:
+    """Return how many processes train, and whether each has a GPU; otherwise each has a CPU.
 
     Where there are fewer GPUs than `workers`, one process a GPU is faster than `workers` on the CPU: the most of them
-    that the batch is a multiple of.
+    that the batch is a multiple of. Raises `RunError` where there are fewer CPUs and no GPU: Ray Train would wait for
+    more.
     """
-    if num_gpus < 1:
-        return settings.workers, False
-    most = min(settings.workers, num_gpus)
-    return next(n for n in range(most, 0, -1) if settings.batch_size % n == 0), True
+    most = min(settings.workers, num_gpus or num_cpus)
+    accepted = [n for n in range(1, most + 1) if settings.batch_size % n == 0]
+    if num_gpus > 0:
+        return accepted[-1], True
+    if num_cpus < settings.workers:
+        raise RunError(
+            f"train.workers is {settings.workers}, each with a CPU of its own, and Ray has {num_cpus} in all; "
+            f"accepted: {', '.join([*map(str, accepted), 'a cluster with more CPUs'])}"
+        )
+    return settings.workers, False
 
 
 def latest_state(storage: Path) -> dict[str, Any] | None:

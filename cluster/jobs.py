@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import os
 import shlex
 import shutil
 import subprocess
@@ -18,14 +19,16 @@ from headstart.trainer.errors import RunError
 from headstart.trainer.recipe import Recipe
 
 _POLL = 1.0  # seconds between two looks at a job
+_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 
 def submit(recipe: Recipe, address: str, out: Path) -> dict[str, Any]:
     """Run `recipe` on the cluster whose dashboard is at `address`, and wait for its end; Ctrl-C stops the job.
 
-    The token is the cluster's, in RAY_AUTH_TOKEN. Data, cache and `out` are paths of the cluster's machines: on more
-    than one machine they must be shared folders. Ray calls `pip` and the job `python` by these names, so the PATH
-    that the cluster was started with must lead to the Python that has Headstart's dependencies.
+    The token is the cluster's, in RAY_AUTH_TOKEN; RAY_ADDRESS is not heeded. Data, cache and `out` are paths of the
+    cluster's machines: on more than one machine they must be shared folders. Ray calls `pip` and the job `python` by
+    these names, so the PATH that the cluster was started with must lead to the Python that has Headstart's
+    dependencies.
 
     Returns the job's name, its status, Ray's message on it and its run directory. Raises `RunError` when the cluster
     does not answer or refuses the token.
@@ -58,9 +61,7 @@ def submit(recipe: Recipe, address: str, out: Path) -> dict[str, Any]:
 
 def _send(recipe: Recipe, address: str, out: Path) -> tuple[Any, str]:
     """Upload the recipe and the code; returns the client and the job's name."""
-    from ray.job_submission import JobSubmissionClient
-
-    client = JobSubmissionClient(address)
+    client = _client(address)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder) / "work"
         work.mkdir()
@@ -70,6 +71,17 @@ def _send(recipe: Recipe, address: str, out: Path) -> tuple[Any, str]:
         environment = {"working_dir": str(work), "py_modules": [str(wheel)]}
         job: str = client.submit_job(entrypoint=shlex.join([*run, "--json"]), runtime_env=environment)
     return client, job
+
+
+def _client(address: str) -> Any:
+    """Return a client of the cluster at `address`; Ray itself puts its variables before what it is told."""
+    from ray.job_submission import JobSubmissionClient
+
+    taken = {name: os.environ.pop(name) for name in _ADDRESSES if name in os.environ}
+    try:
+        return JobSubmissionClient(address)
+    finally:
+        os.environ.update(taken)
 
 
 def _follow(client: Any, job: str) -> Any:

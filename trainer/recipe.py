@@ -100,7 +100,8 @@ class Train:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is bf16 on CUDA devices that support it, fp32 elsewhere."""
     workers: int = 2
-    """Processes under Ray Train, each with a GPU of its own where there are any: no more than there are GPUs."""
+    """Processes under Ray Train, each with a GPU of its own where there are any: no more than there are GPUs.
+    Without, each has a CPU."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")

@@ -112,7 +112,35 @@ def test_two_workers_learn_and_validation_chooses_the_rate(connection: Connectio
     [(2, 32, 0, (2, False)), (2, 32, 1, (1, True)), (2, 32, 8, (2, True)), (4, 32, 3, (2, True)), (6, 18, 5, (3, 1))],
 )
 def test_each_process_has_a_gpu_where_there_is_one(workers: int, batch_size: int, num_gpus: int, processes: object):
-    assert divide_work(Train(workers=workers, batch_size=batch_size), num_gpus) == processes
+    assert divide_work(Train(workers=workers, batch_size=batch_size), num_gpus, workers) == processes
+
+
+@pytest.mark.parametrize(
+    ("num_cpus", "accepted"), [(5, "1, 2, 3, a cluster with"), (1, "1, a cluster with"), (0, "a cluster with")]
+)
+def test_too_few_cpus_are_told_and_not_waited_for(num_cpus: int, accepted: str):
+    settings = Train(workers=6, batch_size=18)
+    with pytest.raises(RunError, match=rf"train.workers is 6, .* Ray has {num_cpus} in all; accepted: {accepted}"):
+        divide_work(settings, 0, num_cpus)
+    assert divide_work(settings, 1, num_cpus) == (1, True)
+
+
+def test_cpus_that_others_keep_are_not_waited_for_without_end(
+    connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "0.1")
+    monkeypatch.setattr("headstart.cluster.fit._NUM_WAITS", 2)
+    ray = connection.ray()
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    taken = placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
+    ray.get(taken.ready())
+    model = Classifier(Network(), nn.Linear(288, 10))
+    try:
+        with pytest.raises(RunError, match=r"fine-tuning failed: .*timed out"):
+            fit(model, task(), ALONE, learning_rates=(1e-3,), seed=0, connection=connection, storage=tmp_path / "taken")
+    finally:
+        remove_placement_group(taken)
 
 
 def test_the_newest_state_that_was_registered_is_the_one_to_go_on_from(tmp_path: Path):
@@ -215,3 +243,20 @@ def test_an_address_where_nobody_answers_is_told(tmp_path: Path, monkeypatch: py
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=False)
     assert "cannot connect to Ray at 127.0.0.1:1" in done.stdout, done.stdout + done.stderr[-2000:]
     assert "RAY_AUTH_TOKEN" in done.stdout
+
+
+def test_a_temporary_folder_too_long_for_a_socket_is_told(tmp_path: Path):
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    script = (
+        "from headstart.cluster.connect import Connection\n"
+        "from headstart.trainer.errors import RunError\n"
+        "try:\n    Connection().ray()\nexcept RunError as error:\n    print(error)"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment | {"TMPDIR": str(folder)}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert "cannot start Ray: " in done.stdout, done.stdout + done.stderr[-2000:]
+    assert "set RAY_TMPDIR to a folder with a short path" in done.stdout

@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -188,6 +190,29 @@ def test_a_submitted_recipe_runs_on_the_code_that_was_sent(head: Head, recipe: P
         assert "/py_modules_files/headstart-" in file
     assert [program for program, file in lines if file.endswith("pipeline.py")] == ["cli.py"]
     assert [program for program, _ in lines].count("default_worker.py") >= 2  # the two ranks
+
+
+def test_the_address_given_comes_before_those_of_the_environment(tmp_path: Path):
+    asked: list[str] = []
+
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(500)
+
+    nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
+    with HTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        done = subprocess.run(
+            [sys.executable, "-m", "headstart.cluster.cli", "submit", "demo", "--address", address],
+            env=os.environ | {"RAY_ADDRESS": nobody, "RAY_API_SERVER_ADDRESS": nobody},
+            capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False,
+        )  # fmt: skip
+        server.shutdown()
+    assert asked, done.stderr
+    assert done.returncode == 2
+    assert f"cannot submit to {address}" in done.stderr.replace("\n", " ")
 
 
 def test_the_wheel_that_is_sent_has_no_dependencies_and_is_named_by_its_content(tmp_path: Path):

@@ -8,6 +8,7 @@ The registry is the folder `<cache>/sources/`; NAME there is a copy of a run's `
 
 import contextlib
 import difflib
+import itertools
 import os
 import re
 import shutil
@@ -107,12 +108,12 @@ def registered_name(name: str, data_fingerprint: str, cache: Path) -> str:
     """Return the name under which a run is registered: its own, or with a suffix where another task has that
     one.
 
-    A run of the same name on the same data replaces the earlier one; one whose card cannot be read is left.
+    A run of the same name on the same data replaces the earlier one; a folder whose card cannot be read is left.
     """
-    folder = registered(cache).get(name)
+    folder = cache / "sources" / name
     if name not in catalog():
         try:
-            if folder is None or _same_data(_registered_card(folder), data_fingerprint):
+            if not folder.exists() or _same_data(_registered_card(folder), data_fingerprint):
                 return name
         except SourceError:
             pass  # nobody knows whose it is
@@ -130,17 +131,22 @@ def register(source: Path, cache: Path) -> Path:
         raise SourceError(f"a source cannot be registered as {card.name!r}, which the catalog has; take another name")
     entry = cache / "sources" / card.name
     versions = entry.parent / f".{card.name}"
+    part, link = versions / "part", versions / "link"
+    free = (str(number) for number in itertools.count() if not (versions / str(number)).exists())
     try:
         with locked(entry):
-            shutil.rmtree(versions / "part", ignore_errors=True)
-            shutil.copytree(source, versions / "part")
-            taken = {path.name for path in versions.iterdir()}
-            version = next(str(number) for number in range(len(taken) + 1) if str(number) not in taken)
-            (versions / "part").replace(versions / version)
-            link = versions / "link"
-            link.unlink(missing_ok=True)
-            link.symlink_to(Path(versions.name) / version)
-            link.replace(entry)
+            shutil.rmtree(part, ignore_errors=True)
+            try:
+                shutil.copytree(source, part)
+                version = next(free)
+                link.unlink(missing_ok=True)
+                link.symlink_to(Path(versions.name) / version)
+                if entry.is_dir() and not entry.is_symlink():  # copied here by hand, or with its cache by `cp -rL`
+                    entry.replace(versions / next(free))
+                part.replace(versions / version)
+                link.replace(entry)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
             for old in versions.iterdir():
                 if old.name != version:
                     shutil.rmtree(old)

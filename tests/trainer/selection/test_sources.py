@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from headstart.trainer.backbones import weights
 from headstart.trainer.backbones.architectures import build_architecture, find_architecture
-from headstart.trainer.errors import SourceError
+from headstart.trainer.errors import RunError, SourceError
 from headstart.trainer.selection.source_folder import read_card
 from headstart.trainer.selection.sources import (
     Sketch,
@@ -113,6 +114,35 @@ def test_registering_again_when_killed_before(finished, tmp_path):
     register(run / "source", cache)
     assert read_card(registered(cache)["mine"]).data_fingerprint == OTHERS
     assert len(list(left.iterdir())) == 1
+
+
+def test_an_entry_that_is_a_folder_and_no_link_is_replaced_too(finished, tmp_path):
+    cache, run = tmp_path / "cache", finished("mine", seed=1)
+    entry = register(finished("mine") / "source", cache)
+    shutil.copytree(entry, tmp_path / "real")
+    shutil.rmtree(cache / "sources")
+    entry.parent.mkdir()
+    (tmp_path / "real").rename(entry)
+    register(run / "source", cache)
+    assert read_card(registered(cache)["mine"]).sha256 == read_card(run / "source").sha256
+    assert entry.is_symlink()
+    assert len(list((cache / "sources" / ".mine").iterdir())) == 1
+
+
+def test_what_cannot_be_registered_leaves_the_earlier_one_and_no_copy(finished, tmp_path):
+    entry = register(finished("mine") / "source", tmp_path / "cache")
+    (versions := entry.with_name(".mine")).joinpath("link").mkdir()  # where the new link has to go
+    first = read_card(entry).sha256
+    for _ in range(2):
+        with pytest.raises(RunError, match="cannot register mine"):
+            register(finished("mine", seed=1) / "source", tmp_path / "cache")
+    assert read_card(entry).sha256 == first
+    assert sorted(path.name for path in versions.iterdir()) == ["0", "link"]
+
+
+def test_a_folder_without_a_card_keeps_its_name(tmp_path):
+    (tmp_path / "sources" / "mine").mkdir(parents=True)
+    assert registered_name("mine", MINE, tmp_path) == "mine-abababab"
 
 
 @pytest.mark.parametrize(
