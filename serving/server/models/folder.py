@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -62,13 +63,22 @@ def snapshot(folder: Path) -> Snapshot:
     """What a folder holds, without reading it; equal snapshots mean that nothing was written between them.
 
     Raises:
-        OSError: it cannot be listed.
+        OSError: it cannot be listed; a FileNotFoundError, where it is gone, and not where a file in it is.
     """
     rows = []
-    for path in sorted(folder.rglob("*")):
-        status = path.lstat()
-        rows.append((path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns, status.st_ino))
-    return tuple(rows)
+    for parent, folders, files in os.walk(folder, onerror=_pass_over):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # what another program wrote for a moment
+                told = path.lstat()
+                rows.append((path.relative_to(folder).as_posix(), told.st_size, told.st_mtime_ns, told.st_ino))
+    folder.lstat()
+    return tuple(sorted(rows))
+
+
+def _pass_over(error: OSError) -> None:
+    """Of a folder within a version: one that is gone holds nothing; one that is another user's is told by the load."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError)):
+        raise error
 
 
 def scan(root: Path) -> dict[str, Folder]:
