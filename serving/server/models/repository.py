@@ -1,8 +1,9 @@
 """The folder NAME/VERSION/ of packages: what it holds, what is loaded of it, and which version answers.
 
-`cp -r runs/demo/package REPOSITORY/demo/1` deploys. The folder is looked at every second; a version that is not whole
-yet, or not sound, is refused with a reason and tried again when its files have changed. A new version is loaded,
-verified and warmed up beside the old one, takes over between two requests, and the old one answers what it has.
+`cp -r runs/demo/package REPOSITORY/demo/1` deploys. The folder, or what a link leads to by then, is looked at every
+second; a version that is not whole yet, or not sound, is refused with a reason and tried again when its files have
+changed. A new version is loaded, verified and warmed up beside the old one, takes over between two requests, and the
+old one answers what it has.
 """
 
 import asyncio
@@ -40,7 +41,7 @@ class Repository:
     While a version is replaced both are in memory.
 
     Args:
-        root: the folder.
+        root: the folder, or a link to it, which may come to lead to another one.
         provider: execution provider that must run every model.
         threads: threads within an operator; None is one per core.
         provider_options: of the CUDA or TensorRT provider, as `Device.options`.
@@ -85,7 +86,7 @@ class Repository:
         if public_key is not None:
             check_public_key(public_key)
         check_share(drift)
-        self.root = root.resolve()
+        self.root = root.absolute()
         self.scheduling = scheduling or Scheduling()
         self.metrics = metrics or Metrics()
         self._policy, self._policies = policy or Policy(), dict(policies or {})
@@ -105,7 +106,7 @@ class Repository:
                 drift=drift,
             )
         )
-        self.loading = Loading(self.root, load, self.scheduling, self.metrics, max_memory)
+        self.loading = Loading(load, self.scheduling, self.metrics, max_memory)
         """How versions are opened."""
         self.unloaded: set[str] = set()
         """Names that were taken down by request."""
@@ -113,6 +114,8 @@ class Repository:
         self._lock = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
         self._poller: asyncio.Task[None] | None = None
+        self._unreadable = ""
+        """Why the root cannot be read, as it was last told."""
         self.started = self.stopping = False
 
     @property
@@ -174,9 +177,8 @@ class Repository:
         """Compare the folder with what is loaded, and follow it."""
         async with self._lock:
             try:
-                folders = await asyncio.to_thread(scan, self.root)
-            except OSError as error:  # what is loaded serves on
-                _LOG.error("%s cannot be read: %s", self.root, error)
+                folders = await self._scan()
+            except OSError:
                 return
             for name in [*folders, *(one for one in self._entries if one not in folders)]:
                 entry = self._entry(name)
@@ -193,9 +195,8 @@ class Repository:
         """
         async with self._lock:
             try:
-                folders = await asyncio.to_thread(scan, self.root)
+                folders = await self._scan()
             except OSError as error:
-                _LOG.error("%s cannot be read: %s", self.root, error)
                 raise unavailable("the repository cannot be read; the server's log says why") from error
             if name not in folders:
                 raise not_found(f"the repository has no model {name[:128]!r}; copy a package to NAME/1 first")
@@ -236,6 +237,20 @@ class Repository:
             except Exception:
                 # A watcher that dies ends deployments without a word.
                 _LOG.exception("the look at %s failed; it is tried again", self.root)
+
+    async def _scan(self) -> dict[str, Folder]:
+        """What the root holds; an OSError is in the log, once for each reason: what is loaded serves on."""
+        try:
+            folders = await asyncio.to_thread(scan, self.root)
+        except OSError as error:
+            if str(error) != self._unreadable:
+                self._unreadable = str(error)
+                _LOG.error("%s cannot be read, what is loaded serves on: %s", self.root, error)
+            raise
+        if self._unreadable:
+            self._unreadable = ""
+            _LOG.info("%s can be read again", self.root)
+        return folders
 
     def _entry(self, name: str) -> Entry:
         """What is known of a name: from before, or nothing yet."""

@@ -1,0 +1,130 @@
+"""How a repository follows its folder: a link that moves, a folder that cannot be read."""
+
+import errno
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from headstart.serving.device import Device
+from headstart.serving.server.errors import ServeError
+from headstart.serving.server.models.model import LoadedModel, load_package
+from headstart.serving.server.service import Service
+from tests.serving.server.graphs import write_package
+from tests.serving.server.models.test_repository import (
+    NEVER,
+    break_digest,
+    looks,
+    rows,
+    served_by,
+    serving,
+    until,
+)
+from tests.serving.server.scheduling.test_batching import on_a_loop
+
+
+def lead(link: Path, target: Path) -> None:
+    """Let a link lead elsewhere in one step, as `ln -s` and `mv -T` do."""
+    new = link.with_name("next")
+    new.symlink_to(target)
+    new.replace(link)
+
+
+def name_of(service: Service) -> str:
+    """Of the package that answers, whatever its version."""
+    base = service.repository.entries["demo"].base
+    return base.model.manifest.name if base and base.model.manifest else ""
+
+
+def told(caplog: pytest.LogCaptureFixture, words: str) -> int:
+    return sum(words in one.getMessage() for one in caplog.records)
+
+
+@on_a_loop
+async def test_a_root_that_is_a_link_is_followed_to_where_it_leads_now(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    write_package(tmp_path / "a" / "demo" / "1", 1)
+    write_package(tmp_path / "b" / "demo" / "2", 2)
+    write_package(tmp_path / "c" / "demo" / "2", 3)
+    link = tmp_path / "current"
+    link.symlink_to("a")
+    async with serving(link, poll_s=NEVER) as service, serving(link, poll_s=0.005) as polled:
+        assert await served_by(service) == "1"
+        lead(link, tmp_path / "b")
+        shutil.rmtree(tmp_path / "a")
+        await looks(service)
+        assert rows(service) == {("demo", "2"): ("READY", "")}
+        assert await served_by(service) == "2"
+        break_digest(write_package(tmp_path / "b" / "demo" / "3", 3))
+        await looks(service)
+        assert str(tmp_path) not in rows(service)["demo", "3"][1]
+        lead(link, tmp_path / "c")
+        await looks(service)
+        assert rows(service) == {("demo", "2"): ("READY", "")}
+        for one in (service, polled):
+            await until(lambda one=one: name_of(one) == "mark-3")
+    assert not told(caplog, "cannot be read")
+
+
+@on_a_loop
+async def test_a_load_that_goes_on_while_the_link_moves_is_whole(tmp_path: Path):
+    for number, name in enumerate("ab", start=1):
+        write_package(tmp_path / name / "demo" / "1", number)
+    link, begun, go_on = tmp_path / "current", threading.Event(), threading.Event()
+    link.symlink_to("a")
+
+    def loader(folder: Path, name: str, version: str) -> LoadedModel:
+        folders.append(folder)
+        begun.set()
+        assert go_on.wait(10)
+        return load_package(folder, name=name, version=version, device=Device(threads=1))
+
+    folders: list[Path] = []
+
+    def move() -> None:
+        begun.wait(10)
+        lead(link, tmp_path / "b")
+        go_on.set()
+
+    moving = threading.Thread(target=move)
+    moving.start()
+    async with serving(link, loader=loader, poll_s=NEVER) as service:
+        moving.join()
+        assert await served_by(service) == "1"
+        await looks(service)
+        assert folders == [tmp_path / name / "demo" / "1" for name in "ab"]
+
+
+@on_a_loop
+async def test_a_root_that_cannot_be_read_is_told_once_for_each_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    caplog.set_level("INFO", "headstart")
+    root = tmp_path / "models"
+    write_package(root / "demo" / "1", 1)
+
+    def denied(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    async with serving(root, poll_s=NEVER) as service:
+        root.rename(tmp_path / "moved")
+        await looks(service)
+        with pytest.raises(ServeError, match="the server's log says why"):
+            await service.load("demo", {})
+        assert (told(caplog, "cannot be read"), told(caplog, "No such file")) == (1, 1)
+        root.symlink_to(root)
+        await looks(service)
+        assert (told(caplog, "cannot be read"), told(caplog, "Too many levels")) == (2, 1)
+        root.unlink()
+        (tmp_path / "moved").rename(root)
+        with monkeypatch.context() as other_user:
+            other_user.setattr(Path, "iterdir", denied)
+            await looks(service)
+        assert (told(caplog, "cannot be read"), told(caplog, "Permission denied")) == (3, 1)
+        assert not told(caplog, "can be read again")
+        await looks(service)
+        assert told(caplog, "can be read again") == 1
+        assert await served_by(service) == "1"
