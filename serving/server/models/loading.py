@@ -91,6 +91,8 @@ class Loading:
             return old
         if failed and failed.files == files and (failed.again_at is None or monotonic() < failed.again_at):
             return old
+        if version in entry.changing:  # for whoever copies it a second later, this would be half of it
+            return old
         entry.loading.add(version)
         folder = entry.folder.path / str(version)
         opening = Opening.of(entry.name, version, files, folder)

@@ -1,9 +1,9 @@
 """The folder NAME/VERSION/ of packages: what it holds, what is loaded of it, and which version answers.
 
 `cp -r runs/demo/package REPOSITORY/demo/1` deploys. The folder, or what a link leads to by then, is looked at every
-second; a version that is not whole yet, or not sound, is refused with a reason and tried again when its files have
-changed. A new version is loaded, verified and warmed up beside the old one, takes over between two requests, and the
-old one answers what it has.
+second. A version is opened when two looks in a row saw the same files; one that is not sound is refused with a reason,
+and tried again when its files have changed. A new version is loaded, verified and warmed up beside the old one, takes
+over between two requests, and the old one answers what it has.
 """
 
 import asyncio
@@ -182,7 +182,8 @@ class Repository:
                 return
             for name in [*folders, *(one for one in self._entries if one not in folders)]:
                 entry = self._entry(name)
-                entry.see(folders.get(name, Folder()))
+                # What is there at the start is opened at once, and a mirror puts whole versions in their places.
+                entry.see(folders.get(name, Folder()), at_once=not self.started or self.mirror is not None)
                 await self._follow(entry)
                 if name not in folders:
                     del self._entries[name]
@@ -201,7 +202,7 @@ class Repository:
             if name not in folders:
                 raise not_found(f"the repository has no model {name[:128]!r}; copy a package to NAME/1 first")
             entry = self._entry(name)
-            entry.see(folders[name])
+            entry.see(folders[name], at_once=True)
             entry.unloaded = False
             self.unloaded.discard(name)
             entry.failed.clear()
@@ -262,7 +263,6 @@ class Repository:
         if POLICY_FILE not in entry.folder.refused:  # a damaged one leaves the rule as it was
             entry.policy = entry.folder.policy or self._policies.get(entry.name, self._policy)
         versions = [*entry.folder.versions]
-        entry.failed = {version: one for version, one in entry.failed.items() if version in versions}
         if entry.unloaded:
             self._set(entry, None, None)
             return
@@ -278,8 +278,10 @@ class Repository:
         if refused != entry.refused:
             entry.refused = refused
             self.on_refused(entry.name, refused)
-        if base is None and canary is None and versions and entry.base and self._is_there(entry, entry.base):
-            base = entry.base  # nothing that was chosen is sound: the old one stays
+        waits = any(map(entry.policy.chooses, entry.changing))
+        stays = canary is None and entry.base is not None and int(entry.base.model.version) in versions
+        if base is None and (waits or stays):
+            base = entry.base  # nothing that was chosen is sound, or it is still copied: the old one stays
         if not self.stopping:
             self._set(entry, base or canary, canary)
 
@@ -304,9 +306,6 @@ class Repository:
         finally:
             self.loading.release(one)
 
-    def _is_there(self, entry: Entry, one: Served) -> bool:
-        return int(one.model.version) in entry.folder.versions
-
     def _absence(self, entry: Entry | None, name: str, version: str | None) -> ServeError:
         self.metrics.unknown()
         if self.stopping:
@@ -319,7 +318,8 @@ class Repository:
             return unavailable(f"{name} is not ready: {entry.reason()}")
         rows = [row for row in entry.index() if row["version"] == version]
         number = int(version) if VERSION.fullmatch(version) else 0
-        if rows and (entry.unloaded or number in entry.failed or number in entry.loading or not self.started):
+        waits = number in entry.failed or number in entry.changing or number in entry.loading
+        if rows and (entry.unloaded or waits or not self.started):
             return unavailable(f"{name} version {number} is not ready: {rows[0]['reason'] or 'it is being loaded'}")
         served = ", ".join(map(str, sorted(entry.served))) or "none"
         return not_found(f"{name} version {version[:20]!r} is not served; served: {served}")

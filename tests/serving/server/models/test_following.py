@@ -1,4 +1,4 @@
-"""How a repository follows its folder: a link that moves, a folder that cannot be read."""
+"""How a repository follows its folder: a link that moves, and a copy that takes its time."""
 
 import errno
 import os
@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from headstart.serving.device import Device
+from headstart.serving.package import MODEL
 from headstart.serving.server.errors import ServeError
 from headstart.serving.server.models.model import LoadedModel, load_package
+from headstart.serving.server.models.policy import Policy
 from headstart.serving.server.service import Service
 from tests.serving.server.graphs import write_package
 from tests.serving.server.models.test_repository import (
@@ -20,9 +22,12 @@ from tests.serving.server.models.test_repository import (
     rows,
     served_by,
     serving,
+    status_of,
     until,
 )
 from tests.serving.server.scheduling.test_batching import on_a_loop
+
+CHANGING = "its files are still changing; it is opened when two looks in a row saw the same"
 
 
 def lead(link: Path, target: Path) -> None:
@@ -55,7 +60,9 @@ async def test_a_root_that_is_a_link_is_followed_to_where_it_leads_now(
         assert await served_by(service) == "1"
         lead(link, tmp_path / "b")
         shutil.rmtree(tmp_path / "a")
-        await looks(service)
+        await service.repository.look()
+        assert await served_by(service) == "1"  # until what follows it was seen twice
+        await service.repository.look()
         assert rows(service) == {("demo", "2"): ("READY", "")}
         assert await served_by(service) == "2"
         break_digest(write_package(tmp_path / "b" / "demo" / "3", 3))
@@ -128,3 +135,63 @@ async def test_a_root_that_cannot_be_read_is_told_once_for_each_reason(
         await looks(service)
         assert told(caplog, "can be read again") == 1
         assert await served_by(service) == "1"
+
+
+@on_a_loop
+async def test_a_copy_that_takes_its_time_is_opened_once_and_when_it_is_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    root, whole = tmp_path / "models", write_package(tmp_path / "whole", 2)
+    write_package(root / "demo" / "1", 1)
+    async with serving(root, poll_s=NEVER) as service:
+        content, target = (whole / MODEL).read_bytes(), root / "demo" / "2"
+        target.mkdir()
+        with (target / MODEL).open("wb") as file:
+            for start in range(0, len(content), len(content) // 5):
+                file.write(content[start : start + len(content) // 5])
+                file.flush()
+                await service.repository.look()
+                assert rows(service)["demo", "2"] == ("UNAVAILABLE", CHANGING)
+                assert await status_of(service, "demo", "2") == 503
+        shutil.copy(whole / "manifest.json", target)
+        await service.repository.look()
+        assert await served_by(service) == "1"
+        await service.repository.look()
+        assert rows(service)["demo", "2"] == ("READY", "")
+        assert service.metrics.counts()["loads"] == {"ready": 2, "refused": 0}
+        assert not told(caplog, "refused")
+
+
+@on_a_loop
+async def test_a_model_that_is_still_copied_says_so_and_is_loaded_at_once_by_request(tmp_path: Path):
+    root = tmp_path / "models"
+    root.mkdir()
+    async with serving(root, poll_s=NEVER) as service:
+        break_digest(write_package(root / "demo" / "1", 1))
+        with pytest.raises(ServeError, match="was changed"):
+            await service.load("demo", {})
+        shutil.rmtree(root / "demo" / "1")
+        write_package(root / "demo" / "1", 1)
+        await service.repository.look()
+        with pytest.raises(ServeError, match=f"demo is not ready: {CHANGING}"):
+            service.repository.route("demo", None)
+        await service.load("demo", {})
+        assert await served_by(service) == "1"
+        write_package(root / "other" / "1", 1)
+        await service.load("other", {})
+        assert await served_by(service, "other") == "1"
+
+
+@on_a_loop
+async def test_what_serves_stays_while_what_follows_it_is_still_copied(tmp_path: Path):
+    """Where a version is moved out and its successor in, nobody is told 503 for the time of a look."""
+    root = tmp_path / "models"
+    write_package(root / "demo" / "1", 1)
+    async with serving(root, poll_s=NEVER, policy=Policy.parse("canary:2:10%")) as service:
+        shutil.rmtree(root / "demo" / "1")
+        write_package(root / "demo" / "2", 2)
+        await service.repository.look()
+        assert await served_by(service) == "1"
+        await service.repository.look()
+        assert await served_by(service) == "2"
+        assert [*rows(service)] == [("demo", "2")]
