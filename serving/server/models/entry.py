@@ -55,6 +55,8 @@ class Entry:
     failed: dict[int, Attempt] = field(default_factory=dict)
     refused: list[int] = field(default_factory=list)
     """Of those that failed, what waits for other files, as it was last told."""
+    absent: str = ""
+    """What the policy names that is not there, in words, as it was last told."""
     unloaded: bool = False
     """By request, until it is loaded by request."""
 
@@ -98,7 +100,9 @@ class Entry:
             reason = self._problem(version)
             if version in self.served:
                 state = "READY"
-                if not reason and not self.policy.chooses(version):
+                if not reason and self.policy.chooses(version):
+                    reason = self.absent
+                elif not reason:
                     reason = f"not chosen by the policy {self.policy}; it serves until what is chosen does"
             elif version in self.loading:
                 state, reason = "LOADING", ""

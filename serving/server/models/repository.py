@@ -14,7 +14,7 @@ from pathlib import Path
 from time import monotonic
 
 from headstart.serving.device import Device
-from headstart.serving.errors import PackageError
+from headstart.serving.errors import PackageError, brief
 from headstart.serving.server.errors import ServeError, bad_request, not_found, unavailable
 from headstart.serving.server.models.drift import check_share
 from headstart.serving.server.models.entry import Entry, Served
@@ -153,6 +153,9 @@ class Repository:
             await asyncio.to_thread(self.mirror.start)
         await self.look()
         self.started = True
+        for name, policy in self._policies.items():
+            if name not in self._entries:
+                _LOG.warning("the policy %s is of the model %s, which is not there", policy, brief(name))
         self._poller = asyncio.create_task(self._poll())
 
     async def stop(self, drain_s: float = 30.0) -> None:
@@ -263,6 +266,10 @@ class Repository:
         if POLICY_FILE not in entry.folder.refused:  # a damaged one leaves the rule as it was
             entry.policy = entry.folder.policy or self._policies.get(entry.name, self._policy)
         versions = [*entry.folder.versions]
+        absent = entry.policy.absent(versions) if versions else ""
+        if absent and absent != entry.absent:
+            _LOG.warning("%s: %s; there are %s", entry.name, absent, ", ".join(map(str, sorted(versions))))
+        entry.absent = absent
         if entry.unloaded:
             self._set(entry, None, None)
             return

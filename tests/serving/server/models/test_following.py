@@ -1,4 +1,4 @@
-"""How a repository follows its folder: a link that moves, and a copy that takes its time."""
+"""How a repository follows its folder: a link that moves, a copy that takes its time, a policy that finds nothing."""
 
 import errno
 import os
@@ -195,3 +195,29 @@ async def test_what_serves_stays_while_what_follows_it_is_still_copied(tmp_path:
         await service.repository.look()
         assert await served_by(service) == "2"
         assert [*rows(service)] == [("demo", "2")]
+
+
+@on_a_loop
+async def test_a_policy_that_can_do_nothing_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    root = tmp_path / "models"
+    for version in (1, 2):
+        write_package(root / "demo" / str(version), version)
+    policies = {"dmeo": Policy.parse("pinned:1")}
+    async with serving(root, poll_s=NEVER, policies=policies, policy=Policy.parse("canary:7:10%")) as service:
+        await looks(service)
+        assert told(caplog, "the policy pinned:1 is of the model dmeo, which is not there") == 1
+        assert told(caplog, "demo: the canary 7 of its policy is not there; there are 1, 2") == 1
+        assert await served_by(service) == "2"
+        assert rows(service)["demo", "2"] == ("READY", "the canary 7 of its policy is not there")
+        (root / "demo" / "policy").write_text("pinned:8")
+        await looks(service)
+        assert told(caplog, "demo: version 8 of its policy is not there") == 1
+        write_package(root / "demo" / "8", 8)
+        await looks(service)
+        assert rows(service)["demo", "8"] == ("READY", "")
+        shutil.rmtree(root / "demo" / "8")
+        await looks(service)
+        assert told(caplog, "demo: version 8 of its policy is not there") == 2
+        shutil.rmtree(root / "demo")
+        await looks(service)
+        assert told(caplog, "is not there") == 4
