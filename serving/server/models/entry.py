@@ -10,6 +10,7 @@ from headstart.serving.server.models.policy import VERSION, Policy
 from headstart.serving.server.scheduling.batching import Scheduler
 
 _UNLOADED = "unloaded by request; load it by request"
+_CHANGING = "its files are still changing; it is opened when two looks in a row saw the same"
 
 State = Literal["READY", "LOADING", "UNAVAILABLE"]
 
@@ -48,16 +49,30 @@ class Entry:
     canary: Served | None = None
     count: int = 0
     """Requests that left the version to us while there was a canary."""
+    changing: set[int] = field(default_factory=set)
+    """Versions whose files are not those of the look before, as while they are copied: they are not opened yet."""
     loading: set[int] = field(default_factory=set)
     failed: dict[int, Attempt] = field(default_factory=dict)
     refused: list[int] = field(default_factory=list)
     """Of those that failed, what waits for other files, as it was last told."""
+    absent: str = ""
+    """What the policy names that is not there, in words, as it was last told."""
     unloaded: bool = False
     """By request, until it is loaded by request."""
 
-    def see(self, folder: Folder) -> None:
-        """Note what is on the disk; where that could not be listed, what was there before is taken to be there."""
-        self.folder = folder if folder.is_readable else replace(self.folder, refused=folder.refused)
+    def see(self, folder: Folder, *, at_once: bool) -> None:
+        """Note what is on the disk; where that could not be listed, what was there before is taken to be there.
+
+        Args:
+            at_once: whether what has changed is whole already, or is to be tried as if it were.
+        """
+        if not folder.is_readable:
+            self.folder = replace(self.folder, refused=folder.refused)
+            return
+        before, self.folder = self.folder.versions, folder
+        self.changing = {one for one, files in folder.versions.items() if not at_once and files != before.get(one)}
+        settled = {*folder.versions} - self.changing
+        self.failed = {one: attempt for one, attempt in self.failed.items() if one in settled}
 
     def choose(self, version: str | None) -> Served | None:
         """Who answers the next request."""
@@ -74,18 +89,20 @@ class Entry:
             return _UNLOADED
         if self.loading:
             return "it is being loaded"
-        failed = [version for version in self.failed if self.policy.chooses(version)]
-        return self.failed[max(failed)].reason if failed else str(self.index()[-1]["reason"])
+        chosen = [version for version in (*self.failed, *self.changing) if self.policy.chooses(version)]
+        return self._problem(max(chosen)) if chosen else str(self.index()[-1]["reason"])
 
     def index(self) -> list[dict[str, Any]]:
         """Its rows of the repository index; a version that serves names a failure of what should follow it."""
         rows = []
         for version in sorted({*self.folder.versions, *self.served, *self.loading}):
             state: State = "UNAVAILABLE"
-            reason = self.failed[version].reason if version in self.failed else ""
+            reason = self._problem(version)
             if version in self.served:
                 state = "READY"
-                if not reason and not self.policy.chooses(version):
+                if not reason and self.policy.chooses(version):
+                    reason = self.absent
+                elif not reason:
                     reason = f"not chosen by the policy {self.policy}; it serves until what is chosen does"
             elif version in self.loading:
                 state, reason = "LOADING", ""
@@ -99,3 +116,9 @@ class Entry:
         return rows or [
             {"name": self.name, "version": "", "state": "UNAVAILABLE", "reason": "there is no version folder"}
         ]
+
+    def _problem(self, version: int) -> str:
+        """Why a version is not loaded from the files that are there; empty where nothing is wrong with them."""
+        if version in self.failed:
+            return self.failed[version].reason
+        return _CHANGING if version in self.changing else ""

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,8 +22,8 @@ _LEADS_OUT = "its folder is a link that leads out of the repository; copy it the
 Refused = Callable[[str, list[int]], None]
 """Is told which versions of a model do not load as they are."""
 
-Snapshot = tuple[tuple[str, int, int, int], ...]
-"""Path, bytes, time of change in ns and inode of every file of a folder: equal where nothing was written."""
+Snapshot = tuple[tuple[str, int, int, int, int], ...]
+"""Path, bytes, time of change in ns, inode and device of every file of a folder: equal where nothing was written."""
 
 
 class Opening(NamedTuple):
@@ -48,6 +49,8 @@ class Opening(NamedTuple):
 class Folder:
     """What is on the disk for one name."""
 
+    path: Path = Path()
+    """Where it lies, once links to the root were followed."""
     versions: dict[int, Snapshot] = field(default_factory=dict)
     """By number."""
     refused: dict[str, str] = field(default_factory=dict)
@@ -62,21 +65,43 @@ def snapshot(folder: Path) -> Snapshot:
     """What a folder holds, without reading it; equal snapshots mean that nothing was written between them.
 
     Raises:
-        OSError: it cannot be listed.
+        OSError: it cannot be listed; a FileNotFoundError, where it is gone, and not where a file in it is.
     """
     rows = []
-    for path in sorted(folder.rglob("*")):
-        status = path.lstat()
-        rows.append((path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns, status.st_ino))
-    return tuple(rows)
+    for parent, folders, files in os.walk(folder, onerror=_pass_over):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # what another program wrote for a moment
+                told = path.lstat()
+                rows.append(
+                    (path.relative_to(folder).as_posix(), told.st_size, told.st_mtime_ns, told.st_ino, told.st_dev)
+                )
+    folder.lstat()
+    return tuple(sorted(rows))
+
+
+def _pass_over(error: OSError) -> None:
+    """Of a folder within a version: one that is gone holds nothing; one that is another user's is told by the load."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError)):
+        raise error
 
 
 def scan(root: Path) -> dict[str, Folder]:
     """What the root holds. Hidden names are none of ours; other files and odd names are left alone.
 
+    Where the root is a link, all is of one folder: it is read again if the link came to lead elsewhere meanwhile.
+
     Raises:
         OSError: the root cannot be listed.
     """
+    while True:
+        place = os.path.realpath(root, strict=True)
+        with contextlib.suppress(FileNotFoundError):  # where the link was moved and its folder deleted
+            found = _scan_place(Path(place))
+            if os.path.realpath(root, strict=True) == place:
+                return found
+
+
+def _scan_place(root: Path) -> dict[str, Folder]:
     found = {}
     for path in sorted(root.iterdir()):
         if path.name.startswith(".") or not NAME.fullmatch(path.name):
@@ -92,7 +117,7 @@ def scan(root: Path) -> dict[str, Folder]:
 
 
 def _scan_model(folder: Path, root: Path) -> Folder:
-    found = Folder()
+    found = Folder(path=folder)
     if not folder.resolve().is_relative_to(root):
         found.refused[""] = _LEADS_OUT
         return found

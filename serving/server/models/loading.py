@@ -57,17 +57,14 @@ class Loading:
     """Loads versions of a repository, once for the same files, and counts what they take.
 
     Args:
-        root: the repository's folder.
         loader: how a version's folder becomes a model.
         scheduling: limits of each model.
         metrics: where to count.
         max_memory: bytes that models may take together; None is no limit.
     """
 
-    def __init__(
-        self, root: Path, loader: Loader, scheduling: Scheduling, metrics: Metrics, max_memory: int | None
-    ) -> None:
-        self._root, self._load_model, self._scheduling, self._metrics = root, loader, scheduling, metrics
+    def __init__(self, loader: Loader, scheduling: Scheduling, metrics: Metrics, max_memory: int | None) -> None:
+        self._load_model, self._scheduling, self._metrics = loader, scheduling, metrics
         self._memory = Memory(max_memory)
         # For all loads: threads of their own would have an arena of the allocator each, and what is freed there stays
         # with the process. Its end does not wait for it: a load cannot be cut off.
@@ -90,8 +87,11 @@ class Loading:
             return old
         if failed and failed.files == files and (failed.again_at is None or monotonic() < failed.again_at):
             return old
+        if version in entry.changing:  # for whoever copies it a second later, this would be half of it
+            return old
         entry.loading.add(version)
-        opening = Opening.of(entry.name, version, files, self._root / entry.name / str(version))
+        folder = entry.folder.path / str(version)
+        opening = Opening.of(entry.name, version, files, folder)
         try:
             if opening in self.suspects:
                 raise PackageError(
@@ -101,7 +101,7 @@ class Loading:
             estimated, before = self._memory.estimate(files), resident()
             self.on_opening(opening, False)
             try:
-                loaded = self._thread.submit(self._load, entry.name, version)
+                loaded = self._thread.submit(self._load, folder, entry.name, version)
                 try:
                     model, known = await asyncio.wrap_future(loaded)
                 finally:
@@ -109,7 +109,7 @@ class Loading:
             finally:
                 self.on_opening(opening, True)
         except (PackageError, RuntimeError) as error:  # the latter: there is no thread to load it in
-            reason = public(str(error), self._root / entry.name / str(version))
+            reason = public(str(error), folder)
             again_at = monotonic() + _RETRY_S if _may_pass(error) else None
             entry.failed[version] = Attempt(files=files, reason=reason, again_at=again_at)
             self._metrics.loaded(ready=False)
@@ -124,10 +124,10 @@ class Loading:
         self._memory.take(taken)
         return Served(model=model, scheduler=self._schedule(model, known, taken), files=files, memory=taken)
 
-    def _load(self, name: str, version: int) -> tuple[LoadedModel, list[tuple[int, int]]]:
+    def _load(self, folder: Path, name: str, version: int) -> tuple[LoadedModel, list[tuple[int, int]]]:
         """In a thread: everything that takes time. The error is a PackageError, whatever a damaged graph raises."""
         try:
-            model = self._load_model(self._root / name / str(version), name, str(version))
+            model = self._load_model(folder, name, str(version))
             return model, self._warm_up(model)
         except PackageError:
             raise

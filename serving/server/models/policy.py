@@ -61,6 +61,13 @@ class Policy:
         """The version that takes `share`, where it is there."""
         return self.version if self.kind == "canary" and self.version in versions else None
 
+    def absent(self, versions: list[int]) -> str:
+        """What it names that is not there, in words; empty where all is."""
+        if self.kind == "latest" or self.version in versions:
+            return ""
+        which = f"version {self.version}" if self.kind == "pinned" else f"the canary {self.version}"
+        return f"{which} of its policy is not there"
+
     def takes(self, count: int) -> bool:
         """Whether request `count` (0, 1, ...) is the canary's; of any 10,000 in a row exactly `share` are.
 

@@ -1,8 +1,9 @@
 """The folder NAME/VERSION/ of packages: what it holds, what is loaded of it, and which version answers.
 
-`cp -r runs/demo/package REPOSITORY/demo/1` deploys. The folder is looked at every second; a version that is not whole
-yet, or not sound, is refused with a reason and tried again when its files have changed. A new version is loaded,
-verified and warmed up beside the old one, takes over between two requests, and the old one answers what it has.
+`cp -r runs/demo/package REPOSITORY/demo/1` deploys. The folder, or what a link leads to by then, is looked at every
+second. A version is opened when two looks in a row saw the same files; one that is not sound is refused with a reason,
+and tried again when its files have changed. A new version is loaded, verified and warmed up beside the old one, takes
+over between two requests, and the old one answers what it has.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from pathlib import Path
 from time import monotonic
 
 from headstart.serving.device import Device
-from headstart.serving.errors import PackageError
+from headstart.serving.errors import PackageError, brief
 from headstart.serving.server.errors import ServeError, bad_request, not_found, unavailable
 from headstart.serving.server.models.drift import check_share
 from headstart.serving.server.models.entry import Entry, Served
@@ -40,7 +41,7 @@ class Repository:
     While a version is replaced both are in memory.
 
     Args:
-        root: the folder.
+        root: the folder, or a link to it, which may come to lead to another one.
         provider: execution provider that must run every model.
         threads: threads within an operator; None is one per core.
         provider_options: of the CUDA or TensorRT provider, as `Device.options`.
@@ -85,7 +86,7 @@ class Repository:
         if public_key is not None:
             check_public_key(public_key)
         check_share(drift)
-        self.root = root.resolve()
+        self.root = root.absolute()
         self.scheduling = scheduling or Scheduling()
         self.metrics = metrics or Metrics()
         self._policy, self._policies = policy or Policy(), dict(policies or {})
@@ -105,7 +106,7 @@ class Repository:
                 drift=drift,
             )
         )
-        self.loading = Loading(self.root, load, self.scheduling, self.metrics, max_memory)
+        self.loading = Loading(load, self.scheduling, self.metrics, max_memory)
         """How versions are opened."""
         self.unloaded: set[str] = set()
         """Names that were taken down by request."""
@@ -113,6 +114,8 @@ class Repository:
         self._lock = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
         self._poller: asyncio.Task[None] | None = None
+        self._unreadable = ""
+        """Why the root cannot be read, as it was last told."""
         self.started = self.stopping = False
 
     @property
@@ -150,6 +153,9 @@ class Repository:
             await asyncio.to_thread(self.mirror.start)
         await self.look()
         self.started = True
+        for name, policy in self._policies.items():
+            if name not in self._entries:
+                _LOG.warning("the policy %s is of the model %s, which is not there", policy, brief(name))
         self._poller = asyncio.create_task(self._poll())
 
     async def stop(self, drain_s: float = 30.0) -> None:
@@ -174,13 +180,13 @@ class Repository:
         """Compare the folder with what is loaded, and follow it."""
         async with self._lock:
             try:
-                folders = await asyncio.to_thread(scan, self.root)
-            except OSError as error:  # what is loaded serves on
-                _LOG.error("%s cannot be read: %s", self.root, error)
+                folders = await self._scan()
+            except OSError:
                 return
             for name in [*folders, *(one for one in self._entries if one not in folders)]:
                 entry = self._entry(name)
-                entry.see(folders.get(name, Folder()))
+                # What is there at the start is opened at once, and a mirror puts whole versions in their places.
+                entry.see(folders.get(name, Folder()), at_once=not self.started or self.mirror is not None)
                 await self._follow(entry)
                 if name not in folders:
                     del self._entries[name]
@@ -193,14 +199,13 @@ class Repository:
         """
         async with self._lock:
             try:
-                folders = await asyncio.to_thread(scan, self.root)
+                folders = await self._scan()
             except OSError as error:
-                _LOG.error("%s cannot be read: %s", self.root, error)
                 raise unavailable("the repository cannot be read; the server's log says why") from error
             if name not in folders:
                 raise not_found(f"the repository has no model {name[:128]!r}; copy a package to NAME/1 first")
             entry = self._entry(name)
-            entry.see(folders[name])
+            entry.see(folders[name], at_once=True)
             entry.unloaded = False
             self.unloaded.discard(name)
             entry.failed.clear()
@@ -237,6 +242,20 @@ class Repository:
                 # A watcher that dies ends deployments without a word.
                 _LOG.exception("the look at %s failed; it is tried again", self.root)
 
+    async def _scan(self) -> dict[str, Folder]:
+        """What the root holds; an OSError is in the log, once for each reason: what is loaded serves on."""
+        try:
+            folders = await asyncio.to_thread(scan, self.root)
+        except OSError as error:
+            if str(error) != self._unreadable:
+                self._unreadable = str(error)
+                _LOG.error("%s cannot be read, what is loaded serves on: %s", self.root, error)
+            raise
+        if self._unreadable:
+            self._unreadable = ""
+            _LOG.info("%s can be read again", self.root)
+        return folders
+
     def _entry(self, name: str) -> Entry:
         """What is known of a name: from before, or nothing yet."""
         policy, unloaded = self._policies.get(name, self._policy), name in self.unloaded
@@ -247,7 +266,10 @@ class Repository:
         if POLICY_FILE not in entry.folder.refused:  # a damaged one leaves the rule as it was
             entry.policy = entry.folder.policy or self._policies.get(entry.name, self._policy)
         versions = [*entry.folder.versions]
-        entry.failed = {version: one for version, one in entry.failed.items() if version in versions}
+        absent = entry.policy.absent(versions) if versions else ""
+        if absent and absent != entry.absent:
+            _LOG.warning("%s: %s; there are %s", entry.name, absent, ", ".join(map(str, sorted(versions))))
+        entry.absent = absent
         if entry.unloaded:
             self._set(entry, None, None)
             return
@@ -263,8 +285,10 @@ class Repository:
         if refused != entry.refused:
             entry.refused = refused
             self.on_refused(entry.name, refused)
-        if base is None and canary is None and versions and entry.base and self._is_there(entry, entry.base):
-            base = entry.base  # nothing that was chosen is sound: the old one stays
+        waits = any(map(entry.policy.chooses, entry.changing))
+        stays = canary is None and entry.base is not None and int(entry.base.model.version) in versions
+        if base is None and (waits or stays):
+            base = entry.base  # nothing that was chosen is sound, or it is still copied: the old one stays
         if not self.stopping:
             self._set(entry, base or canary, canary)
 
@@ -289,9 +313,6 @@ class Repository:
         finally:
             self.loading.release(one)
 
-    def _is_there(self, entry: Entry, one: Served) -> bool:
-        return int(one.model.version) in entry.folder.versions
-
     def _absence(self, entry: Entry | None, name: str, version: str | None) -> ServeError:
         self.metrics.unknown()
         if self.stopping:
@@ -304,7 +325,8 @@ class Repository:
             return unavailable(f"{name} is not ready: {entry.reason()}")
         rows = [row for row in entry.index() if row["version"] == version]
         number = int(version) if VERSION.fullmatch(version) else 0
-        if rows and (entry.unloaded or number in entry.failed or number in entry.loading or not self.started):
+        waits = number in entry.failed or number in entry.changing or number in entry.loading
+        if rows and (entry.unloaded or waits or not self.started):
             return unavailable(f"{name} version {number} is not ready: {rows[0]['reason'] or 'it is being loaded'}")
         served = ", ".join(map(str, sorted(entry.served))) or "none"
         return not_found(f"{name} version {version[:20]!r} is not served; served: {served}")

@@ -71,7 +71,7 @@ class Faults:
             await asyncio.sleep(0.1)
             rows = await asyncio.to_thread(self.server.index)
             row = next((row for row in rows if row["version"] == str(version.number)), None)
-            if row and row["state"] == "UNAVAILABLE" and row["reason"]:
+            if row and row["state"] == "UNAVAILABLE" and "was changed" in row["reason"]:  # and not: still changing
                 self.corrupt_reason = row["reason"]
                 break
         shutil.rmtree(target)

@@ -17,7 +17,7 @@ from headstart.serving.server.models.model import LoadedModel, load_package
 from headstart.serving.server.scheduling.batching import Scheduler
 from headstart.serving.server.scheduling.queueing import Budget
 from tests.serving.server.graphs import classifier, write_package
-from tests.serving.server.models.test_repository import NEVER, rows, served_by, serving, status_of
+from tests.serving.server.models.test_repository import NEVER, looks, rows, served_by, serving, status_of
 from tests.serving.server.scheduling.test_batching import Doubling, ask, on_a_loop, refusal
 
 
@@ -61,14 +61,14 @@ async def test_while_a_version_is_replaced_both_count_and_the_old_one_stays_wher
     for limit, expected in ((2 * one + one // 2, "1"), (3 * one + one // 2, "2")):
         async with serving(root, max_memory=limit, poll_s=NEVER) as service:
             write_package(root / "a" / "2", 2)
-            await service.repository.look()
+            await looks(service)
             assert await served_by(service, "a") == expected
             if expected == "1":
                 assert "while a version is replaced both count" in rows(service)["a", "2"][1]
             else:
                 for _ in range(5):  # what was replaced is released: it does not add up
                     write_package(root / "a" / "3", 3)
-                    await service.repository.look()
+                    await looks(service)
                     assert await served_by(service, "a") == "3"
                     await asyncio.sleep(0.05)
                     remove(root / "a" / "3")

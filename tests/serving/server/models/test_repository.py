@@ -98,7 +98,7 @@ async def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
 
 
 async def looks(service: Service) -> None:
-    """Look at the folder twice, as the poll does."""
+    """Look at the folder twice, as the poll does: a version is opened at the second look that sees the same files."""
     await service.repository.look()
     await service.repository.look()
 
@@ -322,15 +322,15 @@ async def test_a_suspect_that_is_written_again_as_it_was_is_one_still(root: Path
         openings: list[Opening] = []
         service.repository.loading.on_opening = lambda opening, done: openings.append(opening)
         write_package(root / "demo" / "2", 2)
-        await service.repository.look()
+        await looks(service)
         service.repository.loading.suspects.update(openings)
         (root / "demo" / "2").rename(tmp_path / "before")
         shutil.copytree(tmp_path / "before", root / "demo" / "2", copy_function=shutil.copyfile)
-        await service.repository.look()
+        await looks(service)
         assert rows(service)["demo", "2"][1].startswith("processes of this server ended while they opened it")
         shutil.rmtree(root / "demo" / "2")
         write_package(root / "demo" / "2", 2.5)
-        await service.repository.look()
+        await looks(service)
         assert rows(service)["demo", "2"] == ("READY", "")
         service.repository.loading.suspects.update(openings)
         await service.unload("demo")
@@ -478,7 +478,7 @@ async def test_a_folder_that_cannot_be_read_concerns_its_own_model_alone(root: P
             assert (await served_by(service, "other"), await served_by(service)) == ("3", "1")
             for name in ("demo", "new"):
                 assert rows(service)[name, ""] == ("UNAVAILABLE", "it cannot be read (Permission denied)")
-        await service.repository.look()
+        await looks(service)
         assert (await served_by(service), await served_by(service, "new")) == ("2", "1")
         assert ("demo", "") not in rows(service)
 
@@ -861,7 +861,7 @@ async def test_unloading_waits_for_the_last_answer_and_lasts_until_loading(root:
             shutil.rmtree(root / "demo")
             await service.repository.look()
             write_package(root / "demo" / "1", 1)
-            await service.repository.look()
+            await looks(service)
 
         await come_back()
         assert await status_of(service) == 503
@@ -963,7 +963,7 @@ async def test_a_package_whose_first_run_does_not_end_is_cut_off_and_refused(
     async with serving(root, poll_s=NEVER) as service:
         write_package(root / "demo" / "2", 2, graph=classifier(2, turns=1 << 40))
         write_package(root / "other" / "1", 1)
-        await service.repository.look()
+        await looks(service)
         assert await served_by(service) == "1"
         assert await served_by(service, "other") == "1"
         assert rows(service)["demo", "2"] == (
@@ -978,7 +978,7 @@ async def test_stopping_cuts_a_first_run_off_and_nothing_serves_after_it(root: P
     async with serving(root, poll_s=NEVER) as service:
         shutil.rmtree(root / "demo" / version, ignore_errors=True)
         write_package(root / "demo" / version, 2, graph=classifier(2, turns=1 << 40))
-        looking = asyncio.ensure_future(service.repository.look())
+        looking = asyncio.ensure_future(looks(service))
         while service.repository.loading._warming is None:
             await asyncio.sleep(0.01)
         await service.stop()
