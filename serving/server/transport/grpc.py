@@ -11,6 +11,7 @@ Imported only where a gRPC port is asked for: a server of HTTP alone needs neith
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
@@ -18,6 +19,9 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
+# Read as grpc is imported. By default its core writes a line of its own to stderr, in a form that is no log's, for
+# each handshake of TLS that fails, and so for all that is no TLS. What the variable says already holds.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 import grpc  # type: ignore[import-untyped]
 import grpc.aio  # type: ignore[import-untyped]
 
