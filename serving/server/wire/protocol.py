@@ -17,6 +17,8 @@ from headstart.serving.server.wire.tensors import DATATYPES, classify, datatype_
 __all__ = ["DATATYPES", "InferRequest", "InferResponse", "Limits", "RequestedOutput"]
 __all__ += ["ResponseEncoder", "datatype_of", "encode_response", "error_body"]
 
+LONGEST_NAME = 128
+"""Characters of a model's name, and of a version, that a request may ask for: they go into logs and traces."""
 _compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 

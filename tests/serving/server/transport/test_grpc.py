@@ -352,6 +352,37 @@ def test_what_does_not_fit_is_named(call: Callable[..., Any], request_: Any, wor
     assert words in details
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        kind(**{field: text})
+        for kind, fields in (
+            (service_pb2.ModelInferRequest, ("model_name", "model_version")),
+            (service_pb2.ModelReadyRequest, ("name", "version")),
+            (service_pb2.ModelMetadataRequest, ("name", "version")),
+            (service_pb2.ModelConfigRequest, ("name", "version")),
+            (service_pb2.ModelStatisticsRequest, ("name", "version")),
+            (service_pb2.RepositoryModelLoadRequest, ("model_name",)),
+            (service_pb2.RepositoryModelUnloadRequest, ("model_name",)),
+        )
+        for field in fields
+        for text in ("ä" * 129, "x" * 1_000_000)
+    ],
+    ids=lambda one: f"{one.DESCRIPTOR.name}-{one.ListFields()[0][0].name}-{len(one.ListFields()[0][1])}",
+)
+def test_names_and_versions_are_no_longer_than_over_http(call: Callable[..., Any], request_: Any):
+    method = request_.DESCRIPTOR.name.removesuffix("Request")
+    status, details = refusal(call, request_.SerializeToString(), method=method)
+    ((field, text),) = request_.ListFields()
+    assert status == "INVALID_ARGUMENT"
+    assert details == f"the model's {field.name.removeprefix('model_')} has {len(text)} characters; accepted: 128"
+
+
+def test_a_name_as_long_as_may_be_is_looked_for(call: Callable[..., Any]):
+    request = bare("x" * 128, raw_input_contents=[b"\0" * 8], model_version="1" * 128).SerializeToString()
+    assert refusal(call, request)[0] == "NOT_FOUND"
+
+
 def test_contents_of_another_type_and_of_both_kinds_are_refused(call: Callable[..., Any]):
     request = bare(datatype="INT8")
     request.inputs[0].contents.int_contents.extend([1, 300])
