@@ -55,6 +55,9 @@ _HEALTH = ("ServerLive", "ServerReady")
 _LONGEST_DETAILS = 1000
 """Characters of an error's message; clients refuse trailers of 8 KiB."""
 
+_SOON_S = 0.05
+"""Seconds within which grpc cancels a call whose message it refuses as too large: first it only has no message."""
+
 _FOREVER = 1e6
 """Seconds of grace that never end before `drain` does. When the grace of one stop ends while another has just destroyed
 the server, grpc.aio 1.85 cancels the calls of a null pointer: 13 of 112 processes ended with a segmentation fault."""
@@ -181,6 +184,9 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
                 await self._refuse(path, too_slow(f"the message took longer than {longest:g} s"), context, name)
             except ServeError as error:
                 await self._refuse(path, error, context, name)
+            except asyncio.CancelledError:  # by the client, or by grpc over a message that is too large
+                self._tell(Seen(name, perf_counter_ns()), path, "CANCELLED", 0, context)
+                raise
             seen, found = await self._answer(path, answer, body, context, name)
             if isinstance(found, ServeError):
                 await _abort(context, found, seen.request_id)
@@ -236,8 +242,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         finally:
             self._held -= len(body)
             self._service.clients -= 1
-            if self._watch is not None:
-                self._tell(self._watch, seen, path, refusal.grpc if refusal else status, len(data), context)
+            self._tell(seen, path, refusal.grpc if refusal else status, len(data), context)
         return seen, refusal or data
 
     def _named(self, context: Any) -> str:
@@ -245,11 +250,15 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         given = [value for key, value in context.invocation_metadata() or () if key == "x-request-id"]
         return self._request_ids.choose(given[0] if len(given) == 1 and isinstance(given[0], str) else "")
 
-    def _tell(self, watch: Watch, seen: Seen, path: str, status: str, num_bytes: int, context: Any) -> None:
+    def _tell(self, seen: Seen, path: str, status: str, num_bytes: int, context: Any) -> None:
+        """Tell who watches how a call ended."""
+        if self._watch is None:
+            return
+
         def metadata() -> dict[str, str]:
             return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
 
-        watch.ended(seen, Outcome(path[1:], "", status, num_bytes, metadata))
+        self._watch.ended(seen, Outcome(path[1:], "", status, num_bytes, metadata))
 
     async def _check(self, body: bytes, context: Any, seen: Seen) -> bytes:
         return self._health.check(body)
@@ -288,8 +297,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def _refuse(self, path: str, error: ServeError, context: Any, name: str | None = None) -> None:
         """End a call to which nothing was answered with an error's status, and tell who watches of it."""
         name = name or self._named(context)
-        if self._watch is not None:
-            self._tell(self._watch, Seen(name, perf_counter_ns()), path, error.grpc, 0, context)
+        self._tell(Seen(name, perf_counter_ns()), path, error.grpc, 0, context)
         await _abort(context, error, name)
 
 
@@ -316,6 +324,7 @@ async def _message(context: Any) -> bytes:
     """
     body: bytes = await context.read()
     if body is grpc.aio.EOF:
+        await asyncio.sleep(_SOON_S)
         raise bad_request("the call has no message; send one")
     return body
 
