@@ -17,7 +17,7 @@ from headstart.serving.server.models.drift import distance
 
 SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-STAGES = ("queue", "compute", "total")
+STAGES = ("images", "queue", "compute", "total")
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 _MODEL = ("model", "version")
 _LATEST = "last_inference_ms"
@@ -109,8 +109,10 @@ class Statistics:
         row[0] += 1
         row[1] += nanoseconds
 
-    def answered(self, rows: int, queue_ns: int, compute_ns: int, total_ns: int, now_ms: int) -> None:
-        """Count one request that was answered."""
+    def answered(
+        self, rows: int, queue_ns: int, compute_ns: int, total_ns: int, now_ms: int, images_ns: int = 0
+    ) -> None:
+        """Count one request that was answered; `images_ns` is 0 where it brought no files."""
         self.success += 1
         self.rows += rows
         self.success_ns += total_ns
@@ -118,6 +120,8 @@ class Statistics:
         self.compute_ns += compute_ns
         self.last_inference_ms = now_ms
         stages = self.stages
+        if images_ns:
+            stages["images"].observe(images_ns * 1e-9)
         stages["queue"].observe(queue_ns * 1e-9)
         stages["compute"].observe(compute_ns * 1e-9)
         stages["total"].observe(total_ns * 1e-9)
@@ -264,7 +268,7 @@ class Metrics(Collector):
         """What prometheus_client asks for."""
         seconds = HistogramMetricFamily(
             "headstart_request_duration_seconds",
-            "Time of answered requests: in the queue, in the model, and both with what lies between.",
+            "Time of answered requests: until image files are decoded, in the queue, in the model, and all of it.",
             labels=(*_MODEL, "stage"),
         )
         rows = HistogramMetricFamily("headstart_batch_rows", "Rows of one execution.", labels=_MODEL)

@@ -81,6 +81,8 @@ class InferRequest:
     """The transport's name of the request, for the log."""
     parts: tuple["InferRequest", ...] = ()
     """What it was split into, where it was."""
+    part: bool = False
+    """Whether it is of the `parts` of another, which is counted in its place."""
 
     def cancel(self) -> None:
         """Drop the work: nobody waits for it."""
@@ -103,7 +105,7 @@ class InferResponse:
     parameters: dict[str, Any] = field(default_factory=dict)
     """What else the server says: strings, numbers and booleans."""
     timings_ns: dict[str, int] = field(default_factory=dict)
-    """Nanoseconds by stage: `queue`, `compute`."""
+    """Nanoseconds by stage: `queue`, `compute`, and before them `images`, where files were decoded."""
     labels: Sequence[str] | None = None
     """Class names of the model that answered, in the order of its outputs' columns, where it has them."""
 
