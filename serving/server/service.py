@@ -85,15 +85,22 @@ class Service:
 
         try:
             response = await self._images.infer(request, name, served.model.max_batch, start)
-        except (ServeError, asyncio.CancelledError) as error:
-            status = error.status if isinstance(error, ServeError) else CLIENT_GONE
-            served.scheduler.statistics.failed(status, perf_counter_ns() - arrived)
+        except ServeError as error:
+            served.scheduler.statistics.refused(error, perf_counter_ns() - arrived)
+            raise
+        except asyncio.CancelledError:
+            served.scheduler.statistics.failed(CLIENT_GONE, perf_counter_ns() - arrived)
             raise
         stages, total = response.timings_ns, perf_counter_ns() - arrived
         served.scheduler.statistics.answered(
             0, stages["queue"], stages["compute"], total, time_ns() // 1_000_000, stages["images"]
         )
         return response
+
+    def refused(self, error: ServeError) -> None:
+        """Count a request that was refused or failed, unless a version has counted it."""
+        if not error.counted:
+            self.metrics.refused(error.status)
 
     def live(self) -> bool:
         """Whether the process works: it does, if it answers."""

@@ -84,7 +84,7 @@ class Scheduler:
         self._loop = asyncio.get_running_loop()
         self._running = 0
         self._ran: list[tuple[bool, int, int, int, int, int]] = []
-        """What ran on the event loop in this turn of it: whether a part, rows, bytes, when it arrived, began and ended."""
+        """What ran on the event loop in this turn of it: if a part, rows, bytes, when it arrived, began and ended."""
         self._dispatching = self._stopping = False
         self._crowded = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -129,7 +129,7 @@ class Scheduler:
                 return self._run_here(request, names, rows, num_bytes, arrived)
             self._make_room(num_bytes)
         except ServeError as error:
-            self._failed(request, error.status, arrived)
+            self._failed(request, error, arrived)
             raise
         if self._ran:
             self._crowded = _CALM_AFTER
@@ -272,11 +272,12 @@ class Scheduler:
         return Batch(items, key)
 
     def _drop(self, item: Waiting) -> None:
-        self._failed(item.request, CLIENT_GONE, item.arrived)
+        if not item.request.part:
+            self.statistics.failed(CLIENT_GONE, perf_counter_ns() - item.arrived)
         item.future.cancel()
 
     def _refuse(self, item: Waiting, error: ServeError) -> None:
-        self._failed(item.request, error.status, item.arrived)
+        self._failed(item.request, error, item.arrived)
         if item.gone:
             item.future.cancel()
         else:
@@ -315,10 +316,10 @@ class Scheduler:
         if not self._queue and not self._running:
             self._idle.set()
 
-    def _failed(self, request: "InferRequest", status: int, arrived: int) -> None:
+    def _failed(self, request: "InferRequest", error: ServeError, arrived: int) -> None:
         """Count a request that was not answered; a part is counted with the whole."""
         if not request.part:
-            self.statistics.failed(status, perf_counter_ns() - arrived)
+            self.statistics.refused(error, perf_counter_ns() - arrived)
 
     def _count(self, part: bool, rows: int, arrived: int, started: int, ended: int, total: int) -> None:
         """Count a request that was answered, and of a part the rows alone."""

@@ -242,6 +242,8 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         finally:
             self._held -= len(body)
             self._service.clients -= 1
+            if refusal is not None:
+                self._service.refused(refusal)
             self._tell(seen, path, refusal.grpc if refusal else status, len(data), context)
         return seen, refusal or data
 
@@ -295,8 +297,9 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         return grpc.stream_unary_rpc_method_handler(call)
 
     async def _refuse(self, path: str, error: ServeError, context: Any, name: str | None = None) -> None:
-        """End a call to which nothing was answered with an error's status, and tell who watches of it."""
+        """End a call to which nothing was answered with an error's status, count it, and tell who watches."""
         name = name or self._named(context)
+        self._service.refused(error)
         self._tell(Seen(name, perf_counter_ns()), path, error.grpc, 0, context)
         await _abort(context, error, name)
 
