@@ -23,6 +23,8 @@ class ServeError(Exception):
         self.message = message
         self.grpc = grpc
         self.retry_after = retry_after
+        self.counted = False
+        """Whether it is in the statistics of a model."""
 
 
 class MethodNotAllowed(ServeError):  # noqa: N818 - the status' own name

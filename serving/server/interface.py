@@ -3,6 +3,7 @@
 from collections.abc import Awaitable
 from typing import Any, Protocol
 
+from headstart.serving.server.errors import ServeError
 from headstart.serving.server.wire.protocol import InferRequest, InferResponse
 
 
@@ -14,6 +15,9 @@ class InferenceService(Protocol):
 
     clients: int
     """Connections of HTTP that are open and calls of gRPC that are worked on: counted by the transports."""
+
+    def refused(self, error: ServeError) -> None:
+        """Count a request that was refused or failed; called by the transports, once for each."""
 
     async def start(self) -> None:
         """Load the models and warm them up."""

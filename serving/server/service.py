@@ -4,7 +4,7 @@ import asyncio
 import functools
 import importlib.metadata
 from collections.abc import Awaitable
-from time import perf_counter_ns
+from time import perf_counter_ns, time_ns
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from headstart.serving.server.models.drift import distance
 from headstart.serving.server.models.entry import Entry, Served
 from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.watching.metrics import Metrics
+from headstart.serving.server.watching.watch import CLIENT_GONE
 from headstart.serving.server.wire.encoded import ENCODED, ImageDecoder, pixels_input
 from headstart.serving.server.wire.protocol import Limits
 from headstart.serving.server.wire.tensors import datatype_of
@@ -74,18 +75,32 @@ class Service:
         return self.repository.route(request.model, request.version).scheduler.infer(request)
 
     async def _decoded(self, request: "InferRequest", name: str, served: Served) -> "InferResponse":
-        started = perf_counter_ns()
-        try:
-            return await self._images.infer(request, name, served.model.max_batch, self._start)
-        except ServeError as error:
-            if not request.parts:  # these are counted where they run
-                served.scheduler.statistics.failed(error.status, perf_counter_ns() - started)
-            raise
+        """The answer to files, counted as one request, of however many parts."""
+        arrived = perf_counter_ns()
 
-    def _start(self, parts: "tuple[InferRequest, ...]") -> "list[InferResponse | asyncio.Future[InferResponse]]":
-        """Hand the parts of one request to one version."""
-        served = self.repository.route(parts[0].model, parts[0].version)
-        return [served.scheduler.infer(part) for part in parts]
+        def start(parts: "tuple[InferRequest, ...]") -> "list[InferResponse | asyncio.Future[InferResponse]]":
+            nonlocal served
+            served = self.repository.route(request.model, request.version)  # one version for all parts
+            return [served.scheduler.infer(part) for part in parts]
+
+        try:
+            response = await self._images.infer(request, name, served.model.max_batch, start)
+        except ServeError as error:
+            served.scheduler.statistics.refused(error, perf_counter_ns() - arrived)
+            raise
+        except asyncio.CancelledError:
+            served.scheduler.statistics.failed(CLIENT_GONE, perf_counter_ns() - arrived)
+            raise
+        stages, total = response.timings_ns, perf_counter_ns() - arrived
+        served.scheduler.statistics.answered(
+            0, stages["queue"], stages["compute"], total, time_ns() // 1_000_000, stages["images"]
+        )
+        return response
+
+    def refused(self, error: ServeError) -> None:
+        """Count a request that was refused or failed, unless a version has counted it."""
+        if not error.counted:
+            self.metrics.refused(error.status)
 
     def live(self) -> bool:
         """Whether the process works: it does, if it answers."""

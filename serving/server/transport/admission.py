@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from headstart.serving.server.errors import ServeError, too_large, unauthenticated
 from headstart.serving.server.settings import LOOPBACK
-from headstart.serving.server.transport.exchange import Exchange, Response, error_response
+from headstart.serving.server.transport.exchange import Exchange, Response
 from headstart.serving.server.transport.routes import HEALTH
 from headstart.serving.server.wire.head import Head, HeadParser
 
@@ -100,4 +100,4 @@ class Admission:
 
 def _refused(error: ServeError, exchange: Exchange) -> Response:
     """The handler of a request that has none and no body either, after which the connection can go on."""
-    return error_response(error)
+    raise error.with_traceback(None)  # which would grow where the same head comes again

@@ -18,7 +18,7 @@ from headstart.serving.server.transport.exchange import (
     Later,
     Response,
     error_response,
-    failure_response,
+    refusal,
     response_head,
 )
 from headstart.serving.server.transport.receive_buffer import ReceiveBuffer
@@ -285,7 +285,7 @@ class Connection(asyncio.BufferedProtocol):
         try:
             result: Response | Later = head.handler(exchange, *head.arguments)  # type: ignore[misc]
         except Exception as error:
-            result = failure_response(error, exchange.request_id)
+            result = self._refusal(error, exchange.request_id)
         if isinstance(result, Response):
             self._respond(exchange, result)
             return
@@ -310,9 +310,15 @@ class Connection(asyncio.BufferedProtocol):
         except asyncio.CancelledError:
             response = error_response(unavailable("the request was dropped"))
         except Exception as error:
-            response = failure_response(error, exchange.request_id)
+            response = self._refusal(error, exchange.request_id)
         self._respond(exchange, response)
         self._advance()
+
+    def _refusal(self, error: Exception, request_id: str) -> Response:
+        """What a request is told of an error, counted."""
+        refused = refusal(error, request_id)
+        self._server.routes.service.refused(refused)
+        return error_response(refused)
 
     def _respond(self, exchange: Exchange, response: Response) -> None:
         """Send a response, and be ready for the next request."""
@@ -345,7 +351,7 @@ class Connection(asyncio.BufferedProtocol):
             error = unauthenticated()
         self._release()
         request_id = self._choose_id(head.request_id if head else "")
-        response = error_response(error)
+        response = self._refusal(error, request_id)
         body = response.parts[0]
         line = response_head(response, len(body), request_id, self._server.date, b"Connection: close\r\n")
         self._transport.write(b"".join((line, body)))

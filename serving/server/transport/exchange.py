@@ -80,14 +80,14 @@ def error_response(error: ServeError) -> Response:
     return Response(error.status, headers, [error_body(error)])
 
 
-def failure_response(error: Exception, request_id: str) -> Response:
-    """What a handler raised; the cause of what it did not mean to raise is in the log alone."""
+def refusal(error: Exception, request_id: str) -> ServeError:
+    """What is told of what a handler raised; the cause of what it did not mean to raise is in the log alone."""
     if isinstance(error, ServeError):
-        return error_response(error)
+        return error
     if isinstance(error, MemoryError):
-        return error_response(unavailable("the server is out of memory for this request"))
+        return unavailable("the server is out of memory for this request")
     log.error("request %s failed", request_id, exc_info=error, extra={"request_id": request_id})
-    return error_response(internal(f"the server failed; its log says why under {request_id}"))
+    return internal(f"the server failed; its log says why under {request_id}")
 
 
 def response_head(response: Response, length: int, request_id: str, date: bytes, connection: bytes) -> bytes:

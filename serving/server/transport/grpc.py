@@ -11,6 +11,7 @@ Imported only where a gRPC port is asked for: a server of HTTP alone needs neith
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
@@ -18,6 +19,9 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
+# Read as grpc is imported. By default its core writes a line of its own to stderr, in a form that is no log's, for
+# each handshake of TLS that fails, and so for all that is no TLS. What the variable says already holds.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 import grpc  # type: ignore[import-untyped]
 import grpc.aio  # type: ignore[import-untyped]
 
@@ -51,6 +55,9 @@ _HEALTH = ("ServerLive", "ServerReady")
 _LONGEST_DETAILS = 1000
 """Characters of an error's message; clients refuse trailers of 8 KiB."""
 
+_SOON_S = 0.05
+"""Seconds within which grpc cancels a call whose message it refuses as too large: first it only has no message."""
+
 _FOREVER = 1e6
 """Seconds of grace that never end before `drain` does. When the grace of one stop ends while another has just destroyed
 the server, grpc.aio 1.85 cancels the calls of a null pointer: 13 of 112 processes ended with a segmentation fault."""
@@ -78,7 +85,6 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._held = 0
         self._stopping: asyncio.Task[None] | None = None
         self._server: Any = None
-        self._refuse = grpc.stream_unary_rpc_method_handler(_refuse_unread)
         answers: dict[str, Answer] = {
             name: self._methods.infer if name == "ModelInfer" else self._methods.document(name) for name in NAMES
         }
@@ -94,18 +100,19 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         # They may stay open for as long as their clients like, and `Watch` may be anybody's.
         for path, stream, share in ((f"/{SERVICE}/{STREAM}", self._stream, 2), (f"/{HEALTH}/Watch", self._watched, 8)):
             most = max(1, settings.max_connections // share)
-            self._handlers[path] = grpc.stream_stream_rpc_method_handler(_bounded(stream, most))
+            self._handlers[path] = grpc.stream_stream_rpc_method_handler(self._bounded(path, stream, most))
         probes = [f"/{SERVICE}/{name}" for name in _HEALTH] + [f"/{HEALTH}/{name}" for name in ("Check", "Watch")]
         self._open = set(probes) if settings.open_health else set()
 
     def service(self, handler_call_details: Any) -> Any:
-        """The handler of a call, for grpc; None is UNIMPLEMENTED. Without the token nothing of a call is read."""
-        if self._token is not None and handler_call_details.method not in self._open:
+        """The handler of a call, for grpc. Without the token nothing of a call is read."""
+        path = handler_call_details.method
+        if self._token is not None and path not in self._open:
             given = [value for key, value in handler_call_details.invocation_metadata if key == "authorization"]
             header = given[0].encode() if len(given) == 1 and isinstance(given[0], str) else None
             if not same_token(header, self._token):
-                return self._refuse
-        return self._handlers.get(handler_call_details.method)
+                return self._refusing(path if path in self._handlers else "/-", unauthenticated(), named=False)
+        return self._handlers.get(path) or self._refusing(path, _unknown())
 
     async def listen(self) -> None:
         """Open the port.
@@ -174,9 +181,12 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
                 async with asyncio.timeout(longest):
                     body = await _message(context)
             except TimeoutError:
-                await _abort(context, too_slow(f"the message took longer than {longest:g} s"), name)
+                await self._refuse(path, too_slow(f"the message took longer than {longest:g} s"), context, name)
             except ServeError as error:
-                await _abort(context, error, name)
+                await self._refuse(path, error, context, name)
+            except asyncio.CancelledError:  # by the client, or by grpc over a message that is too large
+                self._tell(Seen(name, perf_counter_ns()), path, "CANCELLED", 0, context)
+                raise
             seen, found = await self._answer(path, answer, body, context, name)
             if isinstance(found, ServeError):
                 await _abort(context, found, seen.request_id)
@@ -202,7 +212,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
                 yield data
         except Exception:  # of grpc.aio, which would send its words; those of an answer are refusals by now
             log.exception("a stream cannot be read")
-            await _abort(context, internal("the stream cannot be read; open it again"))
+            await self._refuse(path, internal("the stream cannot be read; open it again"), context)
         if self._methods.closing:
             await _abort(context, unavailable("the server is stopping; open the stream again"))
 
@@ -232,8 +242,9 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         finally:
             self._held -= len(body)
             self._service.clients -= 1
-            if self._watch is not None:
-                self._tell(self._watch, seen, path, refusal.grpc if refusal else status, len(data), context)
+            if refusal is not None:
+                self._service.refused(refusal)
+            self._tell(seen, path, refusal.grpc if refusal else status, len(data), context)
         return seen, refusal or data
 
     def _named(self, context: Any) -> str:
@@ -241,11 +252,15 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         given = [value for key, value in context.invocation_metadata() or () if key == "x-request-id"]
         return self._request_ids.choose(given[0] if len(given) == 1 and isinstance(given[0], str) else "")
 
-    def _tell(self, watch: Watch, seen: Seen, path: str, status: str, num_bytes: int, context: Any) -> None:
+    def _tell(self, seen: Seen, path: str, status: str, num_bytes: int, context: Any) -> None:
+        """Tell who watches how a call ended."""
+        if self._watch is None:
+            return
+
         def metadata() -> dict[str, str]:
             return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
 
-        watch.ended(seen, Outcome(path[1:], "", status, num_bytes, metadata))
+        self._watch.ended(seen, Outcome(path[1:], "", status, num_bytes, metadata))
 
     async def _check(self, body: bytes, context: Any, seen: Seen) -> bytes:
         return self._health.check(body)
@@ -255,7 +270,38 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
             async for status in self._health.watch(await _message(context)):
                 yield status
         except ServeError as error:
-            await _abort(context, error, self._named(context))
+            await self._refuse(f"/{HEALTH}/Watch", error, context)
+
+    def _bounded(self, path: str, stream: Stream, most: int) -> Callable[[Any, Any], Awaitable[None]]:
+        """A stream of which no more than `most` are open at once."""
+        places = asyncio.Semaphore(most)
+
+        async def call(bodies: Any, context: Any) -> None:
+            if places.locked():
+                await self._refuse(path, too_many(f"no more than {most} of these calls may be open at once"), context)
+            async with places, contextlib.aclosing(stream(bodies, context)) as answers:
+                async for data in answers:
+                    try:
+                        await context.write(data)
+                    except grpc.aio.InternalError:  # the client has gone, of which grpc would log a traceback
+                        raise asyncio.CancelledError from None
+
+        return call
+
+    def _refusing(self, path: str, error: ServeError, *, named: bool = True) -> Any:
+        """The handler of a call of which nothing is read, nor its request's own name where it is not to be told."""
+
+        async def call(bodies: Any, context: Any) -> None:
+            await self._refuse(path, error, context, None if named else self._request_ids.choose(""))
+
+        return grpc.stream_unary_rpc_method_handler(call)
+
+    async def _refuse(self, path: str, error: ServeError, context: Any, name: str | None = None) -> None:
+        """End a call to which nothing was answered with an error's status, count it, and tell who watches."""
+        name = name or self._named(context)
+        self._service.refused(error)
+        self._tell(Seen(name, perf_counter_ns()), path, error.grpc, 0, context)
+        await _abort(context, error, name)
 
 
 async def serve_grpc(service: InferenceService, settings: HttpSettings, watch: Watch | None = None) -> GrpcServer:
@@ -269,25 +315,8 @@ async def serve_grpc(service: InferenceService, settings: HttpSettings, watch: W
     return server
 
 
-def _bounded(stream: Stream, most: int) -> Callable[[Any, Any], Awaitable[None]]:
-    """A stream of which no more than `most` are open at once."""
-    places = asyncio.Semaphore(most)
-
-    async def call(bodies: Any, context: Any) -> None:
-        if places.locked():
-            await _abort(context, too_many(f"no more than {most} of these calls may be open at once"))
-        async with places, contextlib.aclosing(stream(bodies, context)) as answers:
-            async for data in answers:
-                try:
-                    await context.write(data)
-                except grpc.aio.InternalError:  # the client has gone, of which grpc would log a traceback
-                    raise asyncio.CancelledError from None
-
-    return call
-
-
-async def _refuse_unread(requests: Any, context: Any) -> None:
-    await _abort(context, unauthenticated())
+def _unknown() -> ServeError:
+    return ServeError(404, "the server has no such method", grpc="UNIMPLEMENTED")
 
 
 async def _message(context: Any) -> bytes:
@@ -298,6 +327,7 @@ async def _message(context: Any) -> bytes:
     """
     body: bytes = await context.read()
     if body is grpc.aio.EOF:
+        await asyncio.sleep(_SOON_S)
         raise bad_request("the call has no message; send one")
     return body
 

@@ -10,7 +10,7 @@ from google.protobuf import json_format  # type: ignore[import-untyped]
 from headstart.serving.server.interface import InferenceService
 from headstart.serving.server.settings import HttpSettings
 from headstart.serving.server.watching.watch import Seen
-from headstart.serving.server.wire.grpc_codec import GrpcDecoder, encode, parse, read_parameters, streamed
+from headstart.serving.server.wire.grpc_codec import GrpcDecoder, encode, named, parse, read_parameters, streamed
 from headstart.serving.server.wire.grpc_messages import MESSAGES
 from headstart.serving.server.wire.protocol import InferRequest, InferResponse
 
@@ -86,28 +86,31 @@ class Methods:
         return {"ready": self.service.ready() and not self.closing}
 
     def _ModelReady(self, request: Any) -> dict[str, Any]:  # noqa: N802
-        return {"ready": self.service.model_ready(request.name, request.version or None) and not self.closing}
+        return {"ready": self.service.model_ready(*named(request.name, request.version)) and not self.closing}
 
     def _ServerMetadata(self, request: Any) -> dict[str, Any]:  # noqa: N802
         return self.service.server_metadata()
 
     def _ModelMetadata(self, request: Any) -> dict[str, Any]:  # noqa: N802
-        return self.service.model_metadata(request.name, request.version or None)
+        return self.service.model_metadata(*named(request.name, request.version))
 
     def _ModelConfig(self, request: Any) -> dict[str, Any]:  # noqa: N802
-        return {"config": self.service.model_config(request.name, request.version or None)}
+        return {"config": self.service.model_config(*named(request.name, request.version))}
 
     def _ModelStatistics(self, request: Any) -> Any:  # noqa: N802
-        return self.service.statistics(request.name or None, request.version or None)
+        name, version = named(request.name, request.version)
+        return self.service.statistics(name or None, version)
 
     def _RepositoryIndex(self, request: Any) -> dict[str, Any]:  # noqa: N802
         return {"models": self.service.repository_index(request.ready)}
 
     async def _RepositoryModelLoad(self, request: Any) -> dict[str, Any]:  # noqa: N802
-        return await self._finish(self.service.load(request.model_name, read_parameters(request, self._limits)))
+        name, _ = named(request.model_name)
+        return await self._finish(self.service.load(name, read_parameters(request, self._limits)))
 
     async def _RepositoryModelUnload(self, request: Any) -> dict[str, Any]:  # noqa: N802
-        return await self._finish(self.service.unload(request.model_name))
+        name, _ = named(request.model_name)
+        return await self._finish(self.service.unload(name))
 
     async def _finish(self, work: Coroutine[Any, Any, None]) -> dict[str, Any]:
         """Do what must not be left half done where the client goes."""

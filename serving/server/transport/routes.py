@@ -26,7 +26,13 @@ from headstart.serving.server.wire.documents import parse_json
 from headstart.serving.server.wire.encoded import ENCODED
 from headstart.serving.server.wire.head import Head
 from headstart.serving.server.wire.openapi import document
-from headstart.serving.server.wire.protocol import InferRequest, InferResponse, RequestedOutput, ResponseEncoder
+from headstart.serving.server.wire.protocol import (
+    LONGEST_NAME,
+    InferRequest,
+    InferResponse,
+    RequestedOutput,
+    ResponseEncoder,
+)
 
 T = TypeVar("T")
 
@@ -59,7 +65,7 @@ ROUTES: tuple[tuple[str, str, str], ...] = (
 HEALTH = ("live", "ready")
 _BINARY = b"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: %d\r\n"
 _JSON = b"Content-Type: application/json\r\n"
-_NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,128}")
+_NAME = re.compile(rf"[^/\\\x00-\x1f\x7f]{{1,{LONGEST_NAME}}}")
 _DECODERS = 2
 _MOST_DECODING = 64
 

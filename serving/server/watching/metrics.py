@@ -13,11 +13,12 @@ import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from headstart.serving.server.errors import ServeError
 from headstart.serving.server.models.drift import distance
 
 SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-STAGES = ("queue", "compute", "total")
+STAGES = ("images", "queue", "compute", "total")
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 _MODEL = ("model", "version")
 _LATEST = "last_inference_ms"
@@ -109,8 +110,10 @@ class Statistics:
         row[0] += 1
         row[1] += nanoseconds
 
-    def answered(self, rows: int, queue_ns: int, compute_ns: int, total_ns: int, now_ms: int) -> None:
-        """Count one request that was answered."""
+    def answered(
+        self, rows: int, queue_ns: int, compute_ns: int, total_ns: int, now_ms: int, images_ns: int = 0
+    ) -> None:
+        """Count one request that was answered; `images_ns` is 0 where it brought no files."""
         self.success += 1
         self.rows += rows
         self.success_ns += total_ns
@@ -118,12 +121,19 @@ class Statistics:
         self.compute_ns += compute_ns
         self.last_inference_ms = now_ms
         stages = self.stages
+        if images_ns:
+            stages["images"].observe(images_ns * 1e-9)
         stages["queue"].observe(queue_ns * 1e-9)
         stages["compute"].observe(compute_ns * 1e-9)
         stages["total"].observe(total_ns * 1e-9)
 
+    def refused(self, error: ServeError, total_ns: int) -> None:
+        """Count one request that was not, and note with the error that it is."""
+        error.counted = True
+        self.failed(error.status, total_ns)
+
     def failed(self, status: int, total_ns: int = 0) -> None:
-        """Count one request that was not."""
+        """Count one request that was not, by its status alone."""
         self.fail += 1
         self.fail_ns += total_ns
         self.errors[status] = self.errors.get(status, 0) + 1
@@ -197,6 +207,7 @@ class Metrics(Collector):
         self._models: dict[tuple[str, str], Statistics] = {}
         self._reloads = {"ready": 0, "refused": 0}
         self._unknown = 0
+        self._refused: dict[str, int] = {}
         self._workers, self._restarts = workers, restarts
         self.registry = prometheus_client.CollectorRegistry(auto_describe=False)
         self.registry.register(self)
@@ -209,6 +220,7 @@ class Metrics(Collector):
         total: dict[str, Any] = functools.reduce(added, counts, {})
         metrics = cls(workers, restarts)
         metrics._reloads, metrics._unknown = total.get("loads", {}), total.get("unknown", 0)
+        metrics._refused = total.get("refused", {})
         for model, versions in total.get("now", {}).items():
             for version, live in versions.items():
                 statistics = metrics.track(model, version)
@@ -225,7 +237,8 @@ class Metrics(Collector):
         for (model, version), one in self._models.items():
             models.setdefault(model, {})[version] = one.counts()
             now.setdefault(model, {})[version] = {"depth": one.depth(), "drift": one.drift(), "memory": one.memory}
-        return {"models": models, "now": now, "loads": self._reloads, "unknown": self._unknown}
+        refused = dict(self._refused)
+        return {"models": models, "now": now, "loads": self._reloads, "unknown": self._unknown, "refused": refused}
 
     def track(self, model: str, version: str) -> Statistics:
         """The statistics of a version: new, or those that it has when it was loaded anew."""
@@ -256,6 +269,10 @@ class Metrics(Collector):
         """Count a request for a model that is not served: without its name, which a stranger chose."""
         self._unknown += 1
 
+    def refused(self, status: int) -> None:
+        """Count a request that was refused or failed where no version had it."""
+        self._refused[str(status)] = self._refused.get(str(status), 0) + 1
+
     def metrics_text(self) -> bytes:
         """The exposition in `CONTENT_TYPE`."""
         return prometheus_client.generate_latest(self.registry)
@@ -264,14 +281,15 @@ class Metrics(Collector):
         """What prometheus_client asks for."""
         seconds = HistogramMetricFamily(
             "headstart_request_duration_seconds",
-            "Time of answered requests: in the queue, in the model, and both with what lies between.",
+            "Time of answered requests: until image files are decoded, in the queue, in the model, and all of it.",
             labels=(*_MODEL, "stage"),
         )
         rows = HistogramMetricFamily("headstart_batch_rows", "Rows of one execution.", labels=_MODEL)
         answered = CounterMetricFamily("headstart_requests_answered", "Requests answered.", labels=_MODEL)
         errors = CounterMetricFamily(
             "headstart_request_errors",
-            "Requests refused or failed, by HTTP status; 499: the client had gone.",
+            "Requests refused or failed, by HTTP status, over gRPC too; 499: the client had gone. "
+            "Model and version are empty where no version had the request.",
             labels=(*_MODEL, "status"),
         )
         depth = GaugeMetricFamily("headstart_queue_depth", "Requests that wait.", labels=_MODEL)
@@ -297,6 +315,8 @@ class Metrics(Collector):
             for status, count in one.errors.items():
                 errors.add_metric((model, version, str(status)), count)
             depth.add_metric((model, version), one.depth())
+        for refused, count in self._refused.items():
+            errors.add_metric(("", "", refused), count)
         loads = CounterMetricFamily("headstart_model_loads", "Versions loaded, by their end.", labels=("result",))
         for result, count in self._reloads.items():
             loads.add_metric((result,), count)

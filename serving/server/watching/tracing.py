@@ -95,7 +95,8 @@ def _stages(seen: Seen, now: int) -> list[tuple[str, int, int]]:
     if seen.response is not None and seen.answered:
         timings = seen.response.timings_ns
         at = seen.decoded
-        for name in ("queue", "compute"):
-            stages.append((name, at, at := at + timings.get(name, 0)))
+        for name in ("images", "queue", "compute"):
+            if name in timings:
+                stages.append((name, at, at := at + timings[name]))
         stages.append(("encode", seen.answered, now))
     return stages

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from time import perf_counter_ns
 from typing import Any, TypeVar
 
 import numpy as np
@@ -86,13 +87,15 @@ class ImageDecoder:
             run: starts the parts, all of one version.
 
         Returns:
-            the model's answer, with a row for each file in the order of the request.
+            the model's answer, with a row for each file in the order of the request, and in its timings the stage
+            `images`: until the files were decoded.
 
         Raises:
             ServeError: 400: no files, too many, one that is no undamaged JPEG or PNG, or outputs that cannot be put
                 together; 413: beyond a limit on bytes or pixels; 429, 503: others wait or hold the memory; and what
                 `run` raises.
         """
+        began = perf_counter_ns()
         files = self._files(request, most)
         at_once = len(files) == 1 and _is_simple(files[0])
         pixels = _count(files) if at_once else await self._apart(_count, files)
@@ -107,12 +110,15 @@ class ImageDecoder:
             else:
                 batches = await self._apart(_decode, files, request)
             groups = [group for group, _ in batches]
-            request.parts = tuple(replace(request, inputs={name: images}) for _, images in batches)
+            request.parts = tuple(replace(request, inputs={name: images}, part=True) for _, images in batches)
+            decoded = perf_counter_ns()
             answers = run(request.parts)
             if waiting := [one for one in answers if isinstance(one, asyncio.Future)]:
                 await asyncio.gather(*waiting)
             responses = [one.result() if isinstance(one, asyncio.Future) else one for one in answers]
-            return _together(responses, groups)
+            response = _together(responses, groups)
+            response.timings_ns = {"images": decoded - began, **response.timings_ns}
+            return response
         except BaseException:
             request.cancel()
             raise

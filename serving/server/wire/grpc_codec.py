@@ -16,7 +16,14 @@ from headstart.serving.server.errors import bad_request, too_large
 from headstart.serving.server.remembered import Remembered
 from headstart.serving.server.wire.decoding import RequestPlan, read_plan
 from headstart.serving.server.wire.grpc_messages import MESSAGES
-from headstart.serving.server.wire.protocol import InferRequest, InferResponse, Limits, RequestedOutput, output_of
+from headstart.serving.server.wire.protocol import (
+    LONGEST_NAME,
+    InferRequest,
+    InferResponse,
+    Limits,
+    RequestedOutput,
+    output_of,
+)
 from headstart.serving.server.wire.tensors import datatype_of, from_binary, from_json, to_binary
 
 _CONTENTS = {"BOOL": "bool_contents", "BYTES": "bytes_contents", "FP32": "fp32_contents", "FP64": "fp64_contents"}
@@ -66,6 +73,7 @@ class GrpcDecoder:
 
     def _plan(self, head: bytes, raws: list[memoryview]) -> _Plan:
         message = parse("ModelInferRequest", head)
+        asked = named(message.model_name, message.model_version)
         if raws and len(raws) != len(message.inputs):
             raise bad_request(
                 f"raw_input_contents has {len(raws)} entries for {len(message.inputs)} inputs; accepted: one for each"
@@ -78,7 +86,7 @@ class GrpcDecoder:
             "inputs": inputs,
             "outputs": [{"name": one.name, "parameters": read_parameters(one, limits)} for one in message.outputs],
         }
-        return message.model_name, message.model_version or None, read_plan(document, limits)
+        return *asked, read_plan(document, limits)
 
 
 def split(data: bytes, limits: Limits) -> tuple[bytes, list[memoryview]]:
@@ -145,6 +153,18 @@ def parse(name: str, data: bytes) -> Any:
         return MESSAGES[name].FromString(data)
     except DecodeError:
         raise bad_request(f"the message is no {name}: its bytes are damaged") from None
+
+
+def named(model: str, version: str = "") -> tuple[str, str | None]:
+    """The model and the version that a message asks for.
+
+    Raises:
+        ServeError: 400, where they are longer than HTTP's paths take them.
+    """
+    for what, text in (("name", model), ("version", version)):
+        if len(text) > LONGEST_NAME:
+            raise bad_request(f"the model's {what} has {len(text)} characters; accepted: {LONGEST_NAME}")
+    return model, version or None
 
 
 def read_parameters(message: Any, limits: Limits) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from headstart.serving.server.wire.tensors import DATATYPES, classify, datatype_
 __all__ = ["DATATYPES", "InferRequest", "InferResponse", "Limits", "RequestedOutput"]
 __all__ += ["ResponseEncoder", "datatype_of", "encode_response", "error_body"]
 
+LONGEST_NAME = 128
+"""Characters of a model's name, and of a version, that a request may ask for: they go into logs and traces."""
 _compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
@@ -79,6 +81,8 @@ class InferRequest:
     """The transport's name of the request, for the log."""
     parts: tuple["InferRequest", ...] = ()
     """What it was split into, where it was."""
+    part: bool = False
+    """Whether it is of the `parts` of another, which is counted in its place."""
 
     def cancel(self) -> None:
         """Drop the work: nobody waits for it."""
@@ -101,7 +105,7 @@ class InferResponse:
     parameters: dict[str, Any] = field(default_factory=dict)
     """What else the server says: strings, numbers and booleans."""
     timings_ns: dict[str, int] = field(default_factory=dict)
-    """Nanoseconds by stage: `queue`, `compute`."""
+    """Nanoseconds by stage: `queue`, `compute`, and before them `images`, where files were decoded."""
     labels: Sequence[str] | None = None
     """Class names of the model that answered, in the order of its outputs' columns, where it has them."""
 

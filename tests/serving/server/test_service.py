@@ -36,6 +36,7 @@ from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.processes import supervisor
 from headstart.serving.server.service import Service
 from headstart.serving.server.settings import HttpSettings
+from headstart.serving.server.watching.metrics import STAGES
 from tests.serving.server.graphs import LABELS, classifier, identities, logits, write_package
 from tests.serving.server.models.test_repository import IMAGE, NEVER, Graph, infer, served_by, serving
 from tests.serving.server.scheduling.test_batching import on_a_loop
@@ -128,6 +129,44 @@ async def test_files_that_are_refused_before_they_run_count_as_failures_once(roo
         with pytest.raises(ServeError):  # by the scheduler, once the file was decoded
             await infer(service, inputs={"encoded_images": np.array([file.getvalue()], dtype=object)}, deadline=0.0)
         assert (statistics.fail, statistics.errors) == (2, {400: 1, 504: 1})
+
+
+def files(*heights: int) -> np.ndarray:
+    found = []
+    for height in heights:
+        file = io.BytesIO()
+        Image.fromarray(np.zeros((height, 6, 3), np.uint8)).save(file, "PNG")
+        found.append(file.getvalue())
+    return np.array(found, dtype=object)
+
+
+@on_a_loop
+async def test_files_of_several_sizes_are_one_request_however_it_ends(root: Path):
+    async with serving(root) as service:
+        scheduler = service.repository.find("demo", None).scheduler
+        statistics = scheduler.statistics
+        response = await infer(service, inputs={"encoded_images": files(4, 5, 4, 6)})
+        await scheduler.drained()
+        assert (statistics.success, statistics.rows, statistics.executions, statistics.fail) == (1, 4, 3, 0)
+        assert {stage: sum(one.counts) for stage, one in statistics.stages.items()} == dict.fromkeys(STAGES, 1)
+        sums = {stage: one.total for stage, one in statistics.stages.items()}
+        assert sums["images"] * 1e9 == pytest.approx(response.timings_ns["images"])
+        assert sums["images"] > 0
+        assert sums["total"] >= sums["images"] + sums["compute"]
+        assert statistics.success_ns >= sum(response.timings_ns.values())
+        with pytest.raises(ServeError):
+            await infer(service, inputs={"encoded_images": files(4, 5, 6)}, deadline=0.0)
+        assert statistics.errors == {504: 1}
+        going = asyncio.ensure_future(infer(service, inputs={"encoded_images": files(4, 5, 6)}))
+        await asyncio.sleep(0)
+        going.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await going
+        await scheduler.drained()
+        assert (statistics.success, statistics.fail, statistics.errors) == (1, 2, {504: 1, 499: 1})
+        await infer(service)  # pixels, which have no such stage
+        await scheduler.drained()
+        assert (sum(statistics.stages["images"].counts), statistics.success) == (1, 2)
 
 
 @on_a_loop

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import uvloop
 
-from headstart.serving.server.errors import not_found, too_many, unavailable
+from headstart.serving.server.errors import ServeError, not_found, too_many, unavailable
 from headstart.serving.server.settings import HttpSettings
 from headstart.serving.server.transport.http import HttpServer, serve_http
 from headstart.serving.server.wire.encoded import ENCODED, ImageDecoder
@@ -32,6 +32,8 @@ class TinyService:
         self.gate = asyncio.Event()
         self.is_ready = True
         self.images = ImageDecoder(Limits())
+
+    def refused(self, error: ServeError) -> None: ...
 
     async def start(self) -> None: ...
 

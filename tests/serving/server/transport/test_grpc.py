@@ -25,7 +25,7 @@ from headstart.serving.server.errors import ServeError, StartError
 from headstart.serving.server.settings import HttpSettings
 from headstart.serving.server.transport.grpc import GrpcServer, serve_grpc
 from headstart.serving.server.transport.grpc_methods import Methods
-from headstart.serving.server.watching.watch import Seen
+from headstart.serving.server.watching.watch import Outcome, Seen, Watch
 from headstart.serving.server.wire.grpc_codec import GrpcDecoder
 from headstart.serving.server.wire.grpc_messages import MESSAGES
 from headstart.serving.server.wire.protocol import Limits
@@ -45,11 +45,12 @@ class RunningGrpc(Running):
     """As `Running`, with a gRPC server in place of the HTTP one."""
 
     grpc_server: GrpcServer
+    watch: Watch | None = None
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.service, self._stop = TinyService(), asyncio.Event()
-        self.grpc_server = await serve_grpc(self.service, self.settings)
+        self.grpc_server = await serve_grpc(self.service, self.settings, self.watch)
         self._ready.set()
         await self._stop.wait()
         await self.grpc_server.drain(timeout=0)
@@ -352,6 +353,37 @@ def test_what_does_not_fit_is_named(call: Callable[..., Any], request_: Any, wor
     assert words in details
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        kind(**{field: text})
+        for kind, fields in (
+            (service_pb2.ModelInferRequest, ("model_name", "model_version")),
+            (service_pb2.ModelReadyRequest, ("name", "version")),
+            (service_pb2.ModelMetadataRequest, ("name", "version")),
+            (service_pb2.ModelConfigRequest, ("name", "version")),
+            (service_pb2.ModelStatisticsRequest, ("name", "version")),
+            (service_pb2.RepositoryModelLoadRequest, ("model_name",)),
+            (service_pb2.RepositoryModelUnloadRequest, ("model_name",)),
+        )
+        for field in fields
+        for text in ("ä" * 129, "x" * 1_000_000)
+    ],
+    ids=lambda one: f"{one.DESCRIPTOR.name}-{one.ListFields()[0][0].name}-{len(one.ListFields()[0][1])}",
+)
+def test_names_and_versions_are_no_longer_than_over_http(call: Callable[..., Any], request_: Any):
+    method = request_.DESCRIPTOR.name.removesuffix("Request")
+    status, details = refusal(call, request_.SerializeToString(), method=method)
+    ((field, text),) = request_.ListFields()
+    assert status == "INVALID_ARGUMENT"
+    assert details == f"the model's {field.name.removeprefix('model_')} has {len(text)} characters; accepted: 128"
+
+
+def test_a_name_as_long_as_may_be_is_looked_for(call: Callable[..., Any]):
+    request = bare("x" * 128, raw_input_contents=[b"\0" * 8], model_version="1" * 128).SerializeToString()
+    assert refusal(call, request)[0] == "NOT_FOUND"
+
+
 def test_contents_of_another_type_and_of_both_kinds_are_refused(call: Callable[..., Any]):
     request = bare(datatype="INT8")
     request.inputs[0].contents.int_contents.extend([1, 300])
@@ -405,6 +437,25 @@ def test_large_messages_are_refused_also_when_they_are_compressed():
                 client.infer("echo", [large], compression_algorithm=compression)
         assert not running.service.requests
         assert client.is_server_live()
+
+
+def test_who_watches_is_told_of_a_call_that_grpc_ends_over_a_large_message():
+    running, ended = RunningGrpc(HttpSettings(grpc_port=0, max_body_bytes=1 << 16)), list[Outcome]()
+
+    class Watching:
+        def ended(self, seen: Seen, outcome: Outcome) -> None:
+            ended.append(outcome)
+
+        def close(self) -> None: ...
+
+    running.watch = Watching()
+    with running, grpc.insecure_channel(running.url) as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        for compression in [grpc.Compression.NoCompression, grpc.Compression.Gzip] * 5:
+            with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
+                call(b"\0" * (1 << 17), compression=compression, timeout=10)
+        wait_until(lambda: len(ended) == 10)
+    assert {(one.method, one.status) for one in ended} == {("inference.GRPCInferenceService/ModelInfer", "CANCELLED")}
 
 
 def test_without_the_token_nothing_is_told():

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ from headstart.serving.server.watching.logs import configure
 from headstart.serving.server.watching.watch import Outcome, RequestIds
 from tests.serving.server.graphs import model_bytes, value, write_package
 from tests.serving.server.models.test_repository import IMAGE
+from tests.serving.server.test_process import certificate  # noqa: F401 - a fixture
 from tests.serving.server.tiny_service import RawClient, Running, infer_body, wait_until
 from tests.serving.server.transport.test_grpc import RunningGrpc
 
@@ -34,7 +36,9 @@ import json, sys
 from pathlib import Path
 from headstart.serving.server.command import serve
 say = lambda line: print(line, flush=True)
-sys.exit(serve(Path(sys.argv[1]), port=0, grpc_port=0, threads=1, say=say, **json.loads(sys.argv[2])))
+files = "token_file", "tls_cert", "tls_key"
+options = {name: Path(value) if name in files else value for name, value in json.loads(sys.argv[2]).items()}
+sys.exit(serve(Path(sys.argv[1]), port=0, grpc_port=0, threads=1, say=say, **options))
 """
 PATH = "/v2/models/demo/infer"
 BODY, LENGTH = infer_body(IMAGE, names=["images"])
@@ -111,7 +115,7 @@ class Logged:
 
     def __init__(self, root: Path, **options: Any) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(root), json.dumps(options)], stdout=subprocess.PIPE,
+            [sys.executable, "-c", PROGRAM, str(root), json.dumps(options, default=str)], stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
         )  # fmt: skip
         assert self.process.stdout is not None
@@ -179,6 +183,44 @@ def test_json_lines_say_what_became_of_each_request(root: Path):
     assert "Traceback" in failure["exception"]
     assert access["bad"]["status"] == 500
     assert len(access) == 6
+
+
+def test_what_is_no_tls_leaves_no_line_of_grpcs_own(root: Path, certificate: Path):  # noqa: F811
+    server = Logged(root, log_format="json", tls_cert=certificate / "cert.pem", tls_key=certificate / "key.pem")
+    with socket.create_connection(("127.0.0.1", server.grpc_port), timeout=10) as plain:
+        plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        while plain.recv(1 << 10):  # until the server closes
+            pass
+    lines = server.stop()
+    assert lines
+    assert all(json.loads(line)["logger"].startswith("headstart.") for line in lines)
+
+
+def test_calls_that_are_refused_before_they_are_answered_have_their_line_too(root: Path, tmp_path: Path):
+    (tmp_path / "token").write_text("t\n")
+    server = Logged(root, log_format="json", access_log=True, token_file=tmp_path / "token")
+    service, known = "/inference.GRPCInferenceService", ("authorization", "Bearer t")
+    calls = [  # path, messages, metadata and what is told
+        (f"{service}/ModelInfer", [b""], [("authorization", "Bearer u"), ("x-request-id", "guess")], "UNAUTHENTICATED"),
+        ("/guessed/Path", [b""], [], "UNAUTHENTICATED"),
+        ("/some.Service/Method", [b""], [known, ("x-request-id", "unknown")], "UNIMPLEMENTED"),
+        (f"{service}/ModelInfer", [], [known, ("x-request-id", "empty")], "INVALID_ARGUMENT"),
+        ("/grpc.health.v1.Health/Watch", [b"\xff"], [known, ("x-request-id", "watch")], "INVALID_ARGUMENT"),
+    ]
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        for path, messages, metadata, status in calls:
+            with pytest.raises(grpc.RpcError) as caught:
+                list(channel.stream_stream(path)(iter(messages), metadata=metadata, timeout=10))
+            error: Any = caught.value
+            assert error.code().name == status
+    documents = [json.loads(line) for line in server.stop()]
+    access = [one for one in documents if one["logger"] == "headstart.access"]
+    paths = [path if path != "/guessed/Path" else "/-" for path, *_ in calls]
+    assert [(f"/{one['message']}", one["status"]) for one in access] == [
+        (path, call[-1]) for path, call in zip(paths, calls, strict=True)
+    ]
+    assert all(MADE.fullmatch(one["request_id"]) for one in access[:2])  # what was not let in is not even echoed
+    assert [one["request_id"] for one in access[2:]] == ["unknown", "empty", "watch"]
 
 
 def test_without_an_access_log_the_log_has_failures_alone(root: Path):

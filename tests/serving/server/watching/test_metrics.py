@@ -1,10 +1,20 @@
 """What is counted, number by number: of one version, of a server of several processes, and as Prometheus reads it."""
 
+import contextlib
 import json
+from pathlib import Path
 
+import grpc
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from headstart.serving.server.watching.metrics import Histogram, Metrics
+from tests.serving.server.graphs import write_package
+from tests.serving.server.tiny_service import RawClient
+from tests.serving.server.watching.test_logs import BODY, LENGTH, PATH, Logged
+
+STRANGE = b'{"inputs":[{"name":"other","datatype":"UINT8","shape":[1],"data":[1]}]}'
+TOKEN = ("authorization", "Bearer t")
 
 
 def counted(metrics: Metrics) -> Metrics:
@@ -22,6 +32,8 @@ def counted(metrics: Metrics) -> Metrics:
         metrics.loaded(ready)
     for _ in range(3):
         metrics.unknown()
+    for status in (401, 404, 401):
+        metrics.refused(status)
     return metrics
 
 
@@ -106,6 +118,7 @@ def test_a_server_of_several_processes_is_the_sum_of_those_that_run_and_those_th
     assert [row["compute_infer"]["ns"] for row in document["batch_stats"]] == [21, 450]
     found = samples(whole)
     assert found["headstart_request_errors_total demo 503 1"] == 6
+    assert (found["headstart_request_errors_total  401 "], found["headstart_request_errors_total  404 "]) == (6, 3)
     assert abs(found["headstart_request_duration_seconds_sum demo compute 1"] - 0.21) < 1e-9
     assert found["headstart_batch_rows_bucket 1.0 demo 1"] == 3
     assert (found["headstart_model_loads_total refused"], found["headstart_unknown_model_requests_total"]) == (6, 9)
@@ -125,3 +138,50 @@ def test_a_version_that_replaces_one_of_other_features_in_some_processes_is_coun
         (one,) = whole.find("demo", "1")
         assert (one.drift()["rows"], one.drift()["offset"]) == (rows, offset)
         assert samples(whole)["headstart_drift_rows_total demo 1"] == rows
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_whatever_is_refused_is_counted_once_by_its_status(tmp_path: Path, workers: int):
+    root, token = tmp_path / "models", tmp_path / "token"
+    write_package(root / "demo" / "1", 1)
+    token.write_text("t")
+    server = Logged(root, token_file=token, workers=workers)
+    client = RawClient(server.port)
+    options = {"Authorization": "Bearer t"}
+    for expected, method, path, body, headers in (
+        (400, "POST", PATH, b"{", options),
+        (400, "POST", PATH, b'{"inputs":[]}', options),
+        (415, "POST", "/v1/predict", b"x", options | {"Content-Type": "text/plain"}),
+        (404, "GET", "/nope", b"", options),
+        (404, "GET", "/nope", b"", options),
+        (404, "POST", "/v2/models/absent/infer", BODY, options | {"Inference_Header_Content_Length": LENGTH}),
+        (400, "POST", PATH, STRANGE, options),  # by the scheduler, as the version's
+        (405, "GET", PATH, b"", options),
+        (401, "GET", "/v2", b"", {}),  # and the connection is closed
+    ):
+        assert client.ask(method, path, body, **headers).status == expected, path
+    client.socket.close()
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        for method, metadata in (
+            ("ModelInfer", []),
+            ("ModelInfer", [TOKEN]),
+            ("Nope", [TOKEN]),
+            ("ServerLive", [TOKEN]),
+        ):
+            with contextlib.suppress(grpc.RpcError):
+                channel.unary_unary(f"/inference.GRPCInferenceService/{method}")(b"", metadata=metadata, timeout=10)
+    client = RawClient(server.port)
+    text = client.ask("GET", "/metrics", **options).body.decode()
+    client.socket.close()
+    server.stop()
+    (errors,) = (one for one in text_string_to_metric_families(text) if one.name == "headstart_request_errors")
+    assert {
+        (one.labels["model"], one.labels["version"], one.labels["status"]): one.value for one in errors.samples
+    } == {
+        ("demo", "1", "400"): 1,
+        ("", "", "400"): 3,  # gRPC's ModelInfer without a tensor is one
+        ("", "", "401"): 2,
+        ("", "", "404"): 4,
+        ("", "", "405"): 1,
+        ("", "", "415"): 1,
+    }

@@ -1,6 +1,7 @@
 """Spans of inferences as a collector gets them: a real exporter, a real HTTP collector, a served repository."""
 
 import http.server
+import io
 import os
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from time import perf_counter_ns
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from PIL import Image
 from tritonclient.grpc import service_pb2
 
 from headstart.serving.errors import PackageError
@@ -126,6 +129,28 @@ def test_an_inference_is_a_span_with_its_stages_in_the_callers_trace(collector: 
     assert attributes(absent)["http.response.status_code"] == 404
     assert absent.trace_id.hex() != TRACE
     assert absent.status.code != absent.status.STATUS_CODE_ERROR  # the fault was the client's
+
+
+def test_the_decoding_of_files_is_a_stage_of_its_own(collector: Collector, root: Path):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), np.uint8)).save(file, "PNG")
+    server = Logged(root, otel=True)
+    client = RawClient(server.port)
+    answer = client.ask("POST", "/v1/predict?model=demo", file.getvalue(), Content_Type="image/png")
+    assert answer.status == 200
+    told = dict(one.split(";dur=") for one in answer.headers["server-timing"].split(", "))
+    client.socket.close()
+    wait_until(lambda: len(collector.spans) >= 6)
+    server.stop()
+    (whole,) = (one for one in collector.spans if one.kind == one.SPAN_KIND_SERVER)
+    stages = [one for one in collector.spans if one.parent_span_id == whole.span_id]
+    assert [one.name for one in stages] == ["decode", "images", "queue", "compute", "encode"]
+    times = [time for one in stages for time in (one.start_time_unix_nano, one.end_time_unix_nano)]
+    assert times == sorted(times)
+    took = (stages[1].end_time_unix_nano - stages[1].start_time_unix_nano) / 1e6
+    assert took > 1  # ms, for two megapixels of noise
+    assert list(told) == ["images", "queue", "compute"]
+    assert float(told["images"]) == pytest.approx(took, abs=0.01)
 
 
 def test_what_is_held_is_sent_at_the_end_and_what_is_not_sampled_is_not(
