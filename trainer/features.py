@@ -35,7 +35,8 @@ Progress = Callable[[int, int], None]
 BATCH_SIZE = 32
 SHARD_SIZE = 256
 DTYPE = "float32"
-SCHEMA = 1
+SCHEMA = 2
+"""2: a dark PGM of 16 bits is decoded as such."""
 
 
 @dataclass(frozen=True, kw_only=True)
