@@ -43,6 +43,7 @@ EVALUATION = {
     "temperature": 1.0,
     "calibration_error": 0.0,
     "num_test_images_also_in_training": 0,
+    "num_contents_of_several_classes": 0,
 }
 ENTRY = {"source": "a", "available": True, "architecture": "resnet18", "distances": None, "seconds": 1.0}
 ENTRY |= {"licence": "MIT"} | dict.fromkeys(("knn", "ridge", "score", "audition_accuracy"), 0.5)
@@ -71,6 +72,12 @@ def test_from_scratch_there_is_no_verdict_and_test_images_in_training_are_told()
     text = told([], EVALUATION | none | {"num_test_images_also_in_training": 3})
     assert "Verdict" not in text
     assert "; 3 test images are also among those learned from." in text
+
+
+def test_images_under_several_classes_are_told_where_there_are_any():
+    assert "more than one class" not in told([], EVALUATION)
+    text = told([], EVALUATION | {"num_contents_of_several_classes": 2})
+    assert "Images that the data has under more than one class: 2." in text
 
 
 def test_of_parity_the_worst_batch_is_told_and_of_latency_each_at_its_place():

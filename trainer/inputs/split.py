@@ -7,6 +7,8 @@ A division depends on the labels, the sizes and the seed, and on no random state
 have moved.
 """
 
+from collections import Counter
+
 import numpy as np
 import numpy.typing as npt
 
@@ -51,6 +53,15 @@ def duplicates_between(images: LabelledImages, left: npt.ArrayLike, right: npt.A
     """
     seen = {images.digests[i] for i in np.asarray(left, dtype=np.int64)}
     return sum(images.digests[i] in seen for i in np.asarray(right, dtype=np.int64))
+
+
+def num_contents_of_several_classes(images: LabelledImages) -> int:
+    """Count the contents that are there under more than one class, of which a model can learn one at most.
+
+    They are the data's, as duplicates are, so they too are reported and not mended.
+    """
+    num_classes = Counter(digest for digest, _ in set(zip(images.digests, images.labels.tolist(), strict=True)))
+    return sum(num > 1 for num in num_classes.values())
 
 
 def _resolve(sizes: dict[str, Size], num_divided: int) -> dict[str, int]:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from headstart.trainer.errors import DataError
 from headstart.trainer.inputs.dataset import PARTS, ImageArrays, LabelledImages
-from headstart.trainer.inputs.split import duplicates_between, split_images
+from headstart.trainer.inputs.split import duplicates_between, num_contents_of_several_classes, split_images
 from headstart.trainer.recipe import Split
 
 
@@ -235,3 +235,10 @@ def test_duplicates_are_counted():
     assert duplicates_between(images, [0, 1, 2], [3, 4, 5, 6, 7]) == 3
     assert duplicates_between(images, [2], [5, 7]) == 0
     assert duplicates_between(images, [], [0]) == 0
+
+
+def test_contents_under_several_classes_are_counted_once_each():
+    images = images_of([4, 2, 2], seed=None)
+    assert num_contents_of_several_classes(images) == 0
+    object.__setattr__(images, "digests", ("a", "a", "b", "c", "b", "b", "b", "c"))  # a: 0; b: 0, 1, 2; c: 0, 2
+    assert num_contents_of_several_classes(images) == 2
