@@ -1,4 +1,4 @@
-"""The feature cache: each image is decoded and passed through a frozen backbone once, ever.
+"""The feature cache: the same images, in the same order, are passed through a frozen backbone once.
 
 Features live in safetensors shards under `<cache>/features/<key>/`. The key is the SHA-256 of everything that
 decides a feature's value: the backbone's weights and pooling, the preprocessing, the dtype, the versions of what
