@@ -60,7 +60,9 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
         raise ValueError(f"its mode {image.mode} has no fixed range; save it as 8-bit RGB")
     convert = _colours
     if image.mode.startswith("I"):
-        eight_bits = image.mode == "I" and cast(tuple[int, int], image.getextrema())[1] <= 255
+        eight_bits = (  # 32-bit grey is either, and the largest value tells which; PGM's is of 16 bits
+            image.mode == "I" and image.format != "PPM" and cast(tuple[int, int], image.getextrema())[1] <= 255
+        )
         convert = partial(_deep_grey, eight_bits=eight_bits)
     width, height = image.size
     pixels = np.empty((height, width, 3), np.uint8)

@@ -76,6 +76,8 @@ READ = {
     "I;16B": encoded(Image.frombytes("I;16B", GREY.size, DEEP.astype(">u2").tobytes()), "TIFF"),
     "I of 8 bits": encoded(Image.fromarray(DEEP.astype(np.int32) // 256 - 9), "TIFF"),
     "I of 16 bits": encoded(Image.fromarray(DEEP.astype(np.int32)), "TIFF"),
+    "I in PGM": encoded(Image.fromarray(DEEP.astype(np.int32)), "PPM"),
+    "I in a dark PGM": encoded(Image.fromarray(DEEP.astype(np.int32) // 256), "PPM"),
     "I beyond 16 bits": encoded(Image.fromarray(DEEP.astype(np.int32) * 999), "TIFF"),
     "CMYK in JPEG": encoded(RGB.convert("CMYK"), "JPEG"),
     "CMYK in TIFF": encoded(RGB.convert("CMYK"), "TIFF"),

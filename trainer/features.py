@@ -1,4 +1,4 @@
-"""The feature cache: each image is decoded and passed through a frozen backbone once, ever.
+"""The feature cache: the same images, in the same order, are passed through a frozen backbone once.
 
 Features live in safetensors shards under `<cache>/features/<key>/`. The key is the SHA-256 of everything that
 decides a feature's value: the backbone's weights and pooling, the preprocessing, the dtype, the versions of what
@@ -35,7 +35,8 @@ Progress = Callable[[int, int], None]
 BATCH_SIZE = 32
 SHARD_SIZE = 256
 DTYPE = "float32"
-SCHEMA = 1
+SCHEMA = 2
+"""2: a dark PGM of 16 bits is decoded as such."""
 
 
 @dataclass(frozen=True, kw_only=True)

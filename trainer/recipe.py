@@ -25,7 +25,8 @@ def _require(condition: bool, field_name: str, value: object, accepted: str) -> 
 class Split:
     """How labelled images are divided; a count, a fraction of all images, or `rest`.
 
-    Parts that the data brings win. What it lacks is carved from its training images, which keep all that is left.
+    Parts that the data brings win. Where it brings validation or test, what it lacks is carved from its training
+    images, which keep all that is left; `rest` is then what all three sizes would leave of them.
     """
 
     __pydantic_config__ = _STRICT
@@ -69,7 +70,7 @@ class Data:
     kind: Literal["images"] = "images"
     """What a sample is."""
     split: Split = field(default_factory=Split)
-    """Used where the data brings no split of its own."""
+    """Used for the parts that the data does not bring."""
     unreadable: Literal["refuse", "skip"] = "refuse"
     """What to do with files that are not readable images: refuse the run, or list and skip them."""
 

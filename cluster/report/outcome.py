@@ -3,12 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
 from headstart.cluster.pipeline import Outcome
 from headstart.cluster.report.sources import print_unavailable
+
+_LEFT_OUT_FIRST = ("k-NN", "ridge", "Euclidean", "seconds", "energy", "score")
+"""Columns of the ranking that a narrow terminal goes without, in this order."""
+_LICENCE = 10
+"""Cells, in which a longer licence is folded."""
 
 
 def print_outcome(outcome: Outcome, console: Console) -> None:
@@ -26,27 +32,35 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
 
 
 def print_ranking(outcome: Outcome, console: Console) -> None:
-    """Print the sources, the best first."""
+    """Print the sources, the best first, in columns for which there is room."""
+    available = [entry for entry in outcome.ranking["ranking"] if entry["available"]]
+    missing = [entry for entry in outcome.ranking["ranking"] if not entry["available"]]
+    distances = [entry["distances"] or {"energy": None, "euclidean": None} for entry in available]
+    columns = {
+        "source": [entry["source"] for entry in available],
+        "k-NN": [_share(entry["knn"]) for entry in available],
+        "ridge": [_share(entry["ridge"]) for entry in available],
+        "score": [_share(entry["score"]) for entry in available],
+        "audition": [_share(entry["audition_accuracy"]) for entry in available],
+        "energy": [_number(distance["energy"]) for distance in distances],
+        "Euclidean": [_number(distance["euclidean"]) for distance in distances],
+        "seconds": [f"{entry['seconds']:.1f}" for entry in available],
+        "licence": [entry["licence"] for entry in available],
+    }
+    left_out: list[str] = []
+    while not (fits := _width(columns) <= console.width) and len(left_out) < len(_LEFT_OUT_FIRST):
+        left_out.append(_LEFT_OUT_FIRST[len(left_out)])
+        del columns[left_out[-1]]
     table = Table(title=f"Sources for {outcome.summary['name']}, best audition first", title_justify="left")
-    table.add_column("source", no_wrap=True)
-    for column in ("k-NN", "ridge", "score", "audition", "energy", "Euclidean", "seconds"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("licence")
-    missing = []
-    for entry in outcome.ranking["ranking"]:
-        if not entry["available"]:
-            missing.append(entry)
-            continue
-        distances = entry["distances"] or {"energy": None, "euclidean": None}
-        table.add_row(
-            entry["source"],
-            *(_share(entry[name]) for name in ("knn", "ridge", "score", "audition_accuracy")),
-            _number(distances["energy"]),
-            _number(distances["euclidean"]),
-            f"{entry['seconds']:.1f}",
-            escape(entry["licence"]),
-        )
+    for name in columns:
+        wraps = name == "licence" or (name == "source" and not fits)
+        justify: JustifyMethod = "left" if name in ("source", "licence") else "right"
+        table.add_column(name, justify=justify, no_wrap=not wraps, overflow="fold")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*map(escape, row))
     console.print(table)
+    if left_out:
+        console.print(f"Left out for want of width: {', '.join(left_out)}; ranking.json has them.", style="dim")
     console.print(
         "k-NN, ridge: leaving one training image out. audition: the best of a bank of heads, on validation. "
         f"energy, Euclidean: distance of the tasks' features under {outcome.ranking['probe']}, smaller is closer; "
@@ -54,6 +68,13 @@ def print_ranking(outcome: Outcome, console: Console) -> None:
         style="dim",
     )
     print_unavailable({entry["source"]: entry["reason"] for entry in missing}, console)
+
+
+def _width(columns: dict[str, list[str]]) -> int:
+    """Cells that a table of these columns takes, borders included."""
+    widths = {name: max(map(cell_len, (name, *cells))) for name, cells in columns.items()}
+    widths["licence"] = min(widths["licence"], _LICENCE)
+    return 1 + sum(3 + width for width in widths.values())
 
 
 def _print_evaluation(outcome: Outcome, console: Console) -> None:
@@ -85,6 +106,8 @@ def _print_evaluation(outcome: Outcome, console: Console) -> None:
         f"Temperature {evaluation['temperature']:.3f}, calibration error {evaluation['calibration_error']:.4f}; "
         f"{evaluation['num_test_images_also_in_training']} test images are also among those learned from."
     )
+    if num := evaluation["num_contents_of_several_classes"]:
+        console.print(f"Images that the data has under more than one class: {num}.")
 
 
 def _print_package(outcome: Outcome, console: Console) -> None:

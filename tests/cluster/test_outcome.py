@@ -15,10 +15,11 @@ def told(
     ranking: list[dict[str, Any]],
     evaluation: dict[str, Any] | None = None,
     choice: dict[str, Any] | None = None,
+    width: int = 200,
     **package: Any,
 ) -> str:
     """What is printed of a run, in one line."""
-    console = Console(file=io.StringIO(), record=True, width=200)
+    console = Console(file=io.StringIO(), record=True, width=width)
     outcome = Outcome(
         path=Path("runs/mine"),
         summary={"name": "mine"},
@@ -42,6 +43,7 @@ EVALUATION = {
     "temperature": 1.0,
     "calibration_error": 0.0,
     "num_test_images_also_in_training": 0,
+    "num_contents_of_several_classes": 0,
 }
 ENTRY = {"source": "a", "available": True, "architecture": "resnet18", "distances": None, "seconds": 1.0}
 ENTRY |= {"licence": "MIT"} | dict.fromkeys(("knn", "ridge", "score", "audition_accuracy"), 0.5)
@@ -70,6 +72,12 @@ def test_from_scratch_there_is_no_verdict_and_test_images_in_training_are_told()
     text = told([], EVALUATION | none | {"num_test_images_also_in_training": 3})
     assert "Verdict" not in text
     assert "; 3 test images are also among those learned from." in text
+
+
+def test_images_under_several_classes_are_told_where_there_are_any():
+    assert "more than one class" not in told([], EVALUATION)
+    text = told([], EVALUATION | {"num_contents_of_several_classes": 2})
+    assert "Images that the data has under more than one class: 2." in text
 
 
 def test_of_parity_the_worst_batch_is_told_and_of_latency_each_at_its_place():
@@ -110,6 +118,36 @@ def test_each_figure_of_a_source_stands_in_its_column():
     text = told([ENTRY | figures | {"distances": {"energy": 1.5, "euclidean": 2.5}}])
     assert "source ┃ k-NN ┃ ridge ┃ score ┃ audition ┃ energy ┃ Euclidean ┃ seconds ┃ licence ┃" in text
     assert "│ a │ 0.1000 │ 0.2000 │ 0.3000 │ 0.4000 │ 1.5 │ 2.5 │ 6.0 │ MIT │" in text
+
+
+NARROW = {
+    200: "source ┃ k-NN ┃ ridge ┃ score ┃ audition ┃ energy ┃ Euclidean ┃ seconds ┃ licence",
+    113: "source ┃ k-NN ┃ ridge ┃ score ┃ audition ┃ energy ┃ Euclidean ┃ seconds ┃ licence",
+    100: "source ┃ score ┃ audition ┃ energy ┃ Euclidean ┃ seconds ┃ licence",
+    80: "source ┃ score ┃ audition ┃ energy ┃ licence",
+    60: "source ┃ audition ┃ licence",
+    40: "source ┃ audition ┃ licence",
+}
+
+
+@pytest.mark.parametrize("width", NARROW)
+def test_a_narrow_ranking_goes_without_columns_and_cuts_no_number(width: int):
+    figures = {"knn": 0.1111, "ridge": 0.2222, "score": 0.3333, "audition_accuracy": 0.4444, "seconds": 12.3}
+    entry = ENTRY | figures | {"source": "efficientnet-lite0-imagenet", "licence": "Apache-2.0"}
+    entry |= {"distances": {"energy": 12.51, "euclidean": 15.84}}
+    text = told([entry, entry | {"licence": "https://example.org/" + 40 * "a"}], width=width)
+    assert f"┃ {NARROW[width]} ┃" in text
+    assert "…" not in text
+    cells = {"k-NN": "0.1111", "ridge": "0.2222", "score": "0.3333", "audition": "0.4444", "energy": "12.51"}
+    cells |= {"source": "efficientnet-lite0-imagenet", "Euclidean": "15.84", "seconds": "12.3", "licence": "Apache-2.0"}
+    shown = NARROW[width].split(" ┃ ")
+    if width > 40:  # where the name of the source is folded
+        assert f"│ {' │ '.join(cells[name] for name in shown)} │" in text
+    else:
+        assert "│ 0.4444 │ Apache-2.0 │" in text
+    left_out = [name for name in ("k-NN", "ridge", "Euclidean", "seconds", "energy", "score") if name not in shown]
+    assert ("Left out for want of width" in text) == bool(left_out)
+    assert f"{', '.join(left_out)}; ranking.json has them" in text or not left_out
 
 
 def test_a_ranking_says_what_a_dash_in_the_place_of_a_distance_means():

@@ -63,6 +63,7 @@ PNGS = {
     "L with tRNS": (encoded(Image.fromarray(ROW), transparency=0), grey(np.where(ROW == 0, 255, ROW))),
     "I;16": (encoded(Image.fromarray(ROW.astype(np.uint16) * 256 + 255)), grey(ROW)),
     "I;16 dark": (encoded(Image.fromarray(ROW.astype(np.uint16))), np.zeros((3, 4, 3))),
+    "I in a dark PGM": (b"P5 4 3 65535\n" + ROW.astype(">u2").tobytes(), np.zeros((3, 4, 3))),
     "I;16 with tRNS": (
         encoded(Image.fromarray(ROW.astype(np.uint16) * 256), transparency=20 * 256),
         grey(np.where(ROW == 20, 255, ROW)),

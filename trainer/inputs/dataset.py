@@ -11,6 +11,7 @@ at hand.
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -209,8 +210,8 @@ def label_images(
 ) -> LabelledImages:
     """Number the classes of N named samples and gather them.
 
-    Raises DataError for no image at all, for one class only, for class names that are not UTF-8 or not printable, and
-    for parts without training images of every class.
+    Raises DataError for no image at all, for one class only, for class names that are not UTF-8, not printable or
+    the same but for their Unicode form, and for parts without training images of every class.
     """
     classes = natural_order(names)
     if not names:
@@ -231,6 +232,15 @@ def label_images(
         raise DataError(
             f"{origin} has classes with line breaks or other control characters in their names: {some(broken)}; rename "
             "them"
+        )
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    twice = [" and ".join(map(ascii, same)) for same in alike.values() if len(same) > 1]
+    if twice:
+        raise DataError(
+            f"{origin} has classes whose names look the same and differ in their Unicode form, as archives of macOS "
+            f"bring them: {some(twice)}; rename one to the other where they are one class"
         )
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number[name] for name in names], dtype=np.int64)

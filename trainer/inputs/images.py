@@ -73,13 +73,13 @@ def _decode(content: bytes) -> Pixels:
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width}x{image.height} is above {Image.MAX_IMAGE_PIXELS} pixels")
         # Not in_place: of an ICNS icon with a palette, Pillow 13.0 converts a copy alone.
-        return np.array(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
+        return np.array(_to_rgb(ImageOps.exif_transpose(image), image.format), dtype=np.uint8)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
     """Convert a decoded image of any mode with a fixed range to RGB."""
     if image.mode.startswith("I"):
-        return _grey_from_integers(image).convert("RGB")
+        return _grey_from_integers(image, file_format).convert("RGB")
     if image.mode in ("F", "LAB"):
         raise ValueError(f"mode {image.mode} has no fixed range; save it as 8-bit RGB")
     if image.has_transparency_data:
@@ -88,13 +88,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _grey_from_integers(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey (I;16, I;16B, I;16L) or 32-bit grey (I) to 8 bits.
+def _grey_from_integers(image: Image.Image, file_format: str | None) -> Image.Image:
+    """Scale 16-bit grey (I;16, I;16B, I;16L, and PGM's I) or 32-bit grey (I) to 8 bits.
 
     32-bit grey holds 8-bit values in some files and 16-bit values in others; the largest value tells which.
     """
     values = np.asarray(image).astype(np.int64)
-    sixteen_bits = image.mode != "I" or int(values.max()) > 255
+    sixteen_bits = image.mode != "I" or file_format == "PPM" or int(values.max()) > 255
     grey = np.clip(values // 256 if sixteen_bits else values, 0, 255).astype(np.uint8)
     transparent = image.info.get("transparency")  # PNG's tRNS chunk: this value, and only this, is transparent
     if isinstance(transparent, int):

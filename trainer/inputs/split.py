@@ -7,6 +7,8 @@ A division depends on the labels, the sizes and the seed, and on no random state
 have moved.
 """
 
+from collections import Counter
+
 import numpy as np
 import numpy.typing as npt
 
@@ -20,10 +22,10 @@ Indices = npt.NDArray[np.int64]
 def split_images(images: LabelledImages, split: Split, seed: int) -> dict[str, Indices]:
     """Return sorted, disjoint indices for train, validation and test.
 
-    Parts that the data brings win over the recipe's sizes. A part it does not bring is carved from its
-    training images, of which train keeps what is left; data without parts is divided by all three sizes, and
-    what they leave over is not used. Fractions are of the images being divided. Every class gets its
-    proportion of each part, and at least one image.
+    Parts that the data brings win over the recipe's sizes. Where it brings validation or test, what it lacks is
+    carved from its training images by its size (`rest`: what all three sizes would leave of them), and train keeps
+    what is left. Other data is divided by all three sizes, and what they leave over is not used. Fractions are of the
+    images being divided. Every class gets its proportion of each part, and at least one image.
 
     Raises DataError for sizes that need more images than there are, and for classes too small to be in every
     part.
@@ -32,10 +34,12 @@ def split_images(images: LabelledImages, split: Split, seed: int) -> dict[str, I
     divided = images.parts.get("train", np.arange(len(images), dtype=np.int64))
     brought = {name: indices for name, indices in images.parts.items() if name != "train"}
     if brought:
-        sizes = {name: size for name, size in sizes.items() if name not in brought}
-        if "rest" not in sizes.values():
-            sizes["train"] = "rest"
-    num_images = _resolve(sizes, len(divided), images)
+        carved = {name: size for name, size in sizes.items() if name != "train" and name not in brought}
+        if "rest" in carved.values():
+            carved = {name: size for name, size in _resolve(sizes, len(divided)).items() if name in carved}
+        sizes = {"train": "rest", **carved}
+    num_images = _resolve(sizes, len(divided))
+    _check_sizes(num_images, sizes, len(divided), len(images.classes))
     parts = {name: divided[chosen] for name, chosen in _divide(images, divided, num_images, seed).items()}
     return {name: np.sort((parts | brought)[name]) for name in PARTS}
 
@@ -51,7 +55,16 @@ def duplicates_between(images: LabelledImages, left: npt.ArrayLike, right: npt.A
     return sum(images.digests[i] in seen for i in np.asarray(right, dtype=np.int64))
 
 
-def _resolve(sizes: dict[str, Size], num_divided: int, images: LabelledImages) -> dict[str, int]:
+def num_contents_of_several_classes(images: LabelledImages) -> int:
+    """Count the contents that are there under more than one class, of which a model can learn one at most.
+
+    They are the data's, as duplicates are, so they too are reported and not mended.
+    """
+    num_classes = Counter(digest for digest, _ in set(zip(images.digests, images.labels.tolist(), strict=True)))
+    return sum(num > 1 for num in num_classes.values())
+
+
+def _resolve(sizes: dict[str, Size], num_divided: int) -> dict[str, int]:
     """Turn counts, fractions and `rest` into numbers of images."""
     fractions = {name: size * num_divided for name, size in sizes.items() if isinstance(size, float)}
     # Rounded together, so that .7 + .15 + .15 of 10 images is 10 and not 11.
@@ -59,22 +72,27 @@ def _resolve(sizes: dict[str, Size], num_divided: int, images: LabelledImages) -
     result = {name: int(size) for name, size in zip(fractions, rounded, strict=True)}
     result |= {name: size for name, size in sizes.items() if isinstance(size, int)}
     rest = num_divided - sum(result.values())
-    asked = ", ".join(f"{name} {size}" for name, size in sizes.items())
     if rest < 0:
         raise DataError(
-            f"data.split asks for {sum(result.values()):,} images ({asked}) and there are {num_divided:,}"
+            f"data.split asks for {sum(result.values()):,} images ({_asked(sizes)}) and there are {num_divided:,}"
             " to divide; lower the sizes, or use fractions and rest"
         )
-    result = {name: result.get(name, rest) for name in sizes}
-    num_classes = len(images.classes)
-    small = [f"{name} would have {size:,}" for name, size in result.items() if size < num_classes]
+    return {name: result.get(name, rest) for name in sizes}
+
+
+def _check_sizes(num_images: dict[str, int], sizes: dict[str, Size], num_divided: int, num_classes: int) -> None:
+    """Refuse numbers of images that leave a part without one of every class."""
+    small = [f"{name} would have {num:,}" for name, num in num_images.items() if num < num_classes]
     if small:
         raise DataError(
-            f"data.split ({asked}) divides {num_divided:,} images of {num_classes} classes so that "
+            f"data.split ({_asked(sizes)}) divides {num_divided:,} images of {num_classes} classes so that "
             f"{some(small)}; each part needs one image of every class, so {num_classes} or more: change the "
             "sizes or add images"
         )
-    return result
+
+
+def _asked(sizes: dict[str, Size]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
 
 def _divide(images: LabelledImages, divided: Indices, sizes: dict[str, int], seed: int) -> dict[str, Indices]:

@@ -149,6 +149,17 @@ def test_sixteen_bit_grey_with_a_transparent_value():
     assert np.array_equal(read_image(sixteen_bit_png(SIXTEEN, transparent=40000)), three(expected))
 
 
+@pytest.mark.parametrize(
+    ("maximum", "values", "expected"),
+    [(65535, [0, 250, 255], [0, 0, 0]), (65535, [0, 256, 65535], [0, 1, 255]), (1023, [0, 3, 1023], [0, 0, 255])],
+    ids=["dark", "16 bits", "10 bits"],
+)
+def test_a_pgm_of_more_than_eight_bits_keeps_its_upper_bits_however_dark_it_is(maximum, values, expected):
+    content = b"P5 3 1 %d\n" % maximum + np.array(values, dtype=">u2").tobytes()
+    assert Image.open(io.BytesIO(content)).mode == "I"
+    assert np.array_equal(read_image(content), three(np.array([expected])))
+
+
 def test_eight_bit_values_in_32_bits_stay():
     values = np.array([[-3, 0, 7, 255]], dtype=np.int32)
     assert np.array_equal(read_image(encoded(Image.fromarray(values), "TIFF")), three(np.clip(values, 0, 255)))

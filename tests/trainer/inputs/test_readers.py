@@ -153,6 +153,11 @@ class TestFolder:
     def test_a_name_with_a_line_break_is_refused(self, refused, make_folder):
         refused(make_folder({"two\nlines": 1, "tea": 1}), r"control characters in their names: 'two\nlines'", "rename")
 
+    @pytest.mark.parametrize("parts", [("", ""), ("train/", "test/")], ids=["classes", "in parts"])
+    def test_names_of_two_unicode_forms_are_refused(self, refused, make_folder, parts):
+        folder = make_folder({f"{parts[0]}caf\u00e9": 1, f"{parts[1]}cafe\u0301": 1, f"{parts[0]}tea": 1})
+        refused(folder, r"differ in their Unicode form", r"'cafe\u0301' and 'caf\xe9'", "rename one to the other")
+
 
 class TestUnreadable:
     def test_a_pipe_is_not_waited_for(self, refused, make_folder):

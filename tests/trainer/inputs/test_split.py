@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from headstart.trainer.errors import DataError
 from headstart.trainer.inputs.dataset import PARTS, ImageArrays, LabelledImages
-from headstart.trainer.inputs.split import duplicates_between, split_images
+from headstart.trainer.inputs.split import duplicates_between, num_contents_of_several_classes, split_images
 from headstart.trainer.recipe import Split
 
 
@@ -195,10 +195,18 @@ def test_all_parts_brought_win_over_any_sizes():
         (
             ("train", "test"),
             Split(train=30, validation="rest", test=5),
-            {"train": 30, "validation": 70, "test": 100},
+            {"train": 35, "validation": 65, "test": 100},
         ),
-        (("train", "validation"), Split(), {"train": 70, "validation": 100, "test": 30}),
+        (("train", "validation"), Split(), {"train": 85, "validation": 100, "test": 15}),
         (("train", "validation"), Split(train=0.5, test=0.2), {"train": 80, "validation": 100, "test": 20}),
+        (("train", "validation"), Split(train=50, validation=1), {"train": 51, "validation": 100, "test": 49}),
+        (("train", "validation"), Split(train=300, test=20), {"train": 80, "validation": 100, "test": 20}),
+        (
+            ("train", "validation"),
+            Split(train="rest", validation=300, test=0.1),
+            {"train": 90, "validation": 100, "test": 10},
+        ),
+        (("train", "validation", "test"), Split(), {"train": 100, "validation": 50, "test": 50}),
         (("train",), Split(), {"train": 70, "validation": 15, "test": 15}),
         (("train",), Split(train=10, validation=10, test=10), {"train": 10, "validation": 10, "test": 10}),
     ],
@@ -227,3 +235,10 @@ def test_duplicates_are_counted():
     assert duplicates_between(images, [0, 1, 2], [3, 4, 5, 6, 7]) == 3
     assert duplicates_between(images, [2], [5, 7]) == 0
     assert duplicates_between(images, [], [0]) == 0
+
+
+def test_contents_under_several_classes_are_counted_once_each():
+    images = images_of([4, 2, 2], seed=None)
+    assert num_contents_of_several_classes(images) == 0
+    object.__setattr__(images, "digests", ("a", "a", "b", "c", "b", "b", "b", "c"))  # a: 0; b: 0, 1, 2; c: 0, 2
+    assert num_contents_of_several_classes(images) == 2
