@@ -128,6 +128,7 @@ def test_channels_are_checked():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # 80 networks: more than the usual 300 s where other processes have the cores
 def test_every_torchvision_model_is_described():
     for name in architecture_names():
         assert find_architecture(name).num_features > 0

@@ -490,7 +490,7 @@ def test_a_url_that_cannot_be_opened_is_told(url: str, words: str):
 
 def test_without_fsspec_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(StartError, match=r"pip install fsspec.*headstart\[remote\]") as caught:
+    with pytest.raises(StartError, match=r"pip install fsspec` with what its protocol needs \(s3fs") as caught:
         Mirror("https://user:secret@store.example/models")
     assert "secret" not in str(caught.value)
 
