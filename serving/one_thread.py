@@ -1,5 +1,6 @@
 """One thread that makes calls, one after the other."""
 
+import asyncio
 import concurrent.futures
 import queue
 import threading
@@ -36,6 +37,14 @@ class OneThread:
                 self._started = True
             self._jobs.put((done, partial(function, *arguments, **named)))
         return done
+
+    async def run(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """As `asyncio.to_thread`; RuntimeError: the machine gives no thread."""
+        done = self.submit(function, *arguments, **named)
+        try:
+            return await asyncio.wrap_future(done)
+        finally:
+            del done  # which has the error whose traceback has this frame, and with it all that was made
 
     def stop(self) -> None:
         """Let it end after what it was given; another call starts it again."""

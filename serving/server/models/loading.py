@@ -1,6 +1,5 @@
 """From the files of a version to a model that is verified, warmed up and scheduled, or to the reason why not."""
 
-import asyncio
 import collections
 import logging
 import re
@@ -101,11 +100,7 @@ class Loading:
             estimated, before = self._memory.estimate(files), resident()
             self.on_opening(opening, False)
             try:
-                loaded = self._thread.submit(self._load, folder, entry.name, version)
-                try:
-                    model, known = await asyncio.wrap_future(loaded)
-                finally:
-                    del loaded  # which has the error whose traceback has this frame, and with it all that was loaded
+                model, known = await self._thread.run(self._load, folder, entry.name, version)
             finally:
                 self.on_opening(opening, True)
         except (PackageError, RuntimeError) as error:  # the latter: there is no thread to load it in

@@ -230,5 +230,5 @@ def _together(responses: list[InferResponse], groups: list[list[int]]) -> InferR
                 )
             whole[group] = part
         outputs[name] = whole
-    timings = {stage: max(one.timings_ns.get(stage, 0) for one in responses) for stage in first.timings_ns}
-    return replace(first, outputs=outputs, timings_ns=timings)
+    longest = max((one.timings_ns for one in responses), key=lambda timings: sum(timings.values()))
+    return replace(first, outputs=outputs, timings_ns=longest)

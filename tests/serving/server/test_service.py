@@ -38,7 +38,7 @@ from headstart.serving.server.service import Service
 from headstart.serving.server.settings import HttpSettings
 from headstart.serving.server.watching.metrics import STAGES
 from tests.serving.server.graphs import LABELS, classifier, identities, logits, write_package
-from tests.serving.server.models.test_repository import IMAGE, NEVER, Graph, infer, served_by, serving
+from tests.serving.server.models.test_repository import IMAGE, NEVER, Graph, infer, looks, served_by, serving
 from tests.serving.server.scheduling.test_batching import on_a_loop
 
 
@@ -116,6 +116,16 @@ async def test_a_model_of_strings_and_of_no_batch_is_described_too(root: Path):
         }
 
 
+def files(*heights: int) -> np.ndarray:
+    """PNGs of these heights, as the tensor of an input."""
+    found = []
+    for height in heights:
+        file = io.BytesIO()
+        Image.fromarray(np.zeros((height, 6, 3), np.uint8)).save(file, "PNG")
+        found.append(file.getvalue())
+    return np.array(found, dtype=object)
+
+
 @on_a_loop
 async def test_files_that_are_refused_before_they_run_count_as_failures_once(root: Path):
     async with serving(root) as service:
@@ -124,20 +134,9 @@ async def test_files_that_are_refused_before_they_run_count_as_failures_once(roo
         assert refused.value.status == 400
         statistics = service.repository.find("demo", None).scheduler.statistics
         assert (statistics.fail, statistics.errors) == (1, {400: 1})
-        file = io.BytesIO()
-        Image.fromarray(IMAGE[0]).save(file, "PNG")
         with pytest.raises(ServeError):  # by the scheduler, once the file was decoded
-            await infer(service, inputs={"encoded_images": np.array([file.getvalue()], dtype=object)}, deadline=0.0)
+            await infer(service, inputs={"encoded_images": files(4)}, deadline=0.0)
         assert (statistics.fail, statistics.errors) == (2, {400: 1, 504: 1})
-
-
-def files(*heights: int) -> np.ndarray:
-    found = []
-    for height in heights:
-        file = io.BytesIO()
-        Image.fromarray(np.zeros((height, 6, 3), np.uint8)).save(file, "PNG")
-        found.append(file.getvalue())
-    return np.array(found, dtype=object)
 
 
 @on_a_loop
@@ -264,8 +263,7 @@ async def test_labels_are_those_of_the_model_that_answered_also_where_it_was_rep
         await asyncio.sleep(0)
         shutil.rmtree(root / "demo" / "3")
         write_package(root / "demo" / "3", 3, labels=labels)
-        for _ in range(2):  # the first sees that its files have changed
-            await service.repository.look()
+        await looks(service)
         assert service.card("demo")["labels"] == list(labels)
         gate.set()
         assert (await asked).labels == LABELS

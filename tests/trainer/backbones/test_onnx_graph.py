@@ -89,7 +89,7 @@ def test_graph_without_a_linear_layer_needs_a_name(write, tmp_path):
 @pytest.mark.parametrize(
     ("batch", "side", "message"),
     [
-        (1, 8, r"images of shape \[1, 1, 8, 8\].*gives \['N', 1, 8, 8\]; .*dynamic batch"),
+        (1, 8, r"images of shape \[1, 1, 8, 8\].*gives \['N', 1, 8, 8\]; .*with N dynamic"),
         ("batch", 16, r"images of shape \['N', 1, 16, 16\].*gives \['N', 1, 8, 8\]"),
     ],
     ids=["fixed-batch", "other-size"],

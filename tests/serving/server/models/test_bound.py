@@ -228,9 +228,8 @@ def check_rows(model: LoadedModel, plain: Any, sizes: tuple[int, ...]) -> None:
 def test_cuda_answers_as_the_cpu_does(graphs: bool):
     model, plain = on_cuda(graphs), open_on(Device(threads=1), mlp())
     model.warm_up()
-    check_rows(
-        model, plain, (1, 3, 6, 3, 1, 5)
-    )  # a graph is captured on the first run of a size, and replayed after it
+    # A graph is captured on the first run of a size, and replayed on the others.
+    check_rows(model, plain, (1, 3, 6, 3, 1, 5))
 
 
 @pytest.mark.gpu

@@ -185,8 +185,8 @@ def test_a_request_that_dawdles_on_a_kept_connection_is_cut_off_in_its_own_time(
         raw.send(sent)
         started = time.monotonic()
         answer = raw.read()
-        assert seconds - 0.2 < time.monotonic() - started < 5
-        assert answer.status == 408  # an idle one is given 1.2 s, and closed without a word
+        assert seconds - 0.2 < time.monotonic() - started < 1.15  # an idle one is given 1.2 s
+        assert answer.status == 408
         assert f"took longer than {seconds} s" in answer.error
 
 
