@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import fsspec
@@ -32,6 +33,7 @@ from fsspec.implementations.local import LocalFileSystem
 from headstart.serving.manifest import MANIFEST
 from headstart.serving.package import MODEL
 from headstart.serving.server.errors import StartError
+from headstart.serving.server.models import mirror as mirror_module
 from headstart.serving.server.models.folder import Folder, scan
 from headstart.serving.server.models.mirror import Mirror, is_url
 from headstart.serving.server.models.policy import Policy
@@ -434,7 +436,7 @@ async def test_what_cannot_be_copied_is_read_again_after_pauses_that_grow(
     async with mirrored(f"file://{remote}") as (service, mirror):
         write_package(remote / "demo" / "2", 2)
         mirror._look_s = 10.0
-        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(mirror_module, "time", SimpleNamespace(monotonic=lambda: now[0]))  # the loop keeps its own
         with monkeypatch.context() as disk:
             disk.setattr(Mirror, "_copy", full)
             for look in range(150):
