@@ -1,5 +1,6 @@
 """The JSON of a request as Python objects: quickly, with no object for each number of its data, or to the letter."""
 
+import collections
 import json
 import math
 from typing import Any
@@ -29,6 +30,11 @@ simdjson looks each name up from the first on and the product of thousands of si
 _SHORT_ROW = 16
 """Numbers of an innermost list below which looking at the lists costs more than reading the numbers one by one."""
 
+_KEPT = 1 << 20
+"""Bytes of text up to which a parser is kept for the next: its memory, 14 times as much, costs more page by page than
+the reading does."""
+_spare: collections.deque[Any] = collections.deque(maxlen=1)
+
 _decode = json.JSONDecoder().decode
 
 
@@ -48,7 +54,19 @@ def parse_quickly(text: memoryview) -> dict[str, Any]:
             raise ValueError
         return short
     try:
-        document = _members(simdjson.Parser().parse(text))
+        parser = _spare.pop()
+    except IndexError:
+        parser = simdjson.Parser()
+    read = _read(parser, text)
+    if len(text) <= _KEPT:  # and not after what is refused: the exception holds objects of this parser
+        _spare.append(parser)
+    return read
+
+
+def _read(parser: Any, text: memoryview) -> dict[str, Any]:
+    """`parse_quickly` of a long text; no object of the parser is left."""
+    try:
+        document = _members(parser.parse(text))
     except RuntimeError as error:  # a whole number beyond 64 bits
         raise ValueError from error
     if type(document.get("inputs")) is not simdjson.Array or len(document["inputs"]) > _MOST_MEMBERS:

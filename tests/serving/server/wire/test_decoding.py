@@ -195,6 +195,36 @@ def test_a_bracket_in_a_name_and_a_name_given_twice_are_left_to_json():
             parse_quickly(memoryview(twice.encode()))
 
 
+@pytest.mark.usefixtures("read_as_long")
+def test_what_was_read_stays_when_the_next_is_read_and_after_a_refusal_too():
+    more = ',"outputs":[{"name":"y","parameters":{"a":"text"}}],"parameters":{"b":"word"}'
+    first = parse_quickly(memoryview(with_input("[3]", "[1,2,3]", after=more)))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^$") as refused:  # a number beyond 64 bits, and then the next
+            parse_quickly(memoryview(with_input("[1]", f"[{1 << 70}]")))
+        second = parse_quickly(memoryview(with_input("[3]", "[4,5,6]", after=more.replace("e", "u"))))
+        assert second["inputs"][0]["data"].tolist() == [4, 5, 6]
+        assert refused.value.__traceback__ is not None
+    assert first["inputs"][0]["data"].tolist() == [1, 2, 3]
+    assert first["outputs"] == [{"name": "y", "parameters": {"a": "text"}}]
+    assert first["parameters"] == {"b": "word"}
+
+
+@pytest.mark.usefixtures("read_as_long")
+def test_a_parser_is_kept_for_the_next_text_and_not_after_a_long_one(monkeypatch: pytest.MonkeyPatch):
+    made = []
+    parser = documents.simdjson.Parser
+    monkeypatch.setattr(documents.simdjson, "Parser", lambda: made.append(1) or parser())
+    documents._spare.clear()
+    for _ in range(5):
+        parse_quickly(memoryview(with_input()))
+    assert len(made) == 1
+    monkeypatch.setattr(documents, "_KEPT", 16)
+    for _ in range(3):
+        parse_quickly(memoryview(with_input()))
+    assert len(made) == 3
+
+
 def with_input(shape: str = "[1]", data: str = "[1]", more: str = "", after: str = "") -> bytes:
     return f'{{"inputs":[{{"name":"x","datatype":"FP32","shape":{shape},"data":{data}{more}}}]{after}}}'.encode()
 
