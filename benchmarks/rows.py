@@ -7,6 +7,7 @@ import csv
 import datetime
 import os
 import platform
+import random
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+_MOST_RUNS = 100
 
 
 def append_rows(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -66,17 +68,28 @@ def device_slug() -> str:
     return next((word for word in words if any(c.isdigit() for c in word)), "cuda")
 
 
-def interleaved(contenders: Mapping[str, Callable[[], object]], *, runs: int = 7) -> dict[str, dict[str, float]]:
-    """Time the contenders in turn, A B A B, after a warm-up each: p20, p50 and p80 of each in milliseconds."""
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], *, runs: int = 7, seconds: float = 0.0
+) -> dict[str, dict[str, float]]:
+    """Time the contenders in turn, after a warm-up each: p20, p50 and p80 of each in milliseconds.
+
+    Each round is in an order of its own (seeded): a contender finds the caches as the one before left them. There are
+    `runs` rounds at least, and more, up to 100, until `seconds` are over: seven of some milliseconds say little.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for position in range(runs + 1):
-        for name, contender in contenders.items():
+    order, shuffled = list(contenders), random.Random(0)
+    for name in order:
+        contenders[name]()
+    began, position = time.perf_counter(), 0
+    while position < runs or (position < _MOST_RUNS and time.perf_counter() - began < seconds):
+        shuffled.shuffle(order)
+        for name in order:
             _synchronise()
             started = time.perf_counter()
-            contender()
+            contenders[name]()
             _synchronise()
-            if position > 0:
-                times[name].append((time.perf_counter() - started) * 1e3)
+            times[name].append((time.perf_counter() - started) * 1e3)
+        position += 1
     return {
         name: dict(zip(("p20", "p50", "p80"), map(float, np.quantile(taken, (0.2, 0.5, 0.8))), strict=True))
         for name, taken in times.items()

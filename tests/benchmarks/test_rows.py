@@ -3,6 +3,7 @@
 import csv
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_other_columns_go_into_another_file(results: Path):
     assert len(first.read_text().splitlines()) == len(second.read_text().splitlines()) == 2
 
 
-def test_contenders_are_timed_in_turn():
+def test_contenders_are_timed_in_turn_and_in_every_order():
     order: list[str] = []
 
     def contender(name: str, seconds: float):
@@ -50,7 +51,23 @@ def test_contenders_are_timed_in_turn():
 
         return run
 
-    times = rows.interleaved({"a": contender("a", 0), "b": contender("b", 0.01)}, runs=3)
-    assert order == ["a", "b"] * 4
+    times = rows.interleaved({"a": contender("a", 0), "b": contender("b", 0.01)}, runs=10)
+    rounds = [tuple(order[at : at + 2]) for at in range(0, len(order), 2)]
+    assert len(rounds) == 11
+    assert set(rounds) == {("a", "b"), ("b", "a")}
     assert times["b"]["p50"] >= 10
     assert times["a"]["p20"] <= times["a"]["p50"] <= times["a"]["p80"]
+
+
+def test_short_contenders_are_timed_for_some_seconds_and_at_most_a_hundred_times(monkeypatch: pytest.MonkeyPatch):
+    now, calls = [0.0], []
+
+    def run() -> None:
+        now[0] += 0.1
+        calls.append(1)
+
+    monkeypatch.setattr(rows, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for seconds, expected in ((0.0, 3), (1.95, 20), (1e6, 100)):
+        calls.clear()
+        rows.interleaved({"a": run}, runs=3, seconds=seconds)
+        assert len(calls) == 1 + expected
