@@ -41,7 +41,7 @@ from headstart.serving.server.transport.grpc_health import SERVICE as HEALTH
 from headstart.serving.server.transport.grpc_health import Health
 from headstart.serving.server.transport.grpc_methods import NAMES, Answer, Methods
 from headstart.serving.server.transport.grpc_stream import Streams
-from headstart.serving.server.watching.watch import Outcome, RequestIds, Seen, Watch
+from headstart.serving.server.watching.watch import CLIENT_GONE, Outcome, RequestIds, Seen, Watch
 from headstart.serving.server.wire.grpc_codec import refused
 from headstart.serving.server.wire.grpc_messages import SERVICE
 
@@ -184,7 +184,10 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
                 await self._refuse(path, too_slow(f"the message took longer than {longest:g} s"), context, name)
             except ServeError as error:
                 await self._refuse(path, error, context, name)
-            except asyncio.CancelledError:  # by the client, or by grpc over a message that is too large
+            except (
+                asyncio.CancelledError
+            ):  # by the client, or by grpc over a message that is too large: it does not say
+                self._service.refused(ServeError(CLIENT_GONE, "the call has no message any more", grpc="CANCELLED"))
                 self._tell(Seen(name, perf_counter_ns()), path, "CANCELLED", 0, context)
                 raise
             seen, found = await self._answer(path, answer, body, context, name)
