@@ -32,7 +32,7 @@ class Admission:
         self._parser = HeadParser(server.settings.max_headers)
         self._raw = b""
         self.head: Head | None = None
-        """That of the last request, where it is one, whatever its headers' values, and was let in."""
+        """That of the last request, as far as it could be read, where it was let in."""
         self.is_known = server.trusts(None)
         """Whether the last request had the token or needs none, and so may learn what is wrong with it."""
 

@@ -213,7 +213,7 @@ class Connection(asyncio.BufferedProtocol):
         if raw is None:
             if len(self._buffer) == self._buffer.size:
                 self._admission.look(self._buffer.unread().tobytes())
-                self._refuse(too_many_headers(f"more than {self._buffer.size} bytes"))
+                self._refuse(too_many_headers(f"more than {self._buffer.size} bytes"), self._admission.head)
             elif self._buffer and self.deadline > (latest := self._server.clock() + self._settings.header_timeout):
                 self.deadline = latest
             return False
@@ -346,7 +346,7 @@ class Connection(asyncio.BufferedProtocol):
             self._watch.ended(exchange, Outcome(head.method, head.path, response.status, length, head.texts))
 
     def _refuse(self, error: ServeError, head: Head | None = None) -> None:
-        """Answer what cannot be read any further, and close; `head` is the request's, where it was let in."""
+        """Answer what cannot be read any further, and close; `head` is what was read of the request's, where let in."""
         if not self._admission.is_known:
             error = unauthenticated()
         self._release()
