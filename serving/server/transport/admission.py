@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from headstart.serving.server.errors import ServeError, too_large, unauthenticated
 from headstart.serving.server.settings import LOOPBACK
 from headstart.serving.server.transport.exchange import Exchange, Response
-from headstart.serving.server.transport.routes import HEALTH
+from headstart.serving.server.transport.paths import HEALTH
 from headstart.serving.server.wire.head import Head, HeadParser
 
 if TYPE_CHECKING:
