@@ -92,7 +92,9 @@ class Repository:
         self._policy, self._policies = policy or Policy(), dict(policies or {})
         self._poll_s = poll_s
         self.mirror = mirror
-        """Keeps the root up with a URL; None where the folder is one's own."""
+        """Keeps the root up with a URL; None where the folder is one's own, or a supervisor's mirror is at work."""
+        self.mirrored = mirror is not None
+        """Whether a mirror keeps the root, here or in the supervisor: it puts whole versions in their places."""
         self.on_refused: Refused = mirror.refuse if mirror else lambda name, versions: None
         """Is told which versions of a model do not load as they are, by its name, when these change."""
         load = loader or (
@@ -185,8 +187,7 @@ class Repository:
                 return
             for name in [*folders, *(one for one in self._entries if one not in folders)]:
                 entry = self._entry(name)
-                # What is there at the start is opened at once, and a mirror puts whole versions in their places.
-                entry.see(folders.get(name, Folder()), at_once=not self.started or self.mirror is not None)
+                entry.see(folders.get(name, Folder()), at_once=self.mirrored or not self.started)
                 await self._follow(entry)
                 if name not in folders:
                     del self._entries[name]

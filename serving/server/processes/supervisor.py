@@ -64,7 +64,7 @@ class Supervisor:
         options: of `command.serve`, for each worker; what JSON cannot hold is a path.
         workers: how many.
         say: is given the ready line when all are ready.
-        on_refused: as `Repository.on_refused`.
+        on_refused: as `Repository.on_refused`, where a mirror keeps the repository; else None.
     """
 
     def __init__(
@@ -182,7 +182,12 @@ class Supervisor:
             async with self._lock:
                 worker.joined = True
                 suspects = self._suspects.found()
-                return {"unloaded": sorted(self._unloaded), "suspects": suspects, "begun": self._begun}
+                return {
+                    "unloaded": sorted(self._unloaded),
+                    "suspects": suspects,
+                    "begun": self._begun,
+                    "mirrored": self._on_refused is not None,
+                }
         if what == "ready":
             return self._note_ready(worker, *arguments)
         if what == "failed":
@@ -264,7 +269,7 @@ def supervise(
             `threads` None by a worker's share of the cores.
         workers: how many, at least 2.
         say: is given one line when all are ready.
-        on_refused: is told by each worker which versions of a model do not load, as `Repository.on_refused`.
+        on_refused: as `Repository.on_refused`, told by each worker, where a mirror keeps the repository; else None.
 
     Raises:
         StartError: a port is in use or may not be used, or a worker cannot start.

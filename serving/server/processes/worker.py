@@ -53,6 +53,7 @@ class Link:
             joined = await self.ask("join")
         except ServeError:  # it has gone: `first` is set
             return True
+        self.service.repository.mirrored = joined["mirrored"]
         self.service.repository.unloaded.update(joined["unloaded"])
         self.service.repository.loading.suspects.update(Opening(*one) for one in joined["suspects"])
         return bool(joined["begun"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from headstart.serving.server.errors import ServeError, too_large, unauthenticated
 from headstart.serving.server.settings import LOOPBACK
 from headstart.serving.server.transport.exchange import Exchange, Response
-from headstart.serving.server.transport.routes import HEALTH
+from headstart.serving.server.transport.paths import HEALTH
 from headstart.serving.server.wire.head import Head, HeadParser
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Admission:
         self._parser = HeadParser(server.settings.max_headers)
         self._raw = b""
         self.head: Head | None = None
-        """That of the last request, where it is one, whatever its headers' values, and was let in."""
+        """That of the last request, as far as it could be read, where it was let in."""
         self.is_known = server.trusts(None)
         """Whether the last request had the token or needs none, and so may learn what is wrong with it."""
 

@@ -21,6 +21,7 @@ from headstart.serving.server.interface import InferenceService
 from headstart.serving.server.settings import HttpSettings, Renewal, same_token, tls_context, token_digest
 from headstart.serving.server.transport.busy_poll import BusyPoll
 from headstart.serving.server.transport.connection import Connection
+from headstart.serving.server.transport.handshakes import bound_handshakes
 from headstart.serving.server.transport.routes import Routes
 from headstart.serving.server.watching.watch import RequestIds, Watch
 
@@ -79,6 +80,7 @@ class HttpServer:
         context = tls_context(settings)
         if context is not None:
             context.sni_callback = self._choose_certificate
+            bound_handshakes(context, settings.max_connections)
         where = address(settings.host, settings.port)
         try:
             self._listener = await self._loop.create_server(

@@ -5,18 +5,17 @@
 """
 
 import asyncio
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, unquote
 
 from headstart.serving.server.errors import MethodNotAllowed, bad_request, not_found, too_many, unavailable
 from headstart.serving.server.interface import InferenceService
 from headstart.serving.server.remembered import Remembered
 from headstart.serving.server.settings import HttpSettings
 from headstart.serving.server.transport.exchange import Exchange, Later, Response, json_response
+from headstart.serving.server.transport.paths import ROUTES, match, model_named
 from headstart.serving.server.transport.static import page
 from headstart.serving.server.watching.metrics import CONTENT_TYPE
 from headstart.serving.server.wire import predict
@@ -26,46 +25,12 @@ from headstart.serving.server.wire.documents import parse_json
 from headstart.serving.server.wire.encoded import ENCODED
 from headstart.serving.server.wire.head import Head
 from headstart.serving.server.wire.openapi import document
-from headstart.serving.server.wire.protocol import (
-    LONGEST_NAME,
-    InferRequest,
-    InferResponse,
-    RequestedOutput,
-    ResponseEncoder,
-)
+from headstart.serving.server.wire.protocol import InferRequest, InferResponse, RequestedOutput, ResponseEncoder
 
 T = TypeVar("T")
 
-ROUTES: tuple[tuple[str, str, str], ...] = (
-    ("GET", "/", "home"),
-    ("GET", "/openapi.json", "openapi"),
-    ("GET", "/metrics", "metrics"),
-    ("GET", "/v1/card", "card"),
-    ("POST", "/v1/predict", "predict"),
-    ("GET", "/v2", "server_metadata"),
-    ("GET", "/v2/health/live", "live"),
-    ("GET", "/v2/health/ready", "ready"),
-    ("GET", "/v2/models/stats", "statistics"),
-    ("GET", "/v2/models/{name}", "model_metadata"),
-    ("GET", "/v2/models/{name}/ready", "model_ready"),
-    ("GET", "/v2/models/{name}/config", "model_config"),
-    ("GET", "/v2/models/{name}/stats", "statistics"),
-    ("POST", "/v2/models/{name}/infer", "infer"),
-    ("GET", "/v2/models/{name}/versions/{version}", "model_metadata"),
-    ("GET", "/v2/models/{name}/versions/{version}/ready", "model_ready"),
-    ("GET", "/v2/models/{name}/versions/{version}/config", "model_config"),
-    ("GET", "/v2/models/{name}/versions/{version}/stats", "statistics"),
-    ("POST", "/v2/models/{name}/versions/{version}/infer", "infer"),
-    ("POST", "/v2/repository/index", "repository_index"),
-    ("POST", "/v2/repository/models/{name}/load", "load"),
-    ("POST", "/v2/repository/models/{name}/unload", "unload"),
-)
-"""Method, path and handler of all that is served."""
-
-HEALTH = ("live", "ready")
 _BINARY = b"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: %d\r\n"
 _JSON = b"Content-Type: application/json\r\n"
-_NAME = re.compile(rf"[^/\\\x00-\x1f\x7f]{{1,{LONGEST_NAME}}}")
 _DECODERS = 2
 _MOST_DECODING = 64
 
@@ -115,7 +80,7 @@ class Routes:
             return found
         segments = path.split("/")
         for _, template, _ in ROUTES:
-            names = _match(template.split("/"), segments)
+            names = match(template.split("/"), segments)
             if names is None:
                 continue
             handlers = {verb: getattr(self, f"_{name}") for verb, other, name in ROUTES if other == template}
@@ -178,7 +143,7 @@ class Routes:
 
     def _predict(self, exchange: Exchange) -> Response | Later:
         head = exchange.head
-        name = _model_named(head) or predict.only_model(self.service)
+        name = model_named(head) or predict.only_model(self.service)
         predict.check(self.service.model_metadata(name, None))
         media = head.headers.get(b"content-type", b"").decode("latin-1")
         request = InferRequest(
@@ -215,7 +180,7 @@ class Routes:
         return _exposition(exposition) if isinstance(exposition, bytes) else Later(exposition, _exposition)
 
     def _card(self, exchange: Exchange) -> Response:
-        return json_response(self.service.card(_model_named(exchange.head) or predict.only_model(self.service)))
+        return json_response(self.service.card(model_named(exchange.head) or predict.only_model(self.service)))
 
     def _live(self, exchange: Exchange) -> Response:
         live = self.service.live()
@@ -261,37 +226,6 @@ class Routes:
         if len(exchange.body) > self.settings.limits.max_json_bytes:
             raise bad_request(f"the body has {len(exchange.body)} bytes of JSON")
         return parse_json(exchange.body) if len(exchange.body) else {}
-
-
-def _match(template: list[str], segments: list[str]) -> tuple[str, ...] | None:
-    """What the words in braces of a template stand for in a path, or None where it is another path."""
-    if len(template) != len(segments):
-        return None
-    names = []
-    for expected, segment in zip(template, segments, strict=True):
-        if not expected.startswith("{"):
-            if segment != expected:
-                return None
-            continue
-        try:
-            name = unquote(segment, errors="strict")
-        except UnicodeDecodeError:
-            return None
-        if not _NAME.fullmatch(name) or name in (".", ".."):
-            return None
-        names.append(name)
-    return tuple(names)
-
-
-def _model_named(head: Head) -> str | None:
-    """The `model` of a query, or None."""
-    try:
-        names = parse_qs(head.query, keep_blank_values=True, max_num_fields=16, errors="strict").get("model", [])
-    except ValueError:
-        raise bad_request("the query cannot be read; accepted: ?model=NAME") from None
-    if len(names) > 1 or (names and (not _NAME.fullmatch(names[0]) or names[0] in (".", ".."))):
-        raise bad_request("the query names no model, or several; accepted: ?model=NAME")
-    return names[0] if names else None
 
 
 def _no_label(index: int) -> str | None:

@@ -94,6 +94,7 @@ class ImageDecoder:
             ServeError: 400: no files, too many, one that is no undamaged JPEG or PNG, or outputs that cannot be put
                 together; 413: beyond a limit on bytes or pixels; 429, 503: others wait or hold the memory; and what
                 `run` raises.
+            CancelledError: the client had gone when the files were decoded.
         """
         began = perf_counter_ns()
         files = self._files(request, most)
@@ -109,6 +110,8 @@ class ImageDecoder:
                 batches = _decode(files, request)
             else:
                 batches = await self._apart(_decode, files, request)
+            if request.cancelled:
+                raise asyncio.CancelledError  # as a scheduler drops what nobody waits for
             groups = [group for group, _ in batches]
             request.parts = tuple(replace(request, inputs={name: images}, part=True) for _, images in batches)
             decoded = perf_counter_ns()
@@ -200,7 +203,7 @@ def _decode(files: list[bytes], request: InferRequest) -> list[tuple[list[int], 
     by_size: dict[tuple[int, ...], dict[int, NDArray[np.uint8]]] = {}
     for index, data in enumerate(files):
         if request.cancelled:
-            raise unavailable("the request was dropped")
+            break
         try:
             image = read_image(data)
         except PackageError:

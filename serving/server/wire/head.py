@@ -117,7 +117,7 @@ class HeadParser:
         self.headers: dict[bytes, bytes] = {}
         """Of the last head, as far as it could be read."""
         self.head: Head | None = None
-        """The last head, where it is one, whatever its headers' values."""
+        """The last head, whatever its headers' values; of what is no head, what could be read, for the log."""
         self._complete = self._keep_alive = False
         self._twice: bytes | None = None
 
@@ -133,17 +133,20 @@ class HeadParser:
             raise RuntimeError("the parser was closed")
         # Initialising it anew makes it forget the body that it now waits for: bodies do not pass through it.
         parser.__init__(self)  # type: ignore[misc]
+        problem = ""
         try:
             parser.feed_data(raw)
         except httptools.HttpParserUpgrade:
             pass  # a server may stay with HTTP/1.1
         except httptools.HttpParserCallbackError:
-            raise bad_request("the request is not HTTP/1.1") from None
+            self._complete = False
         except httptools.HttpParserError as error:
-            raise bad_request(f"the request is not HTTP/1.1: {str(error)[:100]}") from None
-        if not self._complete:
-            raise bad_request("the request is not HTTP/1.1")
-        self.head = head = Head(parser.get_method().decode(), self._target, self._keep_alive, self.headers)
+            problem, self._complete = f": {str(error)[:100]}", False
+        if self._target:
+            self.head = Head(parser.get_method().decode(), self._target, self._keep_alive, self.headers)
+        if self.head is None or not self._complete:
+            raise bad_request(f"the request is not HTTP/1.1{problem}")
+        head = self.head
         if raw.count(b"\r\n") - 2 > self._max_headers:
             raise too_many_headers(f"more than {self._max_headers} headers")
         if self._twice is not None:

@@ -14,9 +14,14 @@ import pytest
 
 from headstart.serving.server.errors import ServeError
 from headstart.serving.server.models.folder import Opening
+from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.processes import supervisor as module
+from headstart.serving.server.processes.channel import Channel
 from headstart.serving.server.processes.supervisor import Supervisor, _Worker
 from headstart.serving.server.processes.suspects import Suspects
+from headstart.serving.server.processes.worker import Link, SharedService
+from tests.serving.server.graphs import write_package
+from tests.serving.server.models.test_repository import NEVER
 
 
 def test_one_end_is_no_suspicion_and_what_was_opened_once_is_none():
@@ -106,6 +111,32 @@ def test_a_worker_that_starts_later_is_told_what_is_unloaded_now():
         assert await told() == ["b", "c"]
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_workers_open_at_once_what_a_mirror_has_put_in_its_place(tmp_path: Path, mirrored: bool):
+    write_package(tmp_path / "demo" / "1", 1)
+
+    async def play() -> list[str]:
+        ours, theirs = socket.socketpair()
+        supervisor = Supervisor({}, 1, print, (lambda name, versions: None) if mirrored else None)
+        channel = await Channel.open(ours, lambda what, arguments: supervisor._answer(worker, what, arguments))
+        worker = _Worker(number=0, pid=0, channel=channel)
+        answering = asyncio.ensure_future(channel.serve())
+        link, found = Link(theirs, 0), []
+        service = SharedService(Repository(tmp_path, threads=1, poll_s=NEVER), link)
+        await link.open(asyncio.Event(), asyncio.Event())
+        await service.start()
+        write_package(tmp_path / "demo" / "2", 2)
+        for _ in range(2):
+            await service.repository.look()
+            found += service.model_metadata("demo", None)["versions"]
+        await service.stop()
+        channel.close()
+        await answering
+        return found
+
+    assert asyncio.run(play()) == (["2", "2"] if mirrored else ["1", "2"])
 
 
 def test_what_a_worker_has_opened_is_no_suspect_when_another_ends_over_it():

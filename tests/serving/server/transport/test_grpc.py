@@ -439,8 +439,9 @@ def test_large_messages_are_refused_also_when_they_are_compressed():
         assert client.is_server_live()
 
 
-def test_who_watches_is_told_of_a_call_that_grpc_ends_over_a_large_message():
+def test_a_call_that_grpc_ends_over_a_large_message_is_counted_and_told_to_who_watches():
     running, ended = RunningGrpc(HttpSettings(grpc_port=0, max_body_bytes=1 << 16)), list[Outcome]()
+    counted = list[int]()
 
     class Watching:
         def ended(self, seen: Seen, outcome: Outcome) -> None:
@@ -450,12 +451,14 @@ def test_who_watches_is_told_of_a_call_that_grpc_ends_over_a_large_message():
 
     running.watch = Watching()
     with running, grpc.insecure_channel(running.url) as channel:
+        running.service.refused = lambda error: counted.append(error.status)  # type: ignore[method-assign]
         call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         for compression in [grpc.Compression.NoCompression, grpc.Compression.Gzip] * 5:
             with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
                 call(b"\0" * (1 << 17), compression=compression, timeout=10)
         wait_until(lambda: len(ended) == 10)
     assert {(one.method, one.status) for one in ended} == {("inference.GRPCInferenceService/ModelInfer", "CANCELLED")}
+    assert counted == [499] * 10
 
 
 def test_without_the_token_nothing_is_told():

@@ -15,7 +15,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from headstart.serving.server.settings import HttpSettings
-from headstart.serving.server.transport.routes import ROUTES
+from headstart.serving.server.transport.paths import ROUTES
 from tests.serving.server.tiny_service import Running, infer_body, wait_until
 
 DTYPES = ["bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"]

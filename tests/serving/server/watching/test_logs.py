@@ -185,6 +185,35 @@ def test_json_lines_say_what_became_of_each_request(root: Path):
     assert len(access) == 6
 
 
+@pytest.mark.parametrize("token", [None, "t"])
+def test_a_head_that_is_no_http_is_told_of_as_far_as_it_can_be_read(root: Path, tmp_path: Path, token: str | None):
+    options: dict[str, Any] = {}
+    if token is not None:
+        (tmp_path / "token").write_text(token)
+        options["token_file"] = tmp_path / "token"
+    server = Logged(root, log_format="json", access_log=True, **options)
+    known, long = b"X-Request-Id: mine\r\nAuthorization: Bearer t\r\n", b"A: " + b"b" * 20_000
+    heads = [  # what is sent, what is logged and told where it is let in, and whether it has the token
+        (b"GET /v2/odd?secret=1 HTTP/1.1\r\n%sHost: x\r\nA : b\r\n\r\n" % known, "GET /v2/odd", 400, True),
+        (b"GET /v2/long HTTP/1.1\r\n%sHost: x\r\n%s" % (known, long), "GET /v2/long", 431, True),
+        (b"GET /v2/new HTTP/1.1\r\nX-Request-Id: mine\r\nHost: x\r\nA : b\r\n\r\n", "GET /v2/new", 400, False),
+    ]
+    told = []
+    for head, *_ in heads:
+        client = RawClient(server.port)
+        client.send(head)
+        told.append(client.read().status)
+        client.socket.close()
+    access = [one for one in map(json.loads, server.stop()) if one["logger"] == "headstart.access"]
+    assert told == [one["status"] for one in access]
+    for (_, message, status, has_token), one in zip(heads, access, strict=True):
+        if has_token or token is None:
+            assert (one["message"], one["status"], one["request_id"]) == (message, status, "mine")
+        else:  # what was not let in is not even echoed
+            assert (one["message"], one["status"]) == ("- -", 401)
+            assert MADE.fullmatch(one["request_id"])
+
+
 def test_what_is_no_tls_leaves_no_line_of_grpcs_own(root: Path, certificate: Path):  # noqa: F811
     server = Logged(root, log_format="json", tls_cert=certificate / "cert.pem", tls_key=certificate / "key.pem")
     with socket.create_connection(("127.0.0.1", server.grpc_port), timeout=10) as plain:

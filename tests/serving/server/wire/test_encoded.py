@@ -33,7 +33,7 @@ from headstart.serving.server.wire.predict import prediction
 from headstart.serving.server.wire.protocol import InferRequest, InferResponse, Limits, RequestedOutput
 from tests.serving.server.graphs import logits, mlp, write_package
 from tests.serving.server.models.test_repository import Graph, serving
-from tests.serving.server.tiny_service import Running
+from tests.serving.server.tiny_service import Running, wait_until
 
 Infer = Callable[..., np.ndarray]
 
@@ -268,13 +268,37 @@ def test_a_client_that_goes_drops_every_part(tmp_path: Path):
         with pytest.raises(asyncio.CancelledError):
             await task
         gone = InferRequest(model="m", inputs={ENCODED: files}, cancelled=True)
-        with pytest.raises(ServeError, match="dropped"):
+        with pytest.raises(asyncio.CancelledError):
             await decoder.infer(gone, "images", 4, never)
         assert len(seen) == 3
         assert decoder._held == decoder._waiting == 0
         decoder.close()
 
     asyncio.run(play())
+
+
+def test_a_client_that_goes_while_its_image_is_decoded_is_counted_as_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_package(tmp_path / "demo" / "1", mark=1)
+    decode, begun, gate = encoded._decode, threading.Event(), threading.Event()
+
+    def held_up(*given: Any) -> Any:
+        begun.set()
+        return decode(*given) if gate.wait(20) else None
+
+    monkeypatch.setattr(encoded, "_decode", held_up)
+    body = picture(300, 300)
+    with RunningRepository(tmp_path) as running:
+        with running.connect() as client:
+            client.send(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n")
+            client.send(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert begun.wait(10)
+        wait_until(lambda: running.service.clients == 0)
+        gate.set()
+        statistics = running.service.repository.find("demo", None).scheduler.statistics  # type: ignore[attr-defined]
+        wait_until(lambda: statistics.fail or statistics.success)
+        assert (statistics.errors, statistics.executions) == ({499: 1}, 0)
 
 
 def test_memory_and_threads_are_bounded_over_all_requests(monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from headstart.serving.server.transport.routes import ROUTES
+from headstart.serving.server.transport.paths import ROUTES
 from headstart.serving.server.wire.openapi import document
 from tests.serving.server.graphs import write_package
 from tests.serving.server.wire.test_encoded import RunningRepository
