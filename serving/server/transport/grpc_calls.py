@@ -109,9 +109,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]
                 await self._refuse(path, too_slow(f"the message took longer than {longest:g} s"), context, name)
             except ServeError as error:
                 await self._refuse(path, error, context, name)
-            except (
-                asyncio.CancelledError
-            ):  # by the client, or by grpc over a message that is too large: it does not say
+            except asyncio.CancelledError:  # by the client, or by grpc over too large a message: it does not say
                 self._service.refused(ServeError(CLIENT_GONE, "the call has no message any more", grpc="CANCELLED"))
                 self._tell(Seen(name, perf_counter_ns()), path, "CANCELLED", 0, context)
                 raise
