@@ -27,7 +27,7 @@ def send_what_is_no_tls(client: socket.socket) -> None:
 
 
 def wait(client: socket.socket) -> None:
-    client.settimeout(5)
+    client.settimeout(30)
     assert client.recv(1) == b""  # timed out
 
 
@@ -39,15 +39,15 @@ def test_no_more_handshakes_than_connections_are_under_way(
     files = {"tls_cert": certificate / "cert.pem", "tls_key": certificate / "key.pem"}
     context = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
     with (
-        Running(HttpSettings(port=0, max_connections=MOST, header_timeout=2, **files)) as running,
+        Running(HttpSettings(port=0, max_connections=MOST, header_timeout=4, **files)) as running,
         ExitStack() as open_,
     ):
         for _ in range(2):  # what one round has begun and not ended is not counted in the next
             silent = [open_.enter_context(running.connect()).socket for _ in range(MOST)]
             began = time.monotonic()
             with running.connect() as one_more:
-                assert one_more.closed(within=1.5)
-            assert time.monotonic() - began < 1.5
+                assert one_more.closed(within=3)
+            assert time.monotonic() - began < 3
             for client in silent:
                 end(client)
             time.sleep(0.5)
