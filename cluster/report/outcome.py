@@ -91,6 +91,8 @@ def _print_evaluation(outcome: Outcome, console: Console) -> None:
         f"Temperature {evaluation['temperature']:.3f}, calibration error {evaluation['calibration_error']:.4f}; "
         f"{evaluation['num_test_images_also_in_training']} test images are also among those learned from."
     )
+    if num := evaluation["num_repeated_test_images"]:
+        console.print(f"Test images that repeat an earlier one: {num}. The intervals take them for new ones.")
     if num := evaluation["num_contents_of_several_classes"]:
         console.print(f"Images that the data has under more than one class: {num}.")
 

@@ -27,7 +27,7 @@ from headstart.trainer.features import CachedFeatures, extract_features
 from headstart.trainer.inputs.batches import pixel_batches
 from headstart.trainer.inputs.dataset import LabelledImages
 from headstart.trainer.inputs.preprocessing import Preprocess, Preprocessing
-from headstart.trainer.inputs.split import duplicates_between, num_contents_of_several_classes
+from headstart.trainer.inputs.split import duplicates_between, num_contents_of_several_classes, num_repeats
 from headstart.trainer.selection.ranking import make_sketch, sketched
 from headstart.trainer.selection.sources import (
     SourceCard,
@@ -38,9 +38,10 @@ from headstart.trainer.selection.sources import (
 )
 
 RAW_SIDE = 16
-EVALUATION_SCHEMA = 4
+EVALUATION_SCHEMA = 5
 """2: Wilson's intervals of the accuracies, and `verdict_p_value`. 3: `class_accuracy` of a class without test images is
-None; the control from scratch says its `architecture`. 4: `num_contents_of_several_classes`."""
+None; the control from scratch says its `architecture`. 4: `num_contents_of_several_classes`. 5:
+`num_repeated_test_images`."""
 
 
 def evaluate(context: Context, model: Model, chosen: Stage, control: Stage | None, tuned: Stage | None) -> Stage:
@@ -158,6 +159,7 @@ def _conclude(
             for of_class in [correct[test.labels == label]]
         },
         "num_test_images_also_in_training": duplicates_between(context.target.images, known, tests),
+        "num_repeated_test_images": num_repeats(context.target.images, tests),
         "num_contents_of_several_classes": num_contents_of_several_classes(context.target.images),
     }
 

@@ -67,6 +67,7 @@ def test_a_model_is_compared_with_the_stronger_control_image_by_image(context: C
     sure = np.exp(2) / (np.exp(2) + 9)  # logits 3 at temperature 1.5
     assert found["calibration_error"] == pytest.approx(330 / 363 - sure, abs=1e-6)
     assert found["num_test_images_also_in_training"] == 3
+    assert found["num_repeated_test_images"] == 1
     assert found["num_contents_of_several_classes"] == 0
     images = context.target.images
     twice = dataclasses.replace(images, digests=(*images.digests[:1], images.digests[0], *images.digests[2:]))

@@ -43,6 +43,7 @@ EVALUATION = {
     "temperature": 1.0,
     "calibration_error": 0.0,
     "num_test_images_also_in_training": 0,
+    "num_repeated_test_images": 0,
     "num_contents_of_several_classes": 0,
 }
 ENTRY = {"source": "a", "available": True, "architecture": "resnet18", "distances": None, "seconds": 1.0}
@@ -72,6 +73,12 @@ def test_from_scratch_there_is_no_verdict_and_test_images_in_training_are_told()
     text = told([], EVALUATION | none | {"num_test_images_also_in_training": 3})
     assert "Verdict" not in text
     assert "; 3 test images are also among those learned from." in text
+
+
+def test_repeated_test_images_are_told_where_there_are_any():
+    assert "repeat" not in told([], EVALUATION)
+    text = told([], EVALUATION | {"num_repeated_test_images": 9})
+    assert "Test images that repeat an earlier one: 9. The intervals take them for new ones." in text
 
 
 def test_images_under_several_classes_are_told_where_there_are_any():
