@@ -13,6 +13,7 @@ from headstart.cluster.stages.context import Context
 from headstart.cluster.stages.model import Model, ranked_source
 from headstart.cluster.stages.rank import load_probe
 from headstart.cluster.stages.run_directory import Result, Stage, write_json
+from headstart.trainer.backbones.weights import fetch_weights, is_fetchable
 from headstart.trainer.errors import SourceError
 from headstart.trainer.evaluation import (
     accuracy_interval,
@@ -196,7 +197,10 @@ def register_source(context: Context, model: Model, chosen: Stage) -> Stage:
             images = sketched(context.target, context.recipe.seed)
             sketch, cached = make_sketch(probe, images, context.cache, tag=context.tag, progress=progress)
         state = model.backbone.module.state_dict() if model.backbone.module is not None else None
-        write_source(folder, card, state, model.head.state_dict(), sketch, seen=seen)
+        graph = None
+        if state is None and not is_fetchable(origin.card.weights):
+            graph = fetch_weights(origin.card.weights, origin.card.sha256, context.cache, base=origin.base).path
+        write_source(folder, card, state, model.head.state_dict(), sketch, seen=seen, graph=graph)
         return {"name": card.name}, [cached]
 
     stage = context.run.stage("register", inputs, lambda: sorted(folder.iterdir()), make)
