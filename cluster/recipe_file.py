@@ -65,8 +65,8 @@ def shipped_text(name: str) -> str:
     """Return the YAML of a recipe that comes with Headstart; raises `RecipeError` where none is called `name`."""
     if name not in (names := shipped_recipes()):
         close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise RecipeError(f"no recipe {name!r}: {hint}{_accepted()}")
+        hint = f"; did you mean {close[0]}?" if close else "."
+        raise RecipeError(f"no recipe {name!r}{hint} {_accepted()}")
     return files(_SHIPPED).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
