@@ -21,9 +21,9 @@ from headstart.cluster.report.table import print_table, stdout_console
 from headstart.cluster.stages.context import Reporter, cache_root
 from headstart.cluster.stages.rank import no_source
 from headstart.cluster.stages.run_directory import RunDirectory, write_json
+from headstart.trainer.audition import audition, head_settings
 from headstart.trainer.errors import RecipeError, RunError, SourceError
 from headstart.trainer.features import extract_features
-from headstart.trainer.heads import audition, head_settings
 from headstart.trainer.inputs.readers import load_images
 from headstart.trainer.inputs.split import split_images
 from headstart.trainer.recipe import Recipe
