@@ -59,6 +59,8 @@ def print_ranking(outcome: Outcome, console: Console) -> None:
         "- where a source has no sketch: finished runs have one.",
         style="dim",
     )
+    if any(distance["energy"] is not None and distance["energy"] < 0 for distance in distances):
+        console.print("Energies around 0, or below, are those of two samples of one task.", style="dim")
     print_unavailable({entry["source"]: entry["reason"] for entry in missing}, console)
 
 
@@ -91,6 +93,12 @@ def _print_evaluation(outcome: Outcome, console: Console) -> None:
         f"Temperature {evaluation['temperature']:.3f}, calibration error {evaluation['calibration_error']:.4f}; "
         f"{evaluation['num_test_images_also_in_training']} test images are also among those learned from."
     )
+    largest = evaluation["largest_class"]
+    if largest["share"] >= evaluation["test"]["interval"][0]:
+        console.print(
+            f"Always naming the largest class, {escape(largest['name'])}, would be right for "
+            f"{_share(largest['share'])} of the test images; class_accuracy in evaluation.json has each class."
+        )
     if num := evaluation["num_repeated_test_images"]:
         console.print(f"Test images that repeat an earlier one: {num}. The intervals take them for new ones.")
     if num := evaluation["num_contents_of_several_classes"]:

@@ -42,7 +42,7 @@ RAW_SIDE = 16
 EVALUATION_SCHEMA = 5
 """2: Wilson's intervals of the accuracies, and `verdict_p_value`. 3: `class_accuracy` of a class without test images is
 None; the control from scratch says its `architecture`. 4: `num_contents_of_several_classes`. 5:
-`num_repeated_test_images`."""
+`num_repeated_test_images`, `largest_class`."""
 
 
 def evaluate(context: Context, model: Model, chosen: Stage, control: Stage | None, tuned: Stage | None) -> Stage:
@@ -159,6 +159,7 @@ def _conclude(
             for label, name in enumerate(test.classes)
             for of_class in [correct[test.labels == label]]
         },
+        "largest_class": _largest_class(test),
         "num_test_images_also_in_training": duplicates_between(context.target.images, known, tests),
         "num_repeated_test_images": num_repeats(context.target.images, tests),
         "num_contents_of_several_classes": num_contents_of_several_classes(context.target.images),
@@ -167,6 +168,12 @@ def _conclude(
 
 def _accuracy(correct: np.ndarray) -> dict[str, Any]:
     return {"accuracy": float(correct.mean()), "interval": list(accuracy_interval(correct))}
+
+
+def _largest_class(images: LabelledImages) -> dict[str, Any]:
+    """Return the class that most images have, and the share of them: what always naming it would be right for."""
+    counts = np.bincount(images.labels, minlength=len(images.classes))
+    return {"name": images.classes[int(counts.argmax())], "share": float(counts.max() / counts.sum())}
 
 
 def register_source(context: Context, model: Model, chosen: Stage) -> Stage:

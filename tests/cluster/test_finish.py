@@ -72,6 +72,9 @@ def test_a_model_is_compared_with_the_stronger_control_image_by_image(context: C
     assert found["calibration_error"] == pytest.approx(330 / 363 - sure, abs=1e-6)
     assert found["num_test_images_also_in_training"] == 3
     assert found["num_repeated_test_images"] == 1
+    assert found["largest_class"] == {
+        "name": str(np.bincount(labels).argmax()), "share": pytest.approx(np.bincount(labels).max() / 363)
+    }  # fmt: skip
     assert found["num_contents_of_several_classes"] == 0
     images = context.target.images
     twice = dataclasses.replace(images, digests=(*images.digests[:1], images.digests[0], *images.digests[2:]))
