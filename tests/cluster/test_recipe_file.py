@@ -77,6 +77,11 @@ def test_overrides(tmp_path: Path, override: str, field: tuple[str, ...], value:
             MINIMAL | {"train": {"precision": "fp8"}},
             "train.precision: Input should be 'auto', 'fp32' or 'bf16'",
         ),
+        (MINIMAL | {"train": 3}, "train is 3; accepted: a mapping of epochs, batch_size, "),
+        (
+            {"name": "x", "data": {"path": "a", "split": 0.5}},
+            "data.split is 0.5; accepted: a mapping of train, validation, test",
+        ),
         (MINIMAL | {"mode": "linear"}, "mode: Input should be"),
         (MINIMAL | {"sources": []}, "sources is ()"),
         (MINIMAL | {"sources": "mobilenet"}, "sources: Input should be 'all'"),
