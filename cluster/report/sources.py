@@ -79,6 +79,8 @@ def print_source(found: Description) -> None:
             continue
         if isinstance(value, dict):
             value = ", ".join(f"{name} {inner}" for name, inner in value.items())
+        if isinstance(value, tuple):
+            value = ", ".join(value)
         if isinstance(value, bool):
             value = "yes" if value else "no"
         # Soft, so that what is copied from a narrow terminal is whole.
