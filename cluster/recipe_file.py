@@ -65,8 +65,8 @@ def shipped_text(name: str) -> str:
     """Return the YAML of a recipe that comes with Headstart; raises `RecipeError` where none is called `name`."""
     if name not in (names := shipped_recipes()):
         close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise RecipeError(f"no recipe {name!r}: {hint}{_accepted()}")
+        hint = f"; did you mean {close[0]}?" if close else "."
+        raise RecipeError(f"no recipe {name!r}{hint} {_accepted()}")
     return files(_SHIPPED).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
@@ -155,6 +155,9 @@ def _explain(detail: ErrorDetails) -> str:
         close = difflib.get_close_matches(location[-1], accepted, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         return f"{'.'.join(location)}: no such field. {hint}Accepted: {', '.join(accepted)}"
+    if detail["type"] == "dataclass_type":
+        accepted = [field.name for field in dataclasses.fields(_SECTIONS.get(tuple(location), Recipe))]
+        return f"{'.'.join(location)} is {detail['input']!r}; accepted: a mapping of {', '.join(accepted)}"
     if detail["type"] in ("missing", "missing_argument"):
         return f"{'.'.join(location)}: this field is required"
     # A union's error names its member behind the field ("sources.tuple[str, ...]"); the field is what the user wrote.

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from headstart.cluster.connect import Connection
 from headstart.cluster.recipe_file import recipe_document
 from headstart.cluster.report.sources import print_unavailable
+from headstart.cluster.report.table import print_table, stdout_console
 from headstart.cluster.stages.context import Reporter, cache_root
 from headstart.cluster.stages.rank import no_source
 from headstart.cluster.stages.run_directory import RunDirectory, write_json
+from headstart.trainer.audition import audition, head_settings
 from headstart.trainer.errors import RecipeError, RunError, SourceError
 from headstart.trainer.features import extract_features
-from headstart.trainer.heads import audition, head_settings
 from headstart.trainer.inputs.readers import load_images
 from headstart.trainer.inputs.split import split_images
 from headstart.trainer.recipe import Recipe
@@ -139,18 +139,26 @@ def _run_trials(
     return trials
 
 
-def print_trials(document: Trials) -> None:
-    """Print the trials as a table, the best first."""
-    table = Table(title=f"Banks of heads for {document['name']}", title_justify="left")
-    for column in ("source", "heads", "best accuracy", "loss", "rate", "decay", "seed"):
-        table.add_column(column, justify="left" if column == "source" else "right")
-    for trial in document["trials"]:
-        table.add_row(
-            trial["source"], str(trial["num_heads"]), f"{trial['accuracy']:.4f}", f"{trial['loss']:.4f}",
-            f"{trial['learning_rate']:g}", f"{trial['weight_decay']:g}", str(trial["seed"]),
-        )  # fmt: skip
-    console = Console()
-    console.print(table)
+def print_trials(document: Trials, console: Console | None = None) -> None:
+    """Print the trials as a table, the best first, in columns for which there is room."""
+    console = console or stdout_console(120)
+    trials = document["trials"]
+    columns = {
+        "source": [trial["source"] for trial in trials],
+        "heads": [str(trial["num_heads"]) for trial in trials],
+        "accuracy": [f"{trial['accuracy']:.4f}" for trial in trials],
+        "loss": [f"{trial['loss']:.4f}" for trial in trials],
+        "rate": [f"{trial['learning_rate']:g}" for trial in trials],
+        "decay": [f"{trial['weight_decay']:g}" for trial in trials],
+        "seed": [str(trial["seed"]) for trial in trials],
+    }
+    print_table(
+        f"Banks of heads for {document['name']}, each with its best",
+        columns,
+        console,
+        leave_out=("heads", "seed", "loss"),
+        elsewhere="tune.json",
+    )
     print_unavailable(document["unavailable"], console)
 
 

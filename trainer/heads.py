@@ -1,4 +1,4 @@
-"""HeadBank: K linear heads trained together on cached features, and the audition of a source task.
+"""HeadBank: K linear heads trained together on cached features.
 
     bank = HeadBank(settings, num_classes=10)
     bank.fit(features, labels, epochs=100, batch_size=256, seed=0)
@@ -9,9 +9,7 @@ one [K*C, B] x [B, D] backwards; the batch is never copied per head. The gradien
 cross-entropy is written down (softmax - one-hot), which leaves autograd with nothing to do.
 """
 
-import itertools
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,9 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from headstart.trainer.errors import DataError, RecipeError
+from headstart.trainer.errors import DataError
 from headstart.trainer.head_optimizers import OPTIMIZERS
-from headstart.trainer.recipe import Search
 
 Array = torch.Tensor | np.ndarray
 Progress = Callable[[int, int], None]
@@ -43,34 +40,6 @@ class HeadSetting:
     """Decoupled for adamw, an L2 penalty for sgd; not applied to the bias."""
     seed: int = 0
     """Decides the initial weights; the order of batches belongs to the bank."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Audition:
-    """What a bank of heads says about a source task's features."""
-
-    accuracy: float
-    """Of the best head on the validation part, 0 to 1."""
-    loss: float
-    """Mean cross-entropy of the best head on the validation part, in nats."""
-    setting: HeadSetting
-    """Of the best head."""
-    head: nn.Linear
-    """The best head, on the CPU; it takes features as they come, not scaled."""
-    settings: tuple[HeadSetting, ...]
-    """Of all K heads."""
-    accuracies: tuple[float, ...]
-    """Of all K heads on the validation part; 0 for one that diverged."""
-    losses: tuple[float, ...]
-    """Of all K heads on the validation part; infinite for one that diverged."""
-    seconds: float
-    """Wall time of fitting and choosing."""
-
-
-def head_settings(search: Search) -> tuple[HeadSetting, ...]:
-    """Every combination of the search: rates outermost, then decays, then seeds."""
-    grid = itertools.product(search.learning_rates, search.weight_decays, search.seeds)
-    return tuple(HeadSetting(learning_rate=r, weight_decay=d, seed=s) for r, d, s in grid)
 
 
 def as_tensor(array: Array) -> torch.Tensor:
@@ -250,56 +219,6 @@ class HeadBank:
         size = max(1, min(_ROWS, _LOGITS // (len(self.settings) * self.num_classes)))
         for start in range(0, len(x), size):
             yield start, x[start : start + size].to(self.device)
-
-
-def audition(
-    train_features: Array,
-    train_labels: Array,
-    validation_features: Array,
-    validation_labels: Array,
-    *,
-    num_classes: int,
-    search: Search,
-    optimizer: Literal["adamw", "sgd"] = "adamw",
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    progress: Progress | None = None,
-) -> Audition:
-    """Train a bank of heads on cached features [N, D] and keep the best one on the validation part.
-
-    Best is the highest accuracy, then the lower loss, then the lower index in `head_settings(search)`. Raises
-    DataError where a feature is not finite, RecipeError where every head diverged.
-    """
-    start = time.perf_counter()
-    require_finite(train_features, "training")
-    require_finite(validation_features, "validation")
-    settings = head_settings(search)
-    bank = HeadBank(settings, num_classes=num_classes, optimizer=optimizer, device=device)
-    bank.fit(
-        train_features,
-        train_labels,
-        epochs=search.epochs,
-        batch_size=search.batch_size,
-        seed=seed,
-        progress=progress,
-    )
-    accuracies, losses = (v.tolist() for v in bank.evaluate(validation_features, validation_labels))
-    best = min(range(len(settings)), key=lambda k: (-accuracies[k], losses[k], k))
-    if math.isinf(losses[best]):
-        raise RecipeError(
-            f"every head of the search diverged: search.learning_rates is {search.learning_rates} with "
-            f"search.weight_decays {search.weight_decays}; set smaller ones, such as the defaults"
-        )
-    return Audition(
-        accuracy=accuracies[best],
-        loss=losses[best],
-        setting=settings[best],
-        head=bank.head(best).cpu(),
-        settings=settings,
-        accuracies=tuple(accuracies),
-        losses=tuple(losses),
-        seconds=time.perf_counter() - start,
-    )
 
 
 def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -105,7 +105,7 @@ class Train:
     Without, each has a CPU."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
+        _require(1 <= self.epochs <= 10_000, "train.epochs", self.epochs, "1 to 10,000")
         _require(self.workers >= 1, "train.workers", self.workers, "at least 1")
         _require(
             # One image a step has no variance for BatchNorm to divide by.
@@ -155,7 +155,7 @@ class Search:
             "finite, 0 or more",
         )
         _require(all(0 <= seed < 2**32 for seed in self.seeds), "search.seeds", self.seeds, "0 to 2**32 - 1")
-        _require(self.epochs >= 1, "search.epochs", self.epochs, "at least 1")
+        _require(1 <= self.epochs <= 100_000, "search.epochs", self.epochs, "1 to 100,000")
         _require(self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
 
 

@@ -1,7 +1,6 @@
 """Commands that make runs: the whole way of a recipe, parts of it, a search, and a job on a cluster."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -185,9 +184,7 @@ def _show(outcome: "Outcome", as_json: bool, document: Any = None) -> None:
     if as_json:
         print_json(outcome.summary if document is None else document)
         return
-    from rich.console import Console
-
     from headstart.cluster.report.outcome import print_outcome
+    from headstart.cluster.report.table import stdout_console
 
-    # Rich takes a pipe or a file for 80 columns, too few for the table of sources.
-    print_outcome(outcome, Console(width=None if sys.stdout.isatty() else 120))
+    print_outcome(outcome, stdout_console(120))

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from headstart.cluster.report.table import stdout_console
 from headstart.cluster.stages.context import cache_root
 
 Finding = dict[str, Any]
@@ -56,19 +57,18 @@ def examine() -> list[Finding]:
     ]  # fmt: skip
 
 
-def print_findings(findings: list[Finding]) -> None:
+def print_findings(findings: list[Finding], console: Console | None = None) -> None:
     """Print the findings as a table."""
     table = Table(title="headstart doctor", title_justify="left")
     for column in ("", "check", "found", "what it means"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")  # a library's name is of no use when cut
     for finding in findings:
         style = _STYLES[finding["status"]]
         table.add_row(
             f"[{style}]{finding['status']}[/{style}]", finding["check"], escape(finding["value"]),
             escape(finding["meaning"]),
         )  # fmt: skip
-    # Rich takes a pipe or a file for 80 columns.
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    (console or stdout_console(110)).print(table)
 
 
 def _finding(check: str, status: str, value: object, meaning: str) -> Finding:

@@ -3,18 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from rich.cells import cell_len
-from rich.console import Console, JustifyMethod
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from headstart.cluster.pipeline import Outcome
 from headstart.cluster.report.sources import print_unavailable
+from headstart.cluster.report.table import print_table
 
 _LEFT_OUT_FIRST = ("k-NN", "ridge", "Euclidean", "seconds", "energy", "score")
 """Columns of the ranking that a narrow terminal goes without, in this order."""
-_LICENCE = 10
-"""Cells, in which a longer licence is folded."""
 
 
 def print_outcome(outcome: Outcome, console: Console) -> None:
@@ -47,34 +45,23 @@ def print_ranking(outcome: Outcome, console: Console) -> None:
         "seconds": [f"{entry['seconds']:.1f}" for entry in available],
         "licence": [entry["licence"] for entry in available],
     }
-    left_out: list[str] = []
-    while not (fits := _width(columns) <= console.width) and len(left_out) < len(_LEFT_OUT_FIRST):
-        left_out.append(_LEFT_OUT_FIRST[len(left_out)])
-        del columns[left_out[-1]]
-    table = Table(title=f"Sources for {outcome.summary['name']}, best audition first", title_justify="left")
-    for name in columns:
-        wraps = name == "licence" or (name == "source" and not fits)
-        justify: JustifyMethod = "left" if name in ("source", "licence") else "right"
-        table.add_column(name, justify=justify, no_wrap=not wraps, overflow="fold")
-    for row in zip(*columns.values(), strict=True):
-        table.add_row(*map(escape, row))
-    console.print(table)
-    if left_out:
-        console.print(f"Left out for want of width: {', '.join(left_out)}; ranking.json has them.", style="dim")
+    print_table(
+        f"Sources for {outcome.summary['name']}, best audition first",
+        columns,
+        console,
+        leave_out=_LEFT_OUT_FIRST,
+        elsewhere="ranking.json",
+        folded={"licence": 10},
+    )
     console.print(
         "k-NN, ridge: leaving one training image out. audition: the best of a bank of heads, on validation. "
         f"energy, Euclidean: distance of the tasks' features under {outcome.ranking['probe']}, smaller is closer; "
         "- where a source has no sketch: finished runs have one.",
         style="dim",
     )
+    if any(distance["energy"] is not None and distance["energy"] < 0 for distance in distances):
+        console.print("Energies around 0, or below, are those of two samples of one task.", style="dim")
     print_unavailable({entry["source"]: entry["reason"] for entry in missing}, console)
-
-
-def _width(columns: dict[str, list[str]]) -> int:
-    """Cells that a table of these columns takes, borders included."""
-    widths = {name: max(map(cell_len, (name, *cells))) for name, cells in columns.items()}
-    widths["licence"] = min(widths["licence"], _LICENCE)
-    return 1 + sum(3 + width for width in widths.values())
 
 
 def _print_evaluation(outcome: Outcome, console: Console) -> None:
@@ -106,6 +93,14 @@ def _print_evaluation(outcome: Outcome, console: Console) -> None:
         f"Temperature {evaluation['temperature']:.3f}, calibration error {evaluation['calibration_error']:.4f}; "
         f"{evaluation['num_test_images_also_in_training']} test images are also among those learned from."
     )
+    largest = evaluation["largest_class"]
+    if largest["share"] >= evaluation["test"]["interval"][0]:
+        console.print(
+            f"Always naming the largest class, {escape(largest['name'])}, would be right for "
+            f"{_share(largest['share'])} of the test images; class_accuracy in evaluation.json has each class."
+        )
+    if num := evaluation["num_repeated_test_images"]:
+        console.print(f"Test images that repeat an earlier one: {num}. The intervals take them for new ones.")
     if num := evaluation["num_contents_of_several_classes"]:
         console.print(f"Images that the data has under more than one class: {num}.")
 

@@ -1,14 +1,13 @@
 """The source tasks that a run can start from, listed and shown."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from headstart.cluster.report.table import print_table, stdout_console
 from headstart.cluster.stages.context import Reporter, cache_root
 from headstart.trainer.backbones.weights import fetch_weights
 from headstart.trainer.selection.sources import Candidate, SourceCard, resolve, survey
@@ -43,24 +42,24 @@ def fetch(name: str) -> Description:
 
 def print_sources(found: list[Description], console: Console | None = None) -> None:
     """Print the sources as a table."""
-    console = console or Console(
-        width=None if sys.stdout.isatty() else 130
-    )  # Rich takes a pipe or a file for 80 columns
-    table = Table(title="Source tasks", title_justify="left")
-    table.add_column("name", no_wrap=True)  # to be typed again
-    wide = console.width >= 100  # `sources show` has the architecture too
-    for column in ("task", *(("architecture",) if wide else ()), "pixels", "licence"):
-        table.add_column(column)
-    for source in found:
-        if source["reason"] is not None:
-            continue
-        style = "green" if source["made_here"] else None
-        side = str(source["preprocessing"]["crop"])
-        architecture = (source["architecture"],) if wide else ()
-        table.add_row(
-            source["name"], escape(source["task"]), *architecture, side, escape(source["licence"]), style=style
-        )
-    console.print(table)
+    console = console or stdout_console(130)
+    sound = [source for source in found if source["reason"] is None]
+    columns = {
+        "name": [source["name"] for source in sound],
+        "task": [source["task"] for source in sound],
+        "architecture": [source["architecture"] for source in sound],
+        "pixels": [str(source["preprocessing"]["crop"]) for source in sound],
+        "licence": [source["licence"] for source in sound],
+    }
+    print_table(
+        "Source tasks",
+        columns,
+        console,
+        leave_out=("architecture", "pixels", "licence"),
+        elsewhere="`headstart sources show NAME`",
+        folded={"task": 24, "architecture": 20, "licence": 10},
+        styles=["green" if source["made_here"] else "" for source in sound],
+    )
     if any(source["made_here"] for source in found):
         console.print("green: made here, by runs that are finished", style="dim")
     print_unavailable({s["name"]: s["reason"] for s in found if s["reason"] is not None}, console)
@@ -80,6 +79,8 @@ def print_source(found: Description) -> None:
             continue
         if isinstance(value, dict):
             value = ", ".join(f"{name} {inner}" for name, inner in value.items())
+        if isinstance(value, tuple):
+            value = ", ".join(value)
         if isinstance(value, bool):
             value = "yes" if value else "no"
         # Soft, so that what is copied from a narrow terminal is whole.

@@ -10,7 +10,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from headstart.cluster.fit import Row, fit
+from headstart.cluster.fit import fit
+from headstart.cluster.fit_worker import Row
 from headstart.cluster.recipe_file import recipe_document
 from headstart.cluster.stages.context import Context
 from headstart.cluster.stages.model import Model, auditioned, load_source

@@ -37,12 +37,12 @@ class Reporter:
     @contextmanager
     def bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
         """Show a bar for the block; it is moved by calling what this yields with (done, total)."""
+        wide = self.console.width >= 72
         columns = (
             TextColumn("{task.description:<34}"),
-            BarColumn(30),
+            BarColumn(30 if wide else 10),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            *((TimeElapsedColumn(), TimeRemainingColumn()) if wide else ()),
         )
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task(title, total=None)

@@ -13,6 +13,7 @@ from headstart.cluster.stages.context import Context
 from headstart.cluster.stages.model import Model, ranked_source
 from headstart.cluster.stages.rank import load_probe
 from headstart.cluster.stages.run_directory import Result, Stage, write_json
+from headstart.trainer.backbones.weights import fetch_weights, is_fetchable
 from headstart.trainer.errors import SourceError
 from headstart.trainer.evaluation import (
     accuracy_interval,
@@ -27,7 +28,7 @@ from headstart.trainer.features import CachedFeatures, extract_features
 from headstart.trainer.inputs.batches import pixel_batches
 from headstart.trainer.inputs.dataset import LabelledImages
 from headstart.trainer.inputs.preprocessing import Preprocess, Preprocessing
-from headstart.trainer.inputs.split import duplicates_between, num_contents_of_several_classes
+from headstart.trainer.inputs.split import duplicates_between, num_contents_of_several_classes, num_repeats
 from headstart.trainer.selection.ranking import make_sketch, sketched
 from headstart.trainer.selection.sources import (
     SourceCard,
@@ -38,9 +39,10 @@ from headstart.trainer.selection.sources import (
 )
 
 RAW_SIDE = 16
-EVALUATION_SCHEMA = 4
+EVALUATION_SCHEMA = 5
 """2: Wilson's intervals of the accuracies, and `verdict_p_value`. 3: `class_accuracy` of a class without test images is
-None; the control from scratch says its `architecture`. 4: `num_contents_of_several_classes`."""
+None; the control from scratch says its `architecture`. 4: `num_contents_of_several_classes`. 5:
+`num_repeated_test_images`, `largest_class`."""
 
 
 def evaluate(context: Context, model: Model, chosen: Stage, control: Stage | None, tuned: Stage | None) -> Stage:
@@ -157,13 +159,21 @@ def _conclude(
             for label, name in enumerate(test.classes)
             for of_class in [correct[test.labels == label]]
         },
+        "largest_class": _largest_class(test),
         "num_test_images_also_in_training": duplicates_between(context.target.images, known, tests),
+        "num_repeated_test_images": num_repeats(context.target.images, tests),
         "num_contents_of_several_classes": num_contents_of_several_classes(context.target.images),
     }
 
 
 def _accuracy(correct: np.ndarray) -> dict[str, Any]:
     return {"accuracy": float(correct.mean()), "interval": list(accuracy_interval(correct))}
+
+
+def _largest_class(images: LabelledImages) -> dict[str, Any]:
+    """Return the class that most images have, and the share of them: what always naming it would be right for."""
+    counts = np.bincount(images.labels, minlength=len(images.classes))
+    return {"name": images.classes[int(counts.argmax())], "share": float(counts.max() / counts.sum())}
 
 
 def register_source(context: Context, model: Model, chosen: Stage) -> Stage:
@@ -194,7 +204,10 @@ def register_source(context: Context, model: Model, chosen: Stage) -> Stage:
             images = sketched(context.target, context.recipe.seed)
             sketch, cached = make_sketch(probe, images, context.cache, tag=context.tag, progress=progress)
         state = model.backbone.module.state_dict() if model.backbone.module is not None else None
-        write_source(folder, card, state, model.head.state_dict(), sketch, seen=seen)
+        graph = None
+        if state is None and not is_fetchable(origin.card.weights):
+            graph = fetch_weights(origin.card.weights, origin.card.sha256, context.cache, base=origin.base).path
+        write_source(folder, card, state, model.head.state_dict(), sketch, seen=seen, graph=graph)
         return {"name": card.name}, [cached]
 
     stage = context.run.stage("register", inputs, lambda: sorted(folder.iterdir()), make)

@@ -89,7 +89,7 @@ def test_shipped_recipes_are_listed_and_printed_to_be_changed(headstart: Callabl
     assert read["train"]["learning_rate"] == 3e-4  # which YAML 1.1 takes for text
     ended = headstart("recipes", "show", "folders")
     assert ended.code == 2
-    assert "no recipe 'folders': did you mean folder?" in ended.stderr
+    assert "no recipe 'folders'; did you mean folder?" in ended.stderr
 
 
 def test_the_readme_says_which_commands_have_no_json():

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
 from headstart.cluster.stages import finish
@@ -16,6 +19,7 @@ from headstart.cluster.stages.finish import _conclude, _raw_pixels, evaluate, re
 from headstart.cluster.stages.model import Model, load_source
 from headstart.cluster.stages.run_directory import Stage, write_json
 from headstart.trainer.backbones.card import card_to_yaml
+from headstart.trainer.backbones.weights import file_sha256
 from headstart.trainer.errors import SourceError
 from headstart.trainer.evaluation import (
     accuracy_interval,
@@ -30,7 +34,7 @@ from headstart.trainer.inputs.preprocessing import Preprocess, Preprocessing
 from headstart.trainer.recipe import Mode
 from headstart.trainer.selection.ranking import Target
 from headstart.trainer.selection.source_folder import WEIGHTS, read_card, read_seen
-from headstart.trainer.selection.sources import SourceCard, catalog, image_id
+from headstart.trainer.selection.sources import SourceCard, catalog, find_source, image_id
 from headstart.trainer.transfer import build_classifier
 
 
@@ -67,6 +71,10 @@ def test_a_model_is_compared_with_the_stronger_control_image_by_image(context: C
     sure = np.exp(2) / (np.exp(2) + 9)  # logits 3 at temperature 1.5
     assert found["calibration_error"] == pytest.approx(330 / 363 - sure, abs=1e-6)
     assert found["num_test_images_also_in_training"] == 3
+    assert found["num_repeated_test_images"] == 1
+    assert found["largest_class"] == {
+        "name": str(np.bincount(labels).argmax()), "share": pytest.approx(np.bincount(labels).max() / 363)
+    }  # fmt: skip
     assert found["num_contents_of_several_classes"] == 0
     images = context.target.images
     twice = dataclasses.replace(images, digests=(*images.digests[:1], images.digests[0], *images.digests[2:]))
@@ -237,6 +245,39 @@ def test_what_a_run_registers_has_seen_what_its_source_has_if_it_took_that_over(
     (first.cache / "sources/second").unlink()
     second.run.attempt = "another"
     assert registered(second, "first", "scratch")[0] == card
+
+
+def test_a_graph_of_ones_own_goes_with_the_run_that_it_became(context: Context, shared_weights: Path, tmp_path: Path):
+    given = tmp_path / "given"
+    given.mkdir()
+    graph = helper.make_graph(
+        [helper.make_node("GlobalMaxPool", ["images"], ["most"]), helper.make_node("Flatten", ["most"], ["flat"])], "g",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 1, 8, 8])],
+        [helper.make_tensor_value_info("flat", TensorProto.FLOAT, ["batch", 1])],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=10)
+    onnx.save(model, given / "net.onnx")
+    grey = Preprocessing(resize=8, crop=8, channels=1, mean=(0.5,), std=(0.5,))
+    digest = file_sha256(given / "net.onnx")
+    card = SourceCard(
+        name="given", task="t", architecture="onnx:flat", weights="net.onnx", sha256=digest, preprocessing=grey
+    )
+    (given / "card.yaml").write_text(card_to_yaml(card))
+    first = small(context, shared_weights, name="first")
+    first = dataclasses.replace(first, recipe=dataclasses.replace(first.recipe, sources=(f"source:{given}",)))
+    backbone = load_source(first, "given")
+    frozen = Model(source="given", mode="feature", backbone=backbone, head=torch.nn.Linear(1, 10))
+    register_source(first, frozen, stage("a", "feature"))
+    shutil.rmtree(given)
+    registered = find_source("first", "all", first.cache)
+    assert registered.card.sha256 == digest
+    assert registered.load(first.cache).fingerprint == backbone.fingerprint
+
+    second = small(context, shared_weights, name="second", start=70)
+    frozen = dataclasses.replace(frozen, source="first", backbone=load_source(second, "first"))
+    register_source(second, frozen, stage("b", "feature"))
+    (second.cache / "sources/first").unlink()
+    assert find_source("second", "all", second.cache).load(second.cache).fingerprint == backbone.fingerprint
 
 
 def test_a_source_is_made_anew_for_another_name_model_or_data(

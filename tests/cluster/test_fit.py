@@ -18,7 +18,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from headstart.cluster.connect import Connection
-from headstart.cluster.fit import _outcome, divide_work, fit, latest_state
+from headstart.cluster.fit import divide_work, fit, latest_state
+from headstart.cluster.fit_worker import _outcome
 from headstart.trainer.errors import RunError
 from headstart.trainer.inputs.dataset import ImageArrays, LabelledImages
 from headstart.trainer.inputs.preprocessing import Preprocess, Preprocessing

@@ -43,6 +43,8 @@ EVALUATION = {
     "temperature": 1.0,
     "calibration_error": 0.0,
     "num_test_images_also_in_training": 0,
+    "largest_class": {"name": "a", "share": 0.5},
+    "num_repeated_test_images": 0,
     "num_contents_of_several_classes": 0,
 }
 ENTRY = {"source": "a", "available": True, "architecture": "resnet18", "distances": None, "seconds": 1.0}
@@ -72,6 +74,24 @@ def test_from_scratch_there_is_no_verdict_and_test_images_in_training_are_told()
     text = told([], EVALUATION | none | {"num_test_images_also_in_training": 3})
     assert "Verdict" not in text
     assert "; 3 test images are also among those learned from." in text
+
+
+def test_the_largest_class_is_told_where_the_model_may_do_no_better_than_naming_it():
+    assert "largest class" not in told([], EVALUATION)
+    text = told([], EVALUATION | {"largest_class": {"name": "[x]", "share": 0.7}})
+    assert "Always naming the largest class, [x], would be right for 0.7000 of the test images" in text
+
+
+def test_an_energy_below_0_is_explained():
+    near, far = ({"distances": {"energy": energy, "euclidean": 0.0}} for energy in (-0.2, 0.2))
+    assert "Energies around 0, or below, are those of two samples of one task." in told([ENTRY | near, ENTRY])
+    assert "Energies around 0" not in told([ENTRY | far, ENTRY])
+
+
+def test_repeated_test_images_are_told_where_there_are_any():
+    assert "repeat" not in told([], EVALUATION)
+    text = told([], EVALUATION | {"num_repeated_test_images": 9})
+    assert "Test images that repeat an earlier one: 9. The intervals take them for new ones." in text
 
 
 def test_images_under_several_classes_are_told_where_there_are_any():

@@ -68,12 +68,19 @@ def test_overrides(tmp_path: Path, override: str, field: tuple[str, ...], value:
         (MINIMAL | {"train": {"epoch": 3}}, "train.epoch: no such field. did you mean epochs?"),
         (MINIMAL | {"train": {"epochs": "three"}}, "train.epochs: Input should be a valid integer"),
         (MINIMAL | {"train": {"epochs": True}}, "train.epochs"),
-        (MINIMAL | {"train": {"epochs": 0}}, "train.epochs is 0; accepted: at least 1"),
+        (MINIMAL | {"train": {"epochs": 0}}, "train.epochs is 0; accepted: 1 to 10,000"),
+        (MINIMAL | {"train": {"epochs": 10_001}}, "train.epochs is 10001; accepted: 1 to 10,000"),
+        (MINIMAL | {"search": {"epochs": 10**9}}, "search.epochs is 1000000000; accepted: 1 to 100,000"),
         (MINIMAL | {"train": {"batch_size": 33}}, "accepted: a multiple of train.workers (2)"),
         (MINIMAL | {"train": {"batch_size": 2}}, "with two images or more for each"),
         (
             MINIMAL | {"train": {"precision": "fp8"}},
             "train.precision: Input should be 'auto', 'fp32' or 'bf16'",
+        ),
+        (MINIMAL | {"train": 3}, "train is 3; accepted: a mapping of epochs, batch_size, "),
+        (
+            {"name": "x", "data": {"path": "a", "split": 0.5}},
+            "data.split is 0.5; accepted: a mapping of train, validation, test",
         ),
         (MINIMAL | {"mode": "linear"}, "mode: Input should be"),
         (MINIMAL | {"sources": []}, "sources is ()"),
@@ -138,8 +145,10 @@ def test_every_problem_is_told_at_once(tmp_path: Path):
 
 
 def test_an_unknown_name_is_told_the_near_one():
-    with pytest.raises(RecipeError, match="did you mean demo"):
+    with pytest.raises(RecipeError, match=r"^no recipe 'demmo'; did you mean demo\? Accepted: the path"):
         load_recipe("demmo")
+    with pytest.raises(RecipeError, match=r"^no recipe 'mine'\. Accepted: the path"):
+        load_recipe("mine")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from headstart.cluster.report.sources import describe_sources, print_sources
+from headstart.cluster.report.sources import describe_sources, print_source, print_sources
 from headstart.trainer.selection.sources import catalog
 
 Run = Callable[..., Any]
@@ -52,6 +52,11 @@ def test_show_has_the_licence_as_found(headstart: Run):
     assert f"weights: {card.weights}" in lines
     assert f"sha256: {card.sha256}" in lines
     assert headstart("sources", "show", "english-g2", "--json").json()["licence"] == "not stated"
+
+
+def test_show_has_the_classes_as_words(cache: Path, capsys: pytest.CaptureFixture[str]):
+    print_source(describe_sources()[0] | {"classes": ("d0", "[x]")})
+    assert "classes: d0, [x]" in capsys.readouterr().out.splitlines()
 
 
 def test_fetch_brings_the_weights_of_the_card(headstart: Run, cache: Path):

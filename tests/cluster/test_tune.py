@@ -17,10 +17,10 @@ import yaml
 from headstart.cluster import tune
 from headstart.cluster.recipe_file import load_recipe
 from headstart.cluster.tune import print_trials, source_features
+from headstart.trainer.audition import audition
 from headstart.trainer.backbones.backbone import Backbone
 from headstart.trainer.errors import RecipeError, SourceError
 from headstart.trainer.features import extract_features
-from headstart.trainer.heads import audition
 from headstart.trainer.inputs.readers import load_images
 from headstart.trainer.inputs.split import split_images
 from headstart.trainer.recipe import Recipe, Search

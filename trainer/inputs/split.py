@@ -55,6 +55,15 @@ def duplicates_between(images: LabelledImages, left: npt.ArrayLike, right: npt.A
     return sum(images.digests[i] in seen for i in np.asarray(right, dtype=np.int64))
 
 
+def num_repeats(images: LabelledImages, indices: npt.ArrayLike) -> int:
+    """Count the images at `indices` whose very content is also at an earlier one of them.
+
+    An interval of the accuracy takes each for a new observation, and is too narrow by as many.
+    """
+    digests = [images.digests[i] for i in np.asarray(indices, dtype=np.int64)]
+    return len(digests) - len(set(digests))
+
+
 def num_contents_of_several_classes(images: LabelledImages) -> int:
     """Count the contents that are there under more than one class, of which a model can learn one at most.
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from headstart.kernels.energy import energy_distances
 from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.ragged import RaggedTasks
+from headstart.trainer.audition import audition
 from headstart.trainer.backbones.backbone import Backbone
 from headstart.trainer.features import CachedFeatures, Progress, extract_features
-from headstart.trainer.heads import audition
 from headstart.trainer.inputs.dataset import LabelledImages
 from headstart.trainer.recipe import Recipe
 from headstart.trainer.selection.scores import score_features

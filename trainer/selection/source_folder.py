@@ -1,8 +1,8 @@
 """The `source/` folder of a run: what the next run needs to start from it.
 
-`card.yaml`, `weights.safetensors` (tensors `backbone.*` and `head.*`), `sketch.safetensors`, and `seen.bin`: the
-images that it and the sources before it learned from, 16 bytes each. The card is written last, so a folder with a
-card is whole.
+`card.yaml`, `weights.safetensors` (tensors `backbone.*` and `head.*`), `sketch.safetensors`, `seen.bin`: the images
+that it and the sources before it learned from, 16 bytes each, and `graph.onnx` where the backbone is a graph that
+cannot be fetched. The card is written last, so a folder with a card is whole.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from headstart.trainer.files import write_atomically
 
 CARD = "card.yaml"
 WEIGHTS = "weights.safetensors"
+GRAPH = "graph.onnx"
 SKETCH = "sketch.safetensors"
 SEEN = "seen.bin"
 ID_BYTES = 16
@@ -69,14 +70,16 @@ def write_source(
     sketch: Sketch,
     *,
     seen: Set[bytes] = frozenset(),
+    graph: Path | None = None,
 ) -> SourceCard:
     """Write a run's `source/` folder and return the card as written.
 
     `seen` has the `image_id` of all that it learned from; empty where that is not known.
 
     With a `backbone_state` the card's weights become the file beside it; without one, for a source that is a
-    graph, the card keeps saying where that graph comes from and the file holds the head alone. Raises
-    `RunError` when the disk cannot take it.
+    graph, that file holds the head alone. The card keeps saying where the graph comes from, or is given a copy of
+    the file `graph`, which has the card's digest and could not be found from elsewhere. Raises `RunError` when the
+    disk cannot take it.
     """
     backbone = {f"backbone.{name}": tensor for name, tensor in (backbone_state or {}).items()}
     tensors = backbone | {f"head.{name}": tensor for name, tensor in head_state.items()}
@@ -95,6 +98,9 @@ def write_source(
             card = dataclasses.replace(card, seen_sha256=hashlib.sha256(content).hexdigest())
         if backbone_state is not None:
             card = dataclasses.replace(card, weights=WEIGHTS, sha256=file_sha256(directory / WEIGHTS))
+        if graph is not None:
+            write_atomically(directory / GRAPH, graph.read_bytes())
+            card = dataclasses.replace(card, weights=GRAPH)
         write_atomically(directory / CARD, card_to_yaml(card).encode())
     except OSError as error:
         raise RunError(f"cannot write {directory}: {error}; free space there and run the same command again") from error

@@ -10,7 +10,6 @@ import contextlib
 import difflib
 import itertools
 import os
-import re
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -18,13 +17,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from headstart.trainer.backbones.architectures import find_architecture
 from headstart.trainer.backbones.backbone import Backbone, load_backbone
-from headstart.trainer.backbones.card import LICENCE_NOT_STATED, SourceCard, card_from_yaml, card_to_yaml
+from headstart.trainer.backbones.card import SourceCard, card_from_yaml, card_to_yaml
 from headstart.trainer.backbones.tensors import tensors_fingerprint
-from headstart.trainer.backbones.weights import file_sha256, locked
+from headstart.trainer.backbones.weights import locked
 from headstart.trainer.errors import RunError, SourceError
-from headstart.trainer.inputs.preprocessing import Preprocessing
 from headstart.trainer.selection.source_folder import (
     CARD,
     SKETCH_PRECISION,
@@ -35,6 +32,7 @@ from headstart.trainer.selection.source_folder import (
     read_sketch,
     write_source,
 )
+from headstart.trainer.selection.spec_cards import SPEC_KINDS, card_from_spec
 
 __all__ = [
     "SKETCH_PRECISION",
@@ -247,10 +245,8 @@ def _leak(candidate: Candidate, judged_on: Collection[str]) -> str:
 def _named(spec: str, cache: Path) -> tuple[SourceCard, Path | None]:
     """Return the card that one entry of `sources` means, and its folder."""
     kind, _, rest = spec.partition(":")
-    if kind == "torchvision" and rest:
-        return _torchvision_card(spec), None
-    if kind in ("file", "onnx") and rest:
-        return (_file_card(spec) if kind == "file" else _onnx_card(spec)), None
+    if kind in SPEC_KINDS and rest:
+        return card_from_spec(spec, catalog()), None
     if kind == "source" and rest:
         folder = Path(rest).expanduser().resolve()
         folder = folder / "source" if (folder / "source" / CARD).is_file() else folder
@@ -265,67 +261,3 @@ def _named(spec: str, cache: Path) -> tuple[SourceCard, Path | None]:
     near = difflib.get_close_matches(spec, names, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"accepted: {', '.join(names)}"
     raise SourceError(f"there is no source {spec!r}; {hint} (also accepted: {_SPECS})")
-
-
-def _torchvision_card(spec: str) -> SourceCard:
-    import torchvision
-
-    architecture = find_architecture(spec)
-    weights = torchvision.models.get_model_weights(spec.removeprefix("torchvision:")).DEFAULT
-    transforms = weights.transforms()
-    published = re.search(r"-([0-9a-f]{8,})\.\w+$", weights.url)
-    if published is None:
-        raise SourceError(f"{weights.url} publishes no digest; download it yourself and name file:PATH#{spec}")
-    return SourceCard(
-        name=_file_safe(spec),
-        task="ImageNet, 1,000 classes of photographs",
-        architecture=architecture.name,
-        weights=f"torchvision:{weights}",
-        sha256=published[1],
-        licence=weights.meta.get("license", "BSD-3-Clause"),
-        preprocessing=Preprocessing(
-            resize=transforms.resize_size[0],
-            crop=transforms.crop_size[0],
-            mean=transforms.mean,
-            std=transforms.std,
-        ),
-    )
-
-
-def _file_card(spec: str) -> SourceCard:
-    path, _, name = spec.removeprefix("file:").rpartition("#")
-    if not path:
-        raise SourceError(f"{spec} does not name its architecture; accepted: file:PATH#ARCH, such as {spec}#resnet50")
-    architecture = find_architecture(name if ":" in name else f"torchvision:{name}")
-    preprocessing = architecture.preprocessing
-    for card in catalog().values():  # a packaged architecture has the constants of its own card
-        if card.architecture == architecture.name and card.architecture.startswith("headstart:"):
-            preprocessing = card.preprocessing
-    return _user_card(spec, Path(path), architecture.name, preprocessing)
-
-
-def _onnx_card(spec: str) -> SourceCard:
-    path, _, tensor = spec.removeprefix("onnx:").partition("#")
-    preprocessing = find_architecture("torchvision:resnet50").preprocessing
-    return _user_card(spec, Path(path), f"onnx:{tensor}", preprocessing, suffix=f"#{tensor}")
-
-
-def _user_card(
-    spec: str, path: Path, architecture: str, preprocessing: Preprocessing, *, suffix: str = ""
-) -> SourceCard:
-    path = path.expanduser().resolve()
-    sha256 = file_sha256(path)
-    return SourceCard(
-        name=_file_safe(f"{path.stem}-{sha256[:8]}{suffix}"),
-        task=f"your own weights, {path.name}",
-        architecture=architecture,
-        weights=f"file:{path}",
-        sha256=sha256,
-        licence=LICENCE_NOT_STATED,
-        preprocessing=preprocessing,
-    )
-
-
-def _file_safe(spec: str) -> str:
-    """Return a name for files and tables."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", spec).strip(".-")[-200:]

@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 
 from headstart.trainer.errors import DataError
 from headstart.trainer.inputs.dataset import PARTS, ImageArrays, LabelledImages
-from headstart.trainer.inputs.split import duplicates_between, num_contents_of_several_classes, split_images
+from headstart.trainer.inputs.split import (
+    duplicates_between,
+    num_contents_of_several_classes,
+    num_repeats,
+    split_images,
+)
 from headstart.trainer.recipe import Split
 
 
@@ -235,6 +240,9 @@ def test_duplicates_are_counted():
     assert duplicates_between(images, [0, 1, 2], [3, 4, 5, 6, 7]) == 3
     assert duplicates_between(images, [2], [5, 7]) == 0
     assert duplicates_between(images, [], [0]) == 0
+    assert num_repeats(images, range(8)) == 3  # a twice more, b once
+    assert num_repeats(images, [3, 7, 4]) == 1
+    assert num_repeats(images, [0, 1, 2]) == num_repeats(images, []) == 0
 
 
 def test_contents_under_several_classes_are_counted_once_each():

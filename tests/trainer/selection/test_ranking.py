@@ -8,9 +8,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+from headstart.trainer.audition import audition
 from headstart.trainer.backbones.backbone import Backbone
 from headstart.trainer.backbones.tensors import tensors_fingerprint
-from headstart.trainer.heads import audition
 from headstart.trainer.inputs.batches import to_pixels
 from headstart.trainer.inputs.dataset import ImageArrays, LabelledImages
 from headstart.trainer.inputs.preprocessing import Preprocessing
