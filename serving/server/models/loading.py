@@ -90,8 +90,8 @@ class Loading:
             return old
         entry.loading.add(version)
         folder = entry.folder.path / str(version)
-        opening = Opening.of(entry.name, version, files, folder)
         try:
+            opening = await self._thread.run(Opening.of, entry.name, version, files, folder)
             if opening in self.suspects:
                 raise PackageError(
                     "processes of this server ended while they opened it, for which their log and the kernel's have "

@@ -181,7 +181,7 @@ class Repository:
         async with self._lock:
             try:
                 folders = await self._scan()
-            except OSError:
+            except ServeError:
                 return
             for name in [*folders, *(one for one in self._entries if one not in folders)]:
                 entry = self._entry(name)
@@ -195,13 +195,11 @@ class Repository:
         """Load a model, now and also where it failed before; undoes `unload`.
 
         Raises:
-            ServeError: 404, where the repository has no such model; 400 with the reason, where it cannot be loaded.
+            ServeError: 404, where the repository has no such model; 400 with the reason, where it cannot be loaded;
+                503, where the repository cannot be read.
         """
         async with self._lock:
-            try:
-                folders = await self._scan()
-            except OSError as error:
-                raise unavailable("the repository cannot be read; the server's log says why") from error
+            folders = await self._scan()
             if name not in folders:
                 raise not_found(f"the repository has no model {name[:128]!r}; copy a package to NAME/1 first")
             entry = self._entry(name)
@@ -243,14 +241,18 @@ class Repository:
                 _LOG.exception("the look at %s failed; it is tried again", self.root)
 
     async def _scan(self) -> dict[str, Folder]:
-        """What the root holds; an OSError is in the log, once for each reason: what is loaded serves on."""
+        """What the root holds; why it cannot be read is in the log, once for each reason: what is loaded serves on.
+
+        Raises:
+            ServeError: 503, where it cannot be read.
+        """
         try:
             folders = await asyncio.to_thread(scan, self.root)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter: there is no thread to read it in
             if str(error) != self._unreadable:
                 self._unreadable = str(error)
                 _LOG.error("%s cannot be read, what is loaded serves on: %s", self.root, error)
-            raise
+            raise unavailable("the repository cannot be read; the server's log says why") from error
         if self._unreadable:
             self._unreadable = ""
             _LOG.info("%s can be read again", self.root)

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from headstart.serving.manifest import MANIFEST
 from headstart.serving.package import MODEL
 from headstart.serving.runtime import Predictor
 from headstart.serving.server.errors import ServeError
+from headstart.serving.server.models import folder as folders
 from headstart.serving.server.models import loading, repository
 from headstart.serving.server.models.folder import Opening
 from headstart.serving.server.models.loading import Scheduling
@@ -398,6 +400,43 @@ async def test_where_there_is_no_thread_to_load_in_it_is_tried_again(root: Path,
         monkeypatch.setattr(loading, "monotonic", lambda: time.monotonic() + 31)
         await looks(service)
         assert await served_by(service) == "1"
+
+
+@on_a_loop
+async def test_where_there_is_no_thread_to_read_the_folder_in_what_is_loaded_serves_on(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def start(thread: threading.Thread) -> None:
+        lacks_a_thread()
+
+    write_package(root / "demo" / "1", 1)
+    async with serving(root, poll_s=NEVER) as service:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())  # which has no thread yet
+        with monkeypatch.context() as full:
+            full.setattr(threading.Thread, "start", start)
+            await looks(service)
+            with pytest.raises(ServeError, match="the server's log says why") as caught:
+                await service.load("demo", {})
+        assert caught.value.status == 503
+        assert await served_by(service) == "1"
+        assert [one.getMessage() for one in caplog.records if one.levelname == "ERROR"] == [
+            f"{root} cannot be read, what is loaded serves on: can't start new thread"
+        ]
+        await service.load("demo", {})
+
+
+@on_a_loop
+async def test_nothing_of_a_package_is_read_on_the_event_loop(root: Path, monkeypatch: pytest.MonkeyPatch):
+    def read(path: Path, most: int) -> bytes:
+        threads.append(threading.current_thread().name)
+        return read_plain(path, most)
+
+    read_plain, threads = folders.read_plain, []
+    monkeypatch.setattr(folders, "read_plain", read)
+    write_package(root / "demo" / "1", 1)
+    async with serving(root, poll_s=NEVER) as service:
+        assert await served_by(service) == "1"
+    assert threads == ["headstart-load"]
 
 
 @on_a_loop
@@ -1039,7 +1078,7 @@ async def test_stopping_waits_no_longer_than_it_was_told(root: Path):
 async def test_a_look_that_fails_is_not_the_last(root: Path, monkeypatch: pytest.MonkeyPatch):
     def fails(root: Path) -> None:
         failed.append(root)
-        raise RuntimeError("nobody thought of this")
+        raise LookupError("nobody thought of this")
 
     failed: list[Path] = []
     async with serving(root, poll_s=0.005) as service:
