@@ -20,6 +20,9 @@ def thread() -> Iterator[OneThread]:
     made = OneThread("one")
     yield made
     made.stop()
+    for one in threading.enumerate():
+        if one.name == "one":
+            one.join(10)
 
 
 def running() -> list[str]:
