@@ -192,6 +192,7 @@ async def test_what_serves_stays_while_what_follows_it_is_still_copied(tmp_path:
         write_package(root / "demo" / "2", 2)
         await service.repository.look()
         assert await served_by(service) == "1"
+        assert rows(service)["demo", "1"][0] == "READY"
         await service.repository.look()
         assert await served_by(service) == "2"
         assert [*rows(service)] == [("demo", "2")]
