@@ -82,7 +82,6 @@ class Loading:
         """A version loaded from the files that are there now, the one that was loaded before them, or None."""
         files, old, failed = entry.folder.versions[version], entry.served.get(version), entry.failed.get(version)
         if old and old.files == files:
-            entry.failed.pop(version, None)
             return old
         if failed and failed.files == files and (failed.again_at is None or monotonic() < failed.again_at):
             return old

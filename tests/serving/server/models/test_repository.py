@@ -381,6 +381,7 @@ async def test_what_fails_for_want_of_something_is_tried_again_with_the_same_fil
         monkeypatch.setattr(loading, "monotonic", lambda: time.monotonic() + 31)
         await looks(service)
         assert await served_by(service) == "2"
+        assert rows(service)["demo", "2"] == ("READY", "")
 
 
 @on_a_loop
