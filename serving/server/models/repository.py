@@ -19,9 +19,9 @@ from headstart.serving.server.errors import ServeError, bad_request, not_found, 
 from headstart.serving.server.models.drift import check_share
 from headstart.serving.server.models.entry import Entry, Served
 from headstart.serving.server.models.folder import POLICY_FILE, Folder, Refused, scan
+from headstart.serving.server.models.from_package import load_package
 from headstart.serving.server.models.loading import Loader, Loading, Scheduling
 from headstart.serving.server.models.mirror import Mirror
-from headstart.serving.server.models.model import load_package
 from headstart.serving.server.models.policy import VERSION, Policy
 from headstart.serving.server.watching.metrics import Metrics
 from headstart.serving.signing import check_public_key

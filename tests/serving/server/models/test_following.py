@@ -11,7 +11,8 @@ import pytest
 from headstart.serving.device import Device
 from headstart.serving.package import MODEL
 from headstart.serving.server.errors import ServeError
-from headstart.serving.server.models.model import LoadedModel, load_package
+from headstart.serving.server.models.from_package import load_package
+from headstart.serving.server.models.model import LoadedModel
 from headstart.serving.server.models.policy import Policy
 from headstart.serving.server.service import Service
 from tests.serving.server.graphs import write_package

@@ -31,8 +31,9 @@ from headstart.serving.server.errors import ServeError
 from headstart.serving.server.models import folder as folders
 from headstart.serving.server.models import loading, repository
 from headstart.serving.server.models.folder import Opening
+from headstart.serving.server.models.from_package import load_package
 from headstart.serving.server.models.loading import Scheduling
-from headstart.serving.server.models.model import LoadedModel, load_graph, load_package, public
+from headstart.serving.server.models.model import LoadedModel, load_graph, public
 from headstart.serving.server.models.policy import Policy
 from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.service import Service
@@ -322,9 +323,11 @@ async def test_a_suspect_that_is_written_again_as_it_was_is_one_still(root: Path
     write_package(root / "demo" / "1", 1)
     async with serving(root, poll_s=NEVER) as service:
         openings: list[Opening] = []
-        service.repository.loading.on_opening = lambda opening, done: openings.append(opening)
+        told: list[bool] = []
+        service.repository.loading.on_opening = lambda opening, done: (openings.append(opening), told.append(done))
         write_package(root / "demo" / "2", 2)
         await looks(service)
+        assert told == [False, True]
         service.repository.loading.suspects.update(openings)
         (root / "demo" / "2").rename(tmp_path / "before")
         shutil.copytree(tmp_path / "before", root / "demo" / "2", copy_function=shutil.copyfile)
