@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from headstart.serving.device import CUDA, Device, open_on
@@ -86,6 +87,17 @@ def test_buffers_stay_where_they_are():
         places.append({name: value.data_ptr() for name, value in plan._values.items()})
     assert places[0] == places[1] == places[2]
     assert set(places[0]) == {"x", "y"}
+
+
+def test_each_set_of_buffers_has_a_graph_of_its_own_and_what_runs_without_has_none():
+    def graph(options: onnxruntime.RunOptions) -> str:
+        return options.get_run_config_entry("gpu_graph_id")
+
+    bound, _ = bind(mlp())
+    for rows in (1, 2, 4, 6):
+        bound.run(["y"], {"x": np.ones((rows, 16), np.float32)})
+    assert [graph(plan.options) for plan in bound._held.plans.values()] == ["1", "2", "3", "4"]  # 0 is any run's
+    assert graph(bound._options) == "-1"
 
 
 def test_every_type_is_bound_and_strings_run_without():

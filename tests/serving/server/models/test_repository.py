@@ -337,10 +337,12 @@ async def test_a_suspect_that_is_written_again_as_it_was_is_one_still(root: Path
         write_package(root / "demo" / "2", 2.5)
         await looks(service)
         assert rows(service)["demo", "2"] == ("READY", "")
-        service.repository.loading.suspects.update(openings)
+        other = openings[0]._replace(name="other")
+        service.repository.loading.suspects.update([*openings, other])
         await service.unload("demo")
         await service.load("demo", {})  # by request it is tried whatever happened
         assert rows(service)["demo", "2"] == ("READY", "")
+        assert service.repository.loading.suspects == {other}
 
 
 def lacks_descriptors() -> None:
@@ -891,9 +893,13 @@ async def test_unloading_waits_for_the_last_answer_and_lasts_until_loading(root:
     async with serving(root, poll_s=0.005) as service:
         asked = asyncio.create_task(infer(service))
         await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        (worker,) = (one for one in threading.enumerate() if one.name == "headstart-demo-1")
         await service.unload("demo")
         assert asked.done()
         assert (await asked).version == "1"
+        await asyncio.to_thread(worker.join, 10)
+        assert not worker.is_alive()
         await looks(service)
         assert await status_of(service) == 503
         assert await status_of(service, "demo", "1") == 503
