@@ -29,7 +29,8 @@ from headstart.serving.package import MODEL
 from headstart.serving.runtime import Predictor
 from headstart.serving.server.errors import ServeError
 from headstart.serving.server.models import folder as folders
-from headstart.serving.server.models import loading, repository
+from headstart.serving.server.models import loading
+from headstart.serving.server.models import root as roots
 from headstart.serving.server.models.folder import Opening
 from headstart.serving.server.models.from_package import load_package
 from headstart.serving.server.models.loading import Scheduling
@@ -1093,7 +1094,7 @@ async def test_a_look_that_fails_is_not_the_last(root: Path, monkeypatch: pytest
     failed: list[Path] = []
     async with serving(root, poll_s=0.005) as service:
         with monkeypatch.context() as broken:
-            broken.setattr(repository, "scan", fails)
+            broken.setattr(roots, "scan", fails)
             await until(lambda: failed)
         write_package(root / "demo" / "1", 1)
         await until(lambda: service.model_ready("demo", None), 5)
