@@ -51,7 +51,7 @@ class Bound:
         self._buckets, self._device = tuple(buckets), device
         self._inputs, self._outputs = inputs, outputs
         self._bindable = all(one.dtype != "object" for one in (*inputs, *outputs)) and all(
-            one.shape and all(isinstance(size, int) and size > 0 for size in one.shape[1:]) for one in outputs
+            all(isinstance(size, int) and size > 0 for size in one.shape[1:]) for one in outputs
         )
         self._options = _options(_NO_GRAPH)
         self._lock = threading.Lock()

@@ -89,6 +89,15 @@ def test_buffers_stay_where_they_are():
     assert set(places[0]) == {"x", "y"}
 
 
+@pytest.mark.parametrize("width", [None, "n"], ids=["nameless", "named"])
+def test_an_output_of_any_width_runs_without_buffers(width: str | None):
+    nodes = [onnx.helper.make_node("Abs", ["x"], ["y"])]
+    bound, _ = bind(model_bytes(nodes, [value("x", ["batch", width])], [value("y", ["batch", width])], {}))
+    x = np.arange(-3, 6, dtype=np.float32).reshape(3, 3)
+    assert np.array_equal(bound.run(["y"], {"x": x})[0], np.abs(x))
+    assert not bound._held.plans
+
+
 def test_each_set_of_buffers_has_a_graph_of_its_own_and_what_runs_without_has_none():
     def graph(options: onnxruntime.RunOptions) -> str:
         return options.get_run_config_entry("gpu_graph_id")

@@ -1,5 +1,9 @@
 """What is said of a name that does not serve, or not what it should."""
 
+from typing import Any
+
+import pytest
+
 from headstart.serving.server.models.entry import Attempt, Entry
 from headstart.serving.server.models.folder import Folder
 from headstart.serving.server.models.policy import Policy
@@ -59,3 +63,24 @@ def test_a_name_that_cannot_be_listed_is_what_it_was():
     one.see(Folder(versions={1: ()}), at_once=False)
     assert not one.changing
     assert one.folder.refused == {}
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "words"),
+    [
+        ({}, 404, "demo version '2' is not served; served: none"),
+        ({"loading": {2}}, 503, "demo version 2 is not ready: it is being loaded"),
+        ({"changing": {2}}, 503, f"demo version 2 is not ready: {CHANGING}"),
+        ({"failed": failed(2)}, 503, "demo version 2 is not ready: 2 is damaged"),
+        ({"unloaded": True}, 503, "demo version 2 is not ready: unloaded by request; load it by request"),
+    ],
+    ids=["not chosen", "loading", "changing", "failed", "unloaded"],
+)
+def test_a_version_that_may_yet_serve_is_503_and_any_other_404(state: dict[str, Any], status: int, words: str):
+    one = entry(1, 2)
+    for name, value in state.items():
+        setattr(one, name, value)
+    told = one.absence("2", started=True)
+    assert (told.status, str(told)) == (status, words)
+    assert one.absence("2", started=False).status == 503
+    assert one.absence("3", started=False).status == 404

@@ -391,6 +391,16 @@ async def test_what_fails_for_want_of_something_is_tried_again_with_the_same_fil
 
 
 @on_a_loop
+async def test_words_of_a_package_are_no_lack_of_the_machine(root: Path):
+    def loader(folder: Path, name: str, version: str) -> LoadedModel:
+        raise PackageError("it holds 'out of memory', which its manifest does not list")
+
+    write_package(root / "demo" / "1", 1)
+    async with serving(root, loader=loader, poll_s=NEVER) as service:
+        assert service.repository.entries["demo"].refused == [1]
+
+
+@on_a_loop
 async def test_where_there_is_no_thread_to_load_in_it_is_tried_again(root: Path, monkeypatch: pytest.MonkeyPatch):
     def start(thread: threading.Thread) -> None:
         if thread.name == "headstart-load":
@@ -1067,6 +1077,16 @@ async def test_stopping_answers_what_is_queued(root: Path, limits: dict[str, Any
             with pytest.raises(ServeError, match="the server is shutting down"):
                 await infer(service, name)
         assert service.repository.metrics.counts()["unknown"] == 2
+
+
+@on_a_loop
+async def test_stopping_ends_the_looks(root: Path):
+    async with serving(root) as service:
+        looking = service.repository._poller
+        assert looking
+        assert not looking.done()
+        await service.stop()
+        assert looking.done()
 
 
 @on_a_loop
