@@ -25,13 +25,20 @@ class OneThread:
     def __init__(self, name: str) -> None:
         self._jobs: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None]
         self._jobs = queue.SimpleQueue()
-        self._name, self._started, self._starting = name, False, threading.Lock()
+        self._name, self._starting = name, threading.Lock()
+        self._started = self._stopped = False
 
     def submit(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> "concurrent.futures.Future[T]":
-        """Call the function after those that were given before it; RuntimeError: the machine gives no thread."""
+        """Call the function after those that were given before it.
+
+        Raises:
+            RuntimeError: the machine gives no thread, or it was stopped.
+        """
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
         done.set_running_or_notify_cancel()  # from now on nobody cancels it
         with self._starting:
+            if self._stopped:
+                raise RuntimeError(f"the thread {self._name} was stopped")
             if not self._started:
                 threading.Thread(target=self._work, name=self._name, daemon=True).start()
                 self._started = True
@@ -39,19 +46,25 @@ class OneThread:
         return done
 
     async def run(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-        """As `asyncio.to_thread`; RuntimeError: the machine gives no thread."""
+        """As `asyncio.to_thread`; RuntimeError as of `submit`."""
         done = self.submit(function, *arguments, **named)
         try:
             return await asyncio.wrap_future(done)
         finally:
             del done  # which has the error whose traceback has this frame, and with it all that was made
 
+    def leave(self, function: Callable[[], Any]) -> None:
+        """Call the function after those that were given before it, once the thread runs, which this does not start.
+
+        For finalizers: a collection of garbage may call them within `submit`, whose lock they would wait for.
+        """
+        self._jobs.put((concurrent.futures.Future(), function))  # which is reentrant
+
     def stop(self) -> None:
-        """Let it end after what it was given; another call starts it again."""
+        """Let it end after what it was given."""
         with self._starting:
-            if self._started:
-                self._started = False
-                self._jobs.put(None)
+            self._stopped = True
+            self._jobs.put(None)
 
     def _work(self) -> None:
         while job := self._jobs.get():

@@ -172,7 +172,8 @@ def open_repository(
     from headstart.serving.device import Device, check, read_options
     from headstart.serving.server.models.loading import Scheduling
     from headstart.serving.server.models.memory import read_size
-    from headstart.serving.server.models.mirror import Mirror, is_url
+    from headstart.serving.server.models.mirror import Mirror
+    from headstart.serving.server.models.remote import is_url
     from headstart.serving.server.models.repository import Repository
     from headstart.serving.server.scratch import sweep
 

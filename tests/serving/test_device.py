@@ -63,7 +63,8 @@ def test_where_cuda_graphs_are_asked_for_one_thread_has_the_device(provider: str
 @has_builds
 def test_tensorrt_has_cuda_and_the_cpu_behind_it_and_engines_by_package(tmp_path: Path):
     found = providers(Device(provider=TENSORRT))
-    assert [one if isinstance(one, str) else one[0] for one in found] == [TENSORRT, CUDA, CPU]
+    assert found[0][0] == TENSORRT
+    assert found[1:] == providers(Device(provider=CUDA))
     device = Device(provider=TENSORRT, options={ENGINES: str(tmp_path), "trt_fp16_enable": "True"})
     first, second = (providers(device, key)[0][1] for key in ("a", "b"))
     assert first[ENGINES] == str(tmp_path / "a")
@@ -75,6 +76,21 @@ def test_tensorrt_has_cuda_and_the_cpu_behind_it_and_engines_by_package(tmp_path
         "trt_timing_cache_path": str(tmp_path),
     }
     assert providers(device)[0][1] == {"trt_fp16_enable": "True"}, "a graph without a key keeps no engine"
+
+
+@has_builds
+def test_the_folder_of_a_packages_engines_is_made_or_the_reason_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "open_session", lambda *_: None)
+    engines = tmp_path / "of" / "ours"
+    for key in ("a", "b", "a"):
+        open_on(Device(provider=TENSORRT, options={ENGINES: str(engines)}), b"", key=key)
+    assert sorted(path.name for path in engines.iterdir()) == ["a", "b"]
+    (tmp_path / "file").touch()
+    with pytest.raises(PackageError, match=f"{ENGINES} cannot be made: .*Not a directory.*give a folder") as caught:
+        open_on(Device(provider=TENSORRT, options={ENGINES: str(tmp_path / "file")}), b"", key="a")
+    assert isinstance(caught.value.__cause__, OSError)  # so that it is tried again
 
 
 @has_builds

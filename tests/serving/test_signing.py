@@ -20,7 +20,7 @@ from headstart.serving.manifest import MANIFEST
 from headstart.serving.package import MODEL, SIGNATURE, verify
 from headstart.serving.runtime import Predictor
 from headstart.serving.server.errors import ServeError
-from headstart.serving.server.models.model import load_package
+from headstart.serving.server.models.from_package import load_package
 from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.service import Service
 from headstart.serving.server.wire.protocol import InferRequest

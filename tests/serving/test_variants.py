@@ -28,7 +28,7 @@ from headstart.serving.manifest import MANIFEST, Drift, Manifest, Tensor
 from headstart.serving.package import MODEL, verify
 from headstart.serving.parity import prove_providers
 from headstart.serving.runtime import Predictor, open_session
-from headstart.serving.server.models.model import load_package
+from headstart.serving.server.models.from_package import load_package
 from headstart.serving.variants import PARITY_TOLERANCES, make_variant, try_out
 
 from .conftest import Pixels, answer

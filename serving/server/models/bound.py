@@ -47,17 +47,17 @@ class Bound:
         device: str,
         thread: OneThread | None = None,
     ) -> None:
-        self._session, self._buckets, self._device = session, tuple(buckets), device
+        self._held = held = _Held(session)
+        self._buckets, self._device = tuple(buckets), device
         self._inputs, self._outputs = inputs, outputs
         self._bindable = all(one.dtype != "object" for one in (*inputs, *outputs)) and all(
-            one.shape and all(isinstance(size, int) and size > 0 for size in one.shape[1:]) for one in outputs
+            all(isinstance(size, int) and size > 0 for size in one.shape[1:]) for one in outputs
         )
-        self._plans: dict[Any, _Plan] = {}
         self._options = _options(_NO_GRAPH)
         self._lock = threading.Lock()
         self._thread = thread
         if thread:
-            weakref.finalize(self, _release, thread, [session, self._plans]).atexit = False
+            weakref.finalize(self, thread.leave, vars(held).clear).atexit = False
 
     def run(self, names: list[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """As `session.run`: the same numbers, for the rows that were given."""
@@ -69,10 +69,13 @@ class Bound:
         if bucket is None:
             return self._run_unbound(names, feed)
         key = (bucket, *(feed[one.name].shape[1:] for one in self._inputs))
+        plans = self._held.plans
         with self._lock:
-            plan = self._plans.get(key)
-            if plan is None and self._bindable and len(self._plans) < _MOST_PLANS:
-                plan = self._plans[key] = self._bind(bucket, feed)
+            plan = plans.get(key)
+            if plan is None and self._bindable and len(plans) < _MOST_PLANS:
+                plan = plans[key] = self._bind(bucket, feed)
+                if self._options.terminate:  # asked once it is where `cut` finds it
+                    terminate(plan.options)
             if plan is not None:
                 return plan.run(names, feed, rows)
         padded = {name: _padded(array, bucket) for name, array in feed.items()}
@@ -81,11 +84,11 @@ class Bound:
     def cut(self) -> None:
         """End the runs that have begun, and all others, with an error."""
         terminate(self._options)  # first: what is bound from now on is cut too
-        for plan in [*self._plans.values()]:
+        for plan in [*self._held.plans.values()]:
             terminate(plan.options)
 
     def _run_unbound(self, names: list[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        found: list[NDArray[Any]] = self._session.run(names, feed, self._options)
+        found: list[NDArray[Any]] = self._held.session.run(names, feed, self._options)
         return found
 
     def _bind(self, bucket: int, feed: dict[str, NDArray[Any]]) -> "_Plan":
@@ -97,14 +100,21 @@ class Bound:
             )
             for one in (*self._inputs, *self._outputs)
         }
-        binding = self._session.io_binding()
+        session = self._held.session
+        binding = session.io_binding()
         for one in self._inputs:
             binding.bind_ortvalue_input(one.name, values[one.name])
         for one in self._outputs:
             binding.bind_ortvalue_output(one.name, values[one.name])
-        plan = _Plan(self._session, binding, values, bucket, str(len(self._plans) + 1))
-        plan.options.terminate = self._options.terminate
-        return plan
+        return _Plan(session, binding, values, bucket, str(len(self._held.plans) + 1))
+
+
+class _Held:
+    """All that holds a session and its buffers: whoever clears it ends them."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self.session = session
+        self.plans: dict[Any, _Plan] = {}
 
 
 class _Plan:
@@ -129,11 +139,6 @@ class _Plan:
 def buckets(max_batch: int) -> tuple[int, ...]:
     """Batch sizes to pad to: 1, 2, 4, ... and `max_batch`."""
     return (*(1 << power for power in range((max_batch - 1).bit_length())), max_batch)
-
-
-def _release(thread: OneThread, held: list[Any]) -> None:
-    """Let that thread have the last hold on a session and its buffers."""
-    thread.submit(held.clear)
 
 
 def _padded(array: NDArray[Any], bucket: int) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from headstart.serving.server.errors import ServeError, not_found, unavailable
 from headstart.serving.server.models.folder import Folder, Snapshot
 from headstart.serving.server.models.memory import Taken
 from headstart.serving.server.models.model import LoadedModel
@@ -91,6 +92,25 @@ class Entry:
             return "it is being loaded"
         chosen = [version for version in (*self.failed, *self.changing) if self.policy.chooses(version)]
         return self._problem(max(chosen)) if chosen else str(self.index()[-1]["reason"])
+
+    def absence(self, version: str | None, *, started: bool) -> ServeError:
+        """What a client is told where nobody answers: 503 where somebody may yet, 404 where not.
+
+        Args:
+            version: that was asked for; None or empty left it to us.
+            started: whether all that was there at the start has been looked at.
+        """
+        if version is None or version == "":
+            return unavailable(f"{self.name} is not ready: {self.reason()}")
+        rows = [row for row in self.index() if row["version"] == version]
+        number = int(version) if VERSION.fullmatch(version) else 0
+        waits = number in self.failed or number in self.changing or number in self.loading
+        if rows and (self.unloaded or waits or not started):
+            return unavailable(
+                f"{self.name} version {number} is not ready: {rows[0]['reason'] or 'it is being loaded'}"
+            )
+        served = ", ".join(map(str, sorted(self.served))) or "none"
+        return not_found(f"{self.name} version {version[:20]!r} is not served; served: {served}")
 
     def index(self) -> list[dict[str, Any]]:
         """Its rows of the repository index; a version that serves names a failure of what should follow it."""

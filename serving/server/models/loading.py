@@ -82,7 +82,6 @@ class Loading:
         """A version loaded from the files that are there now, the one that was loaded before them, or None."""
         files, old, failed = entry.folder.versions[version], entry.served.get(version), entry.failed.get(version)
         if old and old.files == files:
-            entry.failed.pop(version, None)
             return old
         if failed and failed.files == files and (failed.again_at is None or monotonic() < failed.again_at):
             return old
@@ -90,8 +89,8 @@ class Loading:
             return old
         entry.loading.add(version)
         folder = entry.folder.path / str(version)
-        opening = Opening.of(entry.name, version, files, folder)
         try:
+            opening = await self._thread.run(Opening.of, entry.name, version, files, folder)
             if opening in self.suspects:
                 raise PackageError(
                     "processes of this server ended while they opened it, for which their log and the kernel's have "

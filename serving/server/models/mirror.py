@@ -10,10 +10,8 @@ say: half of an upload is copied as it is, refused there with a reason, and copi
 
 import collections
 import contextlib
-import hashlib
 import itertools
 import logging
-import re
 import shutil
 import threading
 import time
@@ -23,8 +21,9 @@ from typing import Any
 
 from headstart.serving.errors import PackageError, first_line
 from headstart.serving.server.errors import StartError
-from headstart.serving.server.models.folder import NAME, POLICY_FILE
-from headstart.serving.server.models.policy import VERSION, Policy
+from headstart.serving.server.models.folder import POLICY_FILE
+from headstart.serving.server.models.policy import Policy
+from headstart.serving.server.models.remote import Files, Remote, digest, without_secrets
 from headstart.serving.server.scratch import Scratch, check_room
 
 LOOK_S = 10.0
@@ -35,20 +34,7 @@ _CHUNK = 8 << 20
 _KEPT_S = 5.0  # what was replaced is deleted later than that: somebody may be reading it
 _PAUSE_S = 300.0  # at most, between two attempts at what cannot be copied: each may read all of it, which costs
 _JOIN_S = 5.0  # a listing that hangs is not waited for
-# What the file systems call the time, the digest or the generation of a file; other entries may change by themselves.
-_TELLING = (
-    "ETag", "etag", "md5", "md5Hash", "content_md5", "checksum", "sha256", "generation", "VersionId", "version_id",
-    "mtime", "ino", "LastModified", "last_modified", "updated", "modified", "created", "Last-Modified",
-)  # fmt: skip
 _LOG = logging.getLogger(__name__)
-
-_Files = Mapping[str, Mapping[str, Any]]
-"""What a listing says of each file, by its path within the version."""
-
-
-def is_url(repository: str) -> bool:
-    """Whether a repository is given as a URL (`s3://bucket/models`, `zip::https://...`) and not as a folder."""
-    return "://" in repository or "::" in repository
 
 
 class Mirror:
@@ -62,8 +48,7 @@ class Mirror:
 
     A URL that cannot be reached later changes nothing, nor does one whose listing is empty all at once, as that of a
     bucket without its permissions is; a version that cannot be copied leaves the one that was there. All of it is in
-    the log, once for each reason, and tried again, a copy after pauses that grow. Credentials come from where the file
-    system looks for them: its environment variables and files.
+    the log, once for each reason, and tried again, a copy after pauses that grow.
 
     Args:
         url: what fsspec understands.
@@ -77,8 +62,8 @@ class Mirror:
     def __init__(
         self, url: str, *, policy_of: Callable[[str], Policy] = lambda name: Policy(), look_s: float = LOOK_S
     ) -> None:
-        self._files, self._root = _open(url)
-        self.url = _without_secrets(url)
+        self._remote = Remote(url)
+        self.url = self._remote.url
         """The URL, without a password in it."""
         self._scratch = Scratch()
         self.folder = self._scratch.path.resolve()
@@ -144,9 +129,9 @@ class Mirror:
 
     def _look(self) -> str:
         try:
-            found = self._list()
+            found = self._remote.listing()
         except Exception as error:  # file systems raise what their libraries raise
-            problem = f"{type(error).__name__}: {_without_secrets(first_line(error))}"
+            problem = f"{type(error).__name__}: {without_secrets(first_line(error))}"
             self._tell("", f"{self.url} cannot be listed, what was copied stays: {problem}")
             return problem
         if not found and self._copied:
@@ -164,9 +149,9 @@ class Mirror:
             self._keep_up(key, found.get(key, {}))
         return ""
 
-    def _keep_up(self, key: tuple[str, str], files: _Files) -> None:
+    def _keep_up(self, key: tuple[str, str], files: Files) -> None:
         """Copy what has changed, and delete what has no files any more; a failure concerns this one alone."""
-        name, says = "/".join(key), _digest(files)
+        name, says = "/".join(key), digest(files)
         said, pause, again_at = self._failed.get(key, ("", 0.0, 0.0))
         if said == says and time.monotonic() < again_at:
             return
@@ -179,32 +164,8 @@ class Mirror:
         except Exception as error:  # as above; and no space, a disk that fails, or a file that is a folder as well
             pause = min(2 * pause, _PAUSE_S) if said == says else self._look_s
             self._failed[key] = says, pause, time.monotonic() + pause
-            problem = getattr(error, "strerror", None) or _without_secrets(first_line(error))
+            problem = getattr(error, "strerror", None) or without_secrets(first_line(error))
             self._tell(name, f"{name} of {self.url} cannot be {'copied' if files else 'deleted'}: {problem}")
-
-    def _list(self) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
-        """What lies at the URL, by name and version; `policy` stands for a version where it is that file."""
-        self._files.invalidate_cache()
-        found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-        prefix = f"{self._root}/" if self._root else ""  # an archive's root has no name
-        if not (entries := self._files.find(self._root, detail=True)):
-            with contextlib.suppress(FileNotFoundError):  # an empty bucket
-                self._files.ls(self._root)  # raises where `find` of HTTP finds nothing: there is no server
-        for path, entry in entries.items():
-            if entry.get("type") != "file" or not path.startswith(prefix):
-                continue
-            name, _, rest = path.removeprefix(prefix).partition("/")
-            version, _, inner = rest.partition("/")
-            if NAME.fullmatch(name) and not name.startswith("."):
-                if VERSION.fullmatch(version) and _is_plain(inner):
-                    found.setdefault((name, version), {})[inner] = {**entry, "path": path}
-                elif rest == POLICY_FILE:
-                    found[name, rest] = {"": {**entry, "path": path}}
-        for files in found.values():
-            for inner, entry in files.items():
-                if entry.get("size") is None:  # HTTP lists names alone
-                    files[inner] = {**self._files.info(entry["path"]), "path": entry["path"]}
-        return found
 
     def _chosen(self, found: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         """The versions to copy; asked for once the policies are."""
@@ -232,7 +193,7 @@ class Mirror:
         place = self.folder.joinpath(*key)
         return all((place / inner).is_file() for inner in files)
 
-    def _follow(self, key: tuple[str, str], files: _Files, says: str) -> None:
+    def _follow(self, key: tuple[str, str], files: Files, says: str) -> None:
         """Copy a version, or a policy, and put it in the place of the one before."""
         name, version = key
         check_room(self.folder, sum(entry["size"] or 0 for entry in files.values()))
@@ -267,7 +228,7 @@ class Mirror:
         """Copy a file: as many bytes as its listing says, so that one that grows does not fill the disk."""
         expected, copied = entry["size"], 0
         target.parent.mkdir(parents=True, exist_ok=True)
-        with self._files.open(entry["path"], "rb", block_size=_CHUNK) as source, target.open("xb") as file:
+        with self._remote.files.open(entry["path"], "rb", block_size=_CHUNK) as source, target.open("xb") as file:
             while piece := source.read(_CHUNK):
                 copied += len(piece)
                 if self._stopping.is_set():
@@ -297,43 +258,3 @@ class Mirror:
         if self._told.get(what) != message and not self._stopping.is_set():
             self._told[what] = message
             _LOG.warning("%s; it is tried again", message)
-
-
-def _open(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path within it."""
-    try:
-        import fsspec  # type: ignore[import-untyped] # it publishes no types
-    except ImportError as error:
-        raise StartError(
-            f"the repository {_without_secrets(url)} is a URL, which needs fsspec; "
-            "run `pip install fsspec` with what its protocol needs (s3fs, gcsfs, adlfs)"
-        ) from error
-    try:
-        files, root = fsspec.core.url_to_fs(url)
-    except ImportError as error:  # fsspec's message names the package
-        raise StartError(f"the repository {_without_secrets(url)}: {first_line(error)}; pip install it") from error
-    except Exception as error:  # a protocol that is none, an archive that is none, credentials that cannot be read
-        raise StartError(
-            f"the repository {_without_secrets(url)} cannot be opened: {_without_secrets(first_line(error))}; "
-            "accepted: a folder, or a URL that fsspec knows, such as s3://BUCKET/models"
-        ) from error
-    return files, root.rstrip("/")
-
-
-def _is_plain(path: str) -> bool:
-    """Whether a path within a version stays within it."""
-    return bool(path) and "\\" not in path and "\0" not in path and not {"", ".", ".."} & set(path.split("/"))
-
-
-def _digest(files: _Files) -> str:
-    """Tells whether a listing says the same as another."""
-    rows = [
-        (inner, entry["path"], entry["size"], [(key, str(entry[key])) for key in _TELLING if key in entry])
-        for inner, entry in sorted(files.items())
-    ]
-    return hashlib.sha256(repr(rows).encode()).hexdigest()
-
-
-def _without_secrets(text: str) -> str:
-    """A URL, or a text with one, without user names and passwords."""
-    return re.sub(r"://[^/@\s]*@", "://", text)

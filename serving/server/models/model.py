@@ -1,9 +1,6 @@
-"""A model in ONNX Runtime: a package verified, copied and loaded, or a bare graph, and its `run`."""
+"""A model in ONNX Runtime: a session, what it takes and gives, and its `run`."""
 
-import hashlib
-import logging
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,18 +12,13 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from headstart.serving.device import Device, open_on
-from headstart.serving.errors import PackageError, brief, first_line, printable
-from headstart.serving.manifest import MANIFEST, Manifest, Tensor, load_manifest
+from headstart.serving.errors import PackageError, first_line, printable
+from headstart.serving.manifest import Manifest, Tensor
 from headstart.serving.one_thread import OneThread
-from headstart.serving.package import MODEL, SIGNATURE, verify
-from headstart.serving.runtime import CPU, OUTPUTS
 from headstart.serving.server.errors import bad_request, internal, unavailable
-from headstart.serving.server.models.bound import Bound, buckets, terminate
+from headstart.serving.server.models.bound import Bound, terminate
 from headstart.serving.server.models.drift import DriftGauge
-from headstart.serving.server.scratch import Scratch, check_room
-from headstart.serving.signing import verify_signature
 
-_LOG = logging.getLogger(__name__)
 _WARM_RUNS = 4  # of one row: the first plans and allocates, the others tell how long a call takes
 _WARM_NS = 1_000_000_000  # a largest batch that would take longer is not warmed on the CPU, where it gains little
 _REASON = 2000  # characters of a reason, whatever ONNX Runtime quotes in it
@@ -75,8 +67,8 @@ class LoadedModel:
         thread: OneThread | None = None,
     ) -> None:
         self.name, self.version, self.manifest, self.max_batch = name, version, manifest, max_batch
-        self.inputs = _tensors(session.get_inputs())
-        outputs = _tensors(session.get_outputs())
+        self.inputs = tensors(session.get_inputs())
+        outputs = tensors(session.get_outputs())
         hidden = manifest.drift.output if manifest and manifest.drift else None
         self.outputs = tuple(one for one in outputs if one.name != hidden)
         """What clients are offered: all but the features, which are for the drift gauge."""
@@ -179,81 +171,6 @@ class WatchedModel(LoadedModel):
         return known
 
 
-def load_package(
-    source: Path,
-    *,
-    name: str,
-    version: str,
-    device: Device,
-    max_batch: int | None = None,
-    public_key: Path | None = None,
-    drift: float = 0.0,
-) -> LoadedModel:
-    """Load a package from a private copy of its folder, so that what was verified is what runs.
-
-    ONNX Runtime 1.31 maps external data into memory: a folder that is written over would change a model that serves
-    from it, and one that is cut off ends the process (SIGBUS; a test holds it). The copy lies in the temporary folder
-    and is deleted when the session exists, which keeps what it has mapped.
-
-    Args:
-        source: a folder with a package, or with part of one.
-        max_batch: rows of one run; None, and at most, the largest batch whose parity is proven.
-        public_key: PEM of the key that must have signed the package; None asks for no signature.
-        drift: share of executions for the drift gauge, where the package has what that needs.
-
-    Raises:
-        PackageError: the folder is not a whole, proven and signed package, or its graph is not what its manifest says.
-    """
-    try:
-        with Scratch() as scratch:
-            folder = scratch.path
-            _copy(source, folder)
-            try:
-                manifest = verify(folder)
-                if public_key is not None:
-                    verify_signature(folder, public_key)
-                key = hashlib.sha256(repr(sorted(manifest.files.items())).encode()).hexdigest()[:32]
-                session = open_on(device, folder / MODEL, key=key)
-            except PackageError as error:  # about the folder that the operator knows
-                raise PackageError(str(error).replace(str(folder), str(source))) from error
-    except OSError as error:
-        raise PackageError(
-            f"{source} cannot be copied: {error.strerror or error}; free space or grant access"
-        ) from error
-    proven = max(row.batch for row in manifest.parity.rows)
-    largest = min(proven, max_batch or proven)
-    if device.provider not in manifest.proven_on:
-        proven_on = ", ".join(manifest.proven_on)
-        _LOG.warning("%s version %s runs on %s and was proven on %s alone", name, version, device.provider, proven_on)
-    found, stated = _signature(session), (manifest.inputs, manifest.outputs)
-    if found != stated:
-        raise PackageError(
-            f"{source}: its graph has {_names(found)}, its manifest says {_names(stated)}; "
-            "export the run again: headstart export RUN"
-        )
-    columns = {one.shape[-1] for one in manifest.outputs if one.name in OUTPUTS and isinstance(one.shape[-1], int)}
-    if columns - {len(manifest.labels)}:
-        raise PackageError(
-            f"{source}: its outputs have {max(columns)} columns for {len(manifest.labels)} labels; "
-            "export the run again: headstart export RUN"
-        )
-    settings: dict[str, Any] = {
-        "name": name,
-        "version": version,
-        "session": session,
-        "max_batch": largest,
-        "manifest": manifest,
-        "buckets": buckets(largest) if device.provider != CPU else (),
-        "memory": device.memory,
-        "thread": device.thread,
-    }
-    if manifest.drift and drift:
-        return WatchedModel(**settings, gauge=DriftGauge(manifest.drift, drift))
-    if drift:
-        _LOG.warning("%s version %s has no record of drift, so it has no gauge; export its run again", name, version)
-    return LoadedModel(**settings)
-
-
 def load_graph(model: Path | bytes, *, name: str, version: str = "1", device: Device, max_batch: int) -> LoadedModel:
     """Load a bare ONNX graph: for tests and benchmarks; a repository takes packages alone."""
     return LoadedModel(name=name, version=version, session=open_on(device, model), max_batch=max_batch)
@@ -266,32 +183,7 @@ def public(message: str, *known: Path) -> str:
     return printable(re.sub(r"(?<![\w.])/(?:[^\s/'\",:;()]+/)+([^\s/'\",:;()]*)", r"\1", message)[:_REASON])
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy the files that a manifest lists; refuse a folder that holds others, or lacks some, before that."""
-    manifest = load_manifest(source)
-    present = set()
-    for path in source.rglob("*"):
-        if path.is_symlink():
-            raise PackageError(f"{path.relative_to(source)} is a link; a package holds plain files: copy it there")
-        if path.is_file():
-            present.add(path.relative_to(source).as_posix())
-    listed = {*manifest.files, MANIFEST}
-    if missing := sorted(listed - present):
-        raise PackageError(f"it lacks {brief(', '.join(missing))}; copy the whole folder")
-    if extra := sorted(present - listed - {SIGNATURE}):
-        raise PackageError(f"it holds {brief(', '.join(extra))}, which its manifest does not list; take it out")
-    copied = listed | (present & {SIGNATURE})
-    check_room(target, sum((source / name).lstat().st_size for name in copied))
-    for name in copied:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name, follow_symlinks=False)  # one made since is refused by `verify`
-
-
-def _signature(session: onnxruntime.InferenceSession) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    return _tensors(session.get_inputs()), _tensors(session.get_outputs())
-
-
-def _tensors(nodes: Sequence[Any]) -> tuple[Tensor, ...]:
+def tensors(nodes: Sequence[Any]) -> tuple[Tensor, ...]:
     """A session's inputs or outputs; a size that is free keeps its word, or is -1."""
     found = []
     for node in nodes:
@@ -323,7 +215,3 @@ def _encoded(array: NDArray[Any]) -> NDArray[Any]:
     found = np.empty(len(texts), dtype=object)
     found[:] = texts
     return found.reshape(array.shape)
-
-
-def _names(sides: tuple[Sequence[Tensor], Sequence[Tensor]]) -> str:
-    return brief(" -> ".join(", ".join(f"{one.name} {one.dtype} {list(one.shape)}" for one in side) for side in sides))

@@ -18,11 +18,12 @@ from headstart.serving.errors import PackageError, brief
 from headstart.serving.server.errors import ServeError, bad_request, not_found, unavailable
 from headstart.serving.server.models.drift import check_share
 from headstart.serving.server.models.entry import Entry, Served
-from headstart.serving.server.models.folder import POLICY_FILE, Folder, Refused, scan
+from headstart.serving.server.models.folder import POLICY_FILE, Folder, Refused
+from headstart.serving.server.models.from_package import load_package
 from headstart.serving.server.models.loading import Loader, Loading, Scheduling
 from headstart.serving.server.models.mirror import Mirror
-from headstart.serving.server.models.model import load_package
-from headstart.serving.server.models.policy import VERSION, Policy
+from headstart.serving.server.models.policy import Policy
+from headstart.serving.server.models.root import Root
 from headstart.serving.server.watching.metrics import Metrics
 from headstart.serving.signing import check_public_key
 
@@ -86,7 +87,7 @@ class Repository:
         if public_key is not None:
             check_public_key(public_key)
         check_share(drift)
-        self.root = root.absolute()
+        self._root = Root(root.absolute())
         self.scheduling = scheduling or Scheduling()
         self.metrics = metrics or Metrics()
         self._policy, self._policies = policy or Policy(), dict(policies or {})
@@ -116,8 +117,6 @@ class Repository:
         self._lock = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
         self._poller: asyncio.Task[None] | None = None
-        self._unreadable = ""
-        """Why the root cannot be read, as it was last told."""
         self.started = self.stopping = False
 
     @property
@@ -182,8 +181,8 @@ class Repository:
         """Compare the folder with what is loaded, and follow it."""
         async with self._lock:
             try:
-                folders = await self._scan()
-            except OSError:
+                folders = await self._root.scan()
+            except ServeError:
                 return
             for name in [*folders, *(one for one in self._entries if one not in folders)]:
                 entry = self._entry(name)
@@ -196,13 +195,11 @@ class Repository:
         """Load a model, now and also where it failed before; undoes `unload`.
 
         Raises:
-            ServeError: 404, where the repository has no such model; 400 with the reason, where it cannot be loaded.
+            ServeError: 404, where the repository has no such model; 400 with the reason, where it cannot be loaded;
+                503, where the repository cannot be read.
         """
         async with self._lock:
-            try:
-                folders = await self._scan()
-            except OSError as error:
-                raise unavailable("the repository cannot be read; the server's log says why") from error
+            folders = await self._root.scan()
             if name not in folders:
                 raise not_found(f"the repository has no model {name[:128]!r}; copy a package to NAME/1 first")
             entry = self._entry(name)
@@ -241,21 +238,7 @@ class Repository:
                 await self.look()
             except Exception:
                 # A watcher that dies ends deployments without a word.
-                _LOG.exception("the look at %s failed; it is tried again", self.root)
-
-    async def _scan(self) -> dict[str, Folder]:
-        """What the root holds; an OSError is in the log, once for each reason: what is loaded serves on."""
-        try:
-            folders = await asyncio.to_thread(scan, self.root)
-        except OSError as error:
-            if str(error) != self._unreadable:
-                self._unreadable = str(error)
-                _LOG.error("%s cannot be read, what is loaded serves on: %s", self.root, error)
-            raise
-        if self._unreadable:
-            self._unreadable = ""
-            _LOG.info("%s can be read again", self.root)
-        return folders
+                _LOG.exception("the look at %s failed; it is tried again", self._root.path)
 
     def _entry(self, name: str) -> Entry:
         """What is known of a name: from before, or nothing yet."""
@@ -322,12 +305,4 @@ class Repository:
             if not self.started:
                 return unavailable("the server is starting; try again")
             return not_found(f"there is no model {name[:128]!r}; POST /v2/repository/index lists those that are")
-        if version is None or version == "":
-            return unavailable(f"{name} is not ready: {entry.reason()}")
-        rows = [row for row in entry.index() if row["version"] == version]
-        number = int(version) if VERSION.fullmatch(version) else 0
-        waits = number in entry.failed or number in entry.changing or number in entry.loading
-        if rows and (entry.unloaded or waits or not self.started):
-            return unavailable(f"{name} version {number} is not ready: {rows[0]['reason'] or 'it is being loaded'}")
-        served = ", ".join(map(str, sorted(entry.served))) or "none"
-        return not_found(f"{name} version {version[:20]!r} is not served; served: {served}")
+        return entry.absence(version, started=self.started)

@@ -19,7 +19,7 @@ from headstart.serving.server.scheduling.batch import Batch, Costs, Runnable
 from headstart.serving.server.scheduling.queueing import Budget, Queue, Waiting
 from headstart.serving.server.scheduling.signature import Signature
 from headstart.serving.server.scheduling.sizes import BatchSizes
-from headstart.serving.server.watching.metrics import Statistics
+from headstart.serving.server.watching.statistics import Statistics
 from headstart.serving.server.watching.watch import CLIENT_GONE
 from headstart.serving.server.wire.protocol import InferResponse
 

@@ -36,7 +36,7 @@ from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.processes import supervisor
 from headstart.serving.server.service import Service
 from headstart.serving.server.settings import HttpSettings
-from headstart.serving.server.watching.metrics import STAGES
+from headstart.serving.server.watching.statistics import STAGES
 from tests.serving.server.graphs import LABELS, classifier, identities, logits, write_package
 from tests.serving.server.models.test_repository import IMAGE, NEVER, Graph, infer, looks, served_by, serving
 from tests.serving.server.scheduling.test_batching import on_a_loop

@@ -3,11 +3,13 @@
 import gc
 import re
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from headstart.serving.device import CUDA, Device, open_on
@@ -51,7 +53,7 @@ def test_a_bound_run_is_the_plain_run_of_the_padded_batch_bit_for_bit():
         assert np.array_equal(found, plain[:rows])
         kept.append((found, plain[:rows].copy()))
     assert all(np.array_equal(found, plain) for found, plain in kept), "an answer changes when the next one is computed"
-    assert sorted(bucket for bucket, *_ in bound._plans) == [1, 2, 4, 6], "one set of buffers for each size"
+    assert sorted(bucket for bucket, *_ in bound._held.plans) == [1, 2, 4, 6], "one set of buffers for each size"
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3], ids=["bound", "padded", "beyond the buckets"])
@@ -67,16 +69,44 @@ def test_a_run_is_cut_off_and_so_are_all_that_follow(rows: int):
         bound.run(["y"], {"x": np.ones((3 - rows % 2, 64), np.float32)})
 
 
+def test_a_cut_that_comes_while_buffers_are_bound_cuts_their_run_off(monkeypatch: pytest.MonkeyPatch):
+    bound, _ = bind(looping(1 << 40), (1,))
+    made = bound._bind
+    monkeypatch.setattr(bound, "_bind", lambda *given: [made(*given), bound.cut()][0])
+    with pytest.raises(Exception, match="terminate flag"):
+        bound.run(["y"], {"x": np.ones((1, 64), np.float32)})
+
+
 def test_buffers_stay_where_they_are():
     bound, _ = bind(mlp())
     x = np.ones((3, 16), np.float32)
     places = []
     for _ in range(3):
         bound.run(["y"], {"x": x})
-        (plan,) = bound._plans.values()
+        (plan,) = bound._held.plans.values()
         places.append({name: value.data_ptr() for name, value in plan._values.items()})
     assert places[0] == places[1] == places[2]
     assert set(places[0]) == {"x", "y"}
+
+
+@pytest.mark.parametrize("width", [None, "n"], ids=["nameless", "named"])
+def test_an_output_of_any_width_runs_without_buffers(width: str | None):
+    nodes = [onnx.helper.make_node("Abs", ["x"], ["y"])]
+    bound, _ = bind(model_bytes(nodes, [value("x", ["batch", width])], [value("y", ["batch", width])], {}))
+    x = np.arange(-3, 6, dtype=np.float32).reshape(3, 3)
+    assert np.array_equal(bound.run(["y"], {"x": x})[0], np.abs(x))
+    assert not bound._held.plans
+
+
+def test_each_set_of_buffers_has_a_graph_of_its_own_and_what_runs_without_has_none():
+    def graph(options: onnxruntime.RunOptions) -> str:
+        return options.get_run_config_entry("gpu_graph_id")
+
+    bound, _ = bind(mlp())
+    for rows in (1, 2, 4, 6):
+        bound.run(["y"], {"x": np.ones((rows, 16), np.float32)})
+    assert [graph(plan.options) for plan in bound._held.plans.values()] == ["1", "2", "3", "4"]  # 0 is any run's
+    assert graph(bound._options) == "-1"
 
 
 def test_every_type_is_bound_and_strings_run_without():
@@ -89,11 +119,11 @@ def test_every_type_is_bound_and_strings_run_without():
     feed = {f"in_{name}": np.array([[1, 0], [3, 7], [0, 1]]).astype(name) for name in kinds}
     for name, array in zip(kinds, bound.run([f"out_{name}" for name in kinds], feed), strict=True):
         np.testing.assert_array_equal(array, feed[f"in_{name}"], strict=True)
-    assert len(bound._plans) == 1
+    assert len(bound._held.plans) == 1
     bound, _ = bind(identities({"s": onnx.TensorProto.STRING}))
     texts = np.array([["a", "é"], ["", "b"], ["c", "d"]], dtype=object)
     assert bound.run(["out_s"], {"in_s": texts})[0].tolist() == texts.tolist()
-    assert not bound._plans
+    assert not bound._held.plans
 
 
 def test_images_of_many_sizes_run_without_buffers_of_their_own(monkeypatch: pytest.MonkeyPatch):
@@ -107,7 +137,7 @@ def test_images_of_many_sizes_run_without_buffers_of_their_own(monkeypatch: pyte
             strict=True,
         ):
             assert np.array_equal(found, plain[:3])
-    assert [shape[:2] for _, shape in bound._plans] == [(4, 4), (5, 5)]
+    assert [shape[:2] for _, shape in bound._held.plans] == [(4, 4), (5, 5)]
 
 
 def test_buffers_are_of_the_shapes_of_all_inputs_and_no_row_is_made_up():
@@ -124,7 +154,7 @@ def test_buffers_are_of_the_shapes_of_all_inputs_and_no_row_is_made_up():
     for width in (2, 5, 2):
         feed = {"a": np.full((3, 4), 7, np.float32), "b": np.arange(1, 3 * width + 1, dtype=np.float32).reshape(3, -1)}
         assert np.array_equal(bound.run(["y"], feed)[0], session.run(["y"], feed)[0])
-    assert len(bound._plans) == 2
+    assert len(bound._held.plans) == 2
 
 
 def test_a_batch_beyond_the_largest_runs_as_it_is():
@@ -157,7 +187,7 @@ def test_a_model_with_buckets_is_bound_and_warmed_at_each():
     model = LoadedModel(name="m", version="1", session=session, max_batch=6, buckets=BUCKETS)
     assert len(model.warm_up()) == 3
     bound = model._compute.__self__
-    assert sorted(bucket for bucket, *_ in bound._plans) == [1, 2, 4, 6]
+    assert sorted(bucket for bucket, *_ in bound._held.plans) == [1, 2, 4, 6]
     x = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
     assert np.array_equal(model.run({"x": x}, ["y"])[0], session.run(["y"], {"x": padded(x)})[0][:5])
 
@@ -204,6 +234,27 @@ def test_one_thread_alone_uses_a_session_and_ends_it():
     thread.submit(int).result()
     assert set(begun[:-1]) == {"graphs"}
     assert begun[-1] == "graphs ends"
+
+
+def test_that_thread_ends_a_session_also_where_it_is_the_faster():
+    class Prompt(OneThread):
+        """Has made a call before it is told of the next."""
+
+        def leave(self, function: Callable[[], Any]) -> None:
+            super().leave(function)
+            self.submit(int).result(10)
+
+    class Ends:
+        def __del__(self) -> None:
+            ended.append(threading.current_thread().name)
+
+    ended: list[str] = []
+    thread = Prompt("graphs")
+    model = load_graph(mlp(), name="m", device=Device(threads=1), max_batch=1)
+    bound = Bound(Ends(), model.inputs, model.outputs, buckets=(1,), device="cpu", thread=thread)
+    del bound
+    thread.submit(int).result(10)
+    assert ended == ["graphs"]
 
 
 def on_cuda(graphs: bool) -> LoadedModel:

@@ -16,7 +16,8 @@ from headstart.serving.device import Device
 from headstart.serving.errors import PackageError
 from headstart.serving.manifest import Drift, Tensor
 from headstart.serving.server.models.drift import LEAST_ROWS, WINDOW, DriftGauge, distance
-from headstart.serving.server.models.model import LoadedModel, WatchedModel, load_package
+from headstart.serving.server.models.from_package import load_package
+from headstart.serving.server.models.model import LoadedModel, WatchedModel
 from headstart.serving.server.service import Service
 from headstart.serving.server.watching.metrics import Metrics, added
 from tests.serving.server.graphs import LABELS, classifier, value, write_package

@@ -11,7 +11,8 @@ import pytest
 from headstart.serving.device import Device
 from headstart.serving.package import MODEL
 from headstart.serving.server.errors import ServeError
-from headstart.serving.server.models.model import LoadedModel, load_package
+from headstart.serving.server.models.from_package import load_package
+from headstart.serving.server.models.model import LoadedModel
 from headstart.serving.server.models.policy import Policy
 from headstart.serving.server.service import Service
 from tests.serving.server.graphs import write_package
@@ -192,6 +193,7 @@ async def test_what_serves_stays_while_what_follows_it_is_still_copied(tmp_path:
         write_package(root / "demo" / "2", 2)
         await service.repository.look()
         assert await served_by(service) == "1"
+        assert rows(service)["demo", "1"][0] == "READY"
         await service.repository.look()
         assert await served_by(service) == "2"
         assert [*rows(service)] == [("demo", "2")]

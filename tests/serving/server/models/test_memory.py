@@ -12,8 +12,9 @@ from headstart.serving.errors import PackageError
 from headstart.serving.package import MODEL
 from headstart.serving.server.command import serve
 from headstart.serving.server.models.folder import snapshot
+from headstart.serving.server.models.from_package import load_package
 from headstart.serving.server.models.memory import FACTOR, Memory, Taken, read_size, resident
-from headstart.serving.server.models.model import LoadedModel, load_package
+from headstart.serving.server.models.model import LoadedModel
 from headstart.serving.server.scheduling.batching import Scheduler
 from headstart.serving.server.scheduling.queueing import Budget
 from tests.serving.server.graphs import classifier, write_package

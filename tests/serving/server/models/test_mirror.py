@@ -35,8 +35,9 @@ from headstart.serving.package import MODEL
 from headstart.serving.server.errors import StartError
 from headstart.serving.server.models import mirror as mirror_module
 from headstart.serving.server.models.folder import Folder, scan
-from headstart.serving.server.models.mirror import Mirror, is_url
+from headstart.serving.server.models.mirror import Mirror
 from headstart.serving.server.models.policy import Policy
+from headstart.serving.server.models.remote import is_url
 from headstart.serving.server.service import Service
 from tests.serving.server.graphs import write_package
 from tests.serving.server.models.test_repository import NEVER, rows, served_by, serving, status_of, until

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,10 +28,13 @@ from headstart.serving.manifest import MANIFEST
 from headstart.serving.package import MODEL
 from headstart.serving.runtime import Predictor
 from headstart.serving.server.errors import ServeError
-from headstart.serving.server.models import loading, repository
+from headstart.serving.server.models import folder as folders
+from headstart.serving.server.models import loading
+from headstart.serving.server.models import root as roots
 from headstart.serving.server.models.folder import Opening
+from headstart.serving.server.models.from_package import load_package
 from headstart.serving.server.models.loading import Scheduling
-from headstart.serving.server.models.model import LoadedModel, load_graph, load_package, public
+from headstart.serving.server.models.model import LoadedModel, load_graph, public
 from headstart.serving.server.models.policy import Policy
 from headstart.serving.server.models.repository import Repository
 from headstart.serving.server.service import Service
@@ -320,9 +324,11 @@ async def test_a_suspect_that_is_written_again_as_it_was_is_one_still(root: Path
     write_package(root / "demo" / "1", 1)
     async with serving(root, poll_s=NEVER) as service:
         openings: list[Opening] = []
-        service.repository.loading.on_opening = lambda opening, done: openings.append(opening)
+        told: list[bool] = []
+        service.repository.loading.on_opening = lambda opening, done: (openings.append(opening), told.append(done))
         write_package(root / "demo" / "2", 2)
         await looks(service)
+        assert told == [False, True]
         service.repository.loading.suspects.update(openings)
         (root / "demo" / "2").rename(tmp_path / "before")
         shutil.copytree(tmp_path / "before", root / "demo" / "2", copy_function=shutil.copyfile)
@@ -332,10 +338,12 @@ async def test_a_suspect_that_is_written_again_as_it_was_is_one_still(root: Path
         write_package(root / "demo" / "2", 2.5)
         await looks(service)
         assert rows(service)["demo", "2"] == ("READY", "")
-        service.repository.loading.suspects.update(openings)
+        other = openings[0]._replace(name="other")
+        service.repository.loading.suspects.update([*openings, other])
         await service.unload("demo")
         await service.load("demo", {})  # by request it is tried whatever happened
         assert rows(service)["demo", "2"] == ("READY", "")
+        assert service.repository.loading.suspects == {other}
 
 
 def lacks_descriptors() -> None:
@@ -379,6 +387,17 @@ async def test_what_fails_for_want_of_something_is_tried_again_with_the_same_fil
         monkeypatch.setattr(loading, "monotonic", lambda: time.monotonic() + 31)
         await looks(service)
         assert await served_by(service) == "2"
+        assert rows(service)["demo", "2"] == ("READY", "")
+
+
+@on_a_loop
+async def test_words_of_a_package_are_no_lack_of_the_machine(root: Path):
+    def loader(folder: Path, name: str, version: str) -> LoadedModel:
+        raise PackageError("it holds 'out of memory', which its manifest does not list")
+
+    write_package(root / "demo" / "1", 1)
+    async with serving(root, loader=loader, poll_s=NEVER) as service:
+        assert service.repository.entries["demo"].refused == [1]
 
 
 @on_a_loop
@@ -398,6 +417,43 @@ async def test_where_there_is_no_thread_to_load_in_it_is_tried_again(root: Path,
         monkeypatch.setattr(loading, "monotonic", lambda: time.monotonic() + 31)
         await looks(service)
         assert await served_by(service) == "1"
+
+
+@on_a_loop
+async def test_where_there_is_no_thread_to_read_the_folder_in_what_is_loaded_serves_on(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def start(thread: threading.Thread) -> None:
+        lacks_a_thread()
+
+    write_package(root / "demo" / "1", 1)
+    async with serving(root, poll_s=NEVER) as service:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())  # which has no thread yet
+        with monkeypatch.context() as full:
+            full.setattr(threading.Thread, "start", start)
+            await looks(service)
+            with pytest.raises(ServeError, match="the server's log says why") as caught:
+                await service.load("demo", {})
+        assert caught.value.status == 503
+        assert await served_by(service) == "1"
+        assert [one.getMessage() for one in caplog.records if one.levelname == "ERROR"] == [
+            f"{root} cannot be read, what is loaded serves on: can't start new thread"
+        ]
+        await service.load("demo", {})
+
+
+@on_a_loop
+async def test_nothing_of_a_package_is_read_on_the_event_loop(root: Path, monkeypatch: pytest.MonkeyPatch):
+    def read(path: Path, most: int) -> bytes:
+        threads.append(threading.current_thread().name)
+        return read_plain(path, most)
+
+    read_plain, threads = folders.read_plain, []
+    monkeypatch.setattr(folders, "read_plain", read)
+    write_package(root / "demo" / "1", 1)
+    async with serving(root, poll_s=NEVER) as service:
+        assert await served_by(service) == "1"
+    assert threads == ["headstart-load"]
 
 
 @on_a_loop
@@ -848,9 +904,13 @@ async def test_unloading_waits_for_the_last_answer_and_lasts_until_loading(root:
     async with serving(root, poll_s=0.005) as service:
         asked = asyncio.create_task(infer(service))
         await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        (worker,) = (one for one in threading.enumerate() if one.name == "headstart-demo-1")
         await service.unload("demo")
         assert asked.done()
         assert (await asked).version == "1"
+        await asyncio.to_thread(worker.join, 10)
+        assert not worker.is_alive()
         await looks(service)
         assert await status_of(service) == 503
         assert await status_of(service, "demo", "1") == 503
@@ -1020,6 +1080,16 @@ async def test_stopping_answers_what_is_queued(root: Path, limits: dict[str, Any
 
 
 @on_a_loop
+async def test_stopping_ends_the_looks(root: Path):
+    async with serving(root) as service:
+        looking = service.repository._poller
+        assert looking
+        assert not looking.done()
+        await service.stop()
+        assert looking.done()
+
+
+@on_a_loop
 async def test_stopping_waits_no_longer_than_it_was_told(root: Path):
     write_package(root / "demo" / "1", 1, graph=classifier(1, turns=10_000))  # which runs in a thread
     over = threading.Event()
@@ -1039,12 +1109,12 @@ async def test_stopping_waits_no_longer_than_it_was_told(root: Path):
 async def test_a_look_that_fails_is_not_the_last(root: Path, monkeypatch: pytest.MonkeyPatch):
     def fails(root: Path) -> None:
         failed.append(root)
-        raise RuntimeError("nobody thought of this")
+        raise LookupError("nobody thought of this")
 
     failed: list[Path] = []
     async with serving(root, poll_s=0.005) as service:
         with monkeypatch.context() as broken:
-            broken.setattr(repository, "scan", fails)
+            broken.setattr(roots, "scan", fails)
             await until(lambda: failed)
         write_package(root / "demo" / "1", 1)
         await until(lambda: service.model_ready("demo", None), 5)

@@ -8,7 +8,8 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from headstart.serving.server.watching.metrics import Histogram, Metrics
+from headstart.serving.server.watching.metrics import Metrics
+from headstart.serving.server.watching.statistics import Histogram
 from tests.serving.server.graphs import write_package
 from tests.serving.server.tiny_service import RawClient
 from tests.serving.server.watching.test_logs import BODY, LENGTH, PATH, Logged
