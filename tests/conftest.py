@@ -92,6 +92,7 @@ def headstart(
     from headstart.cluster.cli import main
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)  # which readline sets for what a process starts, as pytest-xdist does
 
     def run(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["headstart", *map(str, arguments)])
