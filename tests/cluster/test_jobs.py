@@ -170,7 +170,7 @@ def test_a_submitted_recipe_runs_on_the_code_that_was_sent(head: Head, recipe: P
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    for module in ("cluster/pipeline.py", "cluster/fit.py"):
+    for module in ("cluster/pipeline.py", "cluster/fit_worker.py"):
         with (copy / module).open("a") as file:
             file.write(TELL_TALE.format(log=str(told)))
 
@@ -184,7 +184,7 @@ def test_a_submitted_recipe_runs_on_the_code_that_was_sent(head: Head, recipe: P
     assert "finetune mtcnn-onet" in stderr  # the job's own log
 
     lines = [line.split(" ", 1) for line in told.read_text().splitlines()]
-    assert {Path(file).name for _, file in lines} == {"pipeline.py", "fit.py"}
+    assert {Path(file).name for _, file in lines} == {"pipeline.py", "fit_worker.py"}
     for _, file in lines:
         assert str(head.folder) in file
         assert "/py_modules_files/headstart-" in file
