@@ -93,9 +93,7 @@ def _print(rows: list[dict[str, Any]], failures: dict[str, str]) -> None:
         for column in ("server", "transport", "clients", *_SHOWN):
             table.add_column(column, justify="left" if column in ("server", "transport") else "right")
         for row in sorted((row for row in rows if row["model"] == model), key=lambda row: row["concurrency"]):
-            if row["concurrency"] in (0, 1, 32):
-                shown = [str(row[column]) for column in ("server", "transport", "concurrency", *_SHOWN)]
-                table.add_row(*shown)
+            table.add_row(*(str(row[column]) for column in ("server", "transport", "concurrency", *_SHOWN)))
         console.print(table)
         starts = {row["server"]: (row["cold_start_s"], row["peak_mb"]) for row in rows if row["cold_start_s"] != ""}
         console.print("; ".join(f"{name}: ready in {start:g} s, {peak:g} MB" for name, (start, peak) in starts.items()))
