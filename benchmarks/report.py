@@ -59,6 +59,7 @@ _COMPARED = {
 }  # fmt: skip
 _BINARY = ("headstart binary", "sockets binary", "uvicorn binary")
 _RUNS_FROM = "2026-11-28"
+_AS_WRITTEN = ("commit", "kendall_tau")  # a commit of digits is no number, and three digits of .9998 are 1
 
 
 def read_rows(name: str) -> list[Row]:
@@ -110,7 +111,10 @@ def serving_runs(model: str) -> tuple[list[Row], Mapping[str, str]]:
 def as_table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     """Return rows as a Markdown table of those columns that have a value in any of them."""
     kept = {key: title for key, title in columns.items() if any(row.get(key) for row in rows)}
-    lines = [list(kept.values()), ["---"] * len(kept), *([_plain(row.get(key, "")) for key in kept] for row in rows)]
+    lines = [list(kept.values()), ["---"] * len(kept)]
+    for row in rows:
+        values = {key: row.get(key, "") for key in kept}
+        lines.append([value if key in _AS_WRITTEN else _plain(value) for key, value in values.items()])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

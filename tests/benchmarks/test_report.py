@@ -38,6 +38,15 @@ def test_a_table_has_the_last_run_and_columns_that_have_values(tmp_path: Path, m
     )
 
 
+def test_a_commit_of_digits_stays_one_and_a_tau_keeps_its_nines():
+    columns = {"commit": "commit", "kendall_tau": "tau", "p50": "ms"}
+    rows = [{"commit": commit, "kendall_tau": "0.999799", "p50": "9.9976"} for commit in ("2516723", "12e4567")]
+    assert report.as_table(rows, columns).splitlines()[2:] == [
+        "| 2516723 | 0.999799 | 10 |",
+        "| 12e4567 | 0.999799 | 10 |",
+    ]
+
+
 def test_servers_have_a_row_each_and_runs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     columns = ("commit", "server", "transport", "concurrency", "overhead_ms", "rate_ratio", "requests_per_s", "peak_mb")
