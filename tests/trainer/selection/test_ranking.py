@@ -56,7 +56,9 @@ def test_a_candidate_is_scored_on_training_images_and_auditioned_on_validation_i
 ):
     task, search = target(), Search(learning_rates=(1e-3, 1e-1), weight_decays=(0.1,), epochs=5)
     recipe = Recipe(name="r", data=Data(path="d"), seed=3, search=search, train=Train(optimizer="sgd"))
-    found = assess(backbone, task, recipe, tmp_path, tag="")
+    seen: list[tuple[int, int]] = []
+    found = assess(backbone, task, recipe, tmp_path, tag="", progress=lambda *done: seen.append(done))
+    assert seen[-6:] == [(240, 240), *((epoch, 5) for epoch in range(1, 6))]
     train, validation = task.part("train"), task.part("validation")
     x, y = features(backbone, train), torch.from_numpy(train.labels)
     asked, truth = features(backbone, validation), torch.from_numpy(validation.labels)
