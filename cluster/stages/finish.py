@@ -117,7 +117,9 @@ def _raw_pixels(context: Context) -> np.ndarray:
         return torch.cat(list(pixel_batches(images, batches, preprocess))).flatten(1).numpy(), images.labels
 
     test, labels = pixels("test")
-    correct: np.ndarray = raw_pixels_control(*pixels("train"), *pixels("validation"), test) == labels
+    with context.reporter.bar("evaluate raw pixels") as progress:
+        predicted = raw_pixels_control(*pixels("train"), *pixels("validation"), test, progress=progress)
+    correct: np.ndarray = predicted == labels
     return correct
 
 
