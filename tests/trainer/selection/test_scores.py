@@ -199,7 +199,9 @@ def test_constant_features_score_as_their_majority():
         assert score_features(x, y) == pytest.approx({"knn": 7 / 11, "ridge": 7 / 11, "score": 7 / 11})
 
 
-@pytest.mark.parametrize("x", [[[1.0], [3.0]], [[-1.0, 2.0], [0.5, 1.0]]], ids=["D1", "D2"])
+@pytest.mark.parametrize(
+    "x", [[[1.0], [3.0]], [[-1.0, 2.0], [0.5, 1.0]], [[1.0], [-1.0]]], ids=["D1", "D2", "opposite"]
+)
 def test_two_samples_know_only_each_other(x):
     assert score_features(np.array(x), np.array([0, 1]))["score"] == 0
     assert score_features(np.array(x), np.array([5, 5]))["score"] == 1
