@@ -55,6 +55,14 @@ def test_a_row_of_the_confusion_matrix_is_a_true_class(drawn: list[Figure], tmp_
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
 
 
+def test_a_matrix_of_many_classes_has_them_all_and_no_numbers(drawn: list[Figure], tmp_path: Path):
+    labels = np.arange(200)
+    plot_confusion(tmp_path / "confusion.png", labels, labels, tuple(map(str, labels)), "mine")
+    axes = drawn[0].axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array(), np.eye(200))
+    assert not axes.texts
+
+
 def test_of_very_many_classes_those_that_most_mistakes_are_of_are_drawn(drawn: list[Figure], tmp_path: Path):
     labels = np.repeat(np.arange(201), 3)
     predicted = labels.copy()
