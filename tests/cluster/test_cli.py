@@ -1,11 +1,13 @@
 """The command line as it is promised: its commands and flags, and that the README speaks of no others."""
 
 import re
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer
 import yaml
 
@@ -132,3 +134,11 @@ def test_an_error_keeps_its_own_line_breaks_and_commands_no_terminal(headstart: 
     ended = headstart("run", "odd\x9b.yaml")
     assert ended.code == 2
     assert r"recipe odd\x9b.yaml cannot be used:" + "\n  " in ended.stderr
+
+
+def test_a_command_that_lacks_a_library_names_it(headstart: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "headstart.cluster.recipe_file", raising=False)
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    ended = headstart("recipes", "list")
+    assert ended.code == 2
+    assert ended.stderr.startswith("error: this command needs pydantic, which is not installed here")
