@@ -142,3 +142,15 @@ def test_a_command_that_lacks_a_library_names_it(headstart: Callable[..., Any], 
     ended = headstart("recipes", "list")
     assert ended.code == 2
     assert ended.stderr.startswith("error: this command needs pydantic, which is not installed here")
+
+
+@pytest.mark.parametrize(("status", "code"), [("FAILED", 1), ("STOPPED", 1), ("SUCCEEDED", 0)])
+def test_a_job_that_did_not_succeed_is_1(
+    headstart: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, status: str, code: int
+):
+    def submitted(recipe: object, address: str, out: Path) -> dict[str, str]:
+        return {"job": "j", "status": status, "out": str(out)}
+
+    monkeypatch.setattr("headstart.cluster.jobs.submit", submitted)
+    ended = headstart("submit", "demo", "--address", "http://there:8265")
+    assert (ended.code, ended.stdout) == (code, f"job j: {status}; its run directory is runs/demo\n")
