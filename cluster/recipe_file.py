@@ -87,7 +87,8 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         problems = dict.fromkeys(_explain(detail) for detail in error.errors())
         listed = "\n".join(f"  {problem}" for problem in problems)
-        raise RecipeError(f"recipe {reference} cannot be used:\n{listed}") from None
+        given = f"{reference}, as --set changes it," if overrides else reference
+        raise RecipeError(f"recipe {given} cannot be used:\n{listed}") from None
     return _absolute(recipe)
 
 

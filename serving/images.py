@@ -54,6 +54,31 @@ def read_image(source: Path | bytes) -> NDArray[np.uint8]:
         raise PackageError(f"{name} cannot be read as an image ({reason}); accepted: {_ACCEPTED}") from error
 
 
+def image_files(path: Path) -> list[Path]:
+    """The images below a folder, known by their suffixes, in the order of their paths; a file is one by itself.
+
+    Raises:
+        PackageError: the folder has none.
+    """
+    if not path.is_dir():
+        return [path]
+    suffixes = {
+        suffix
+        for suffix, format in Image.registered_extensions().items()
+        if format in Image.OPEN and format not in _NOT_PIXELS
+    }
+    found = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix.lower() in suffixes
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    if not found:
+        raise PackageError(f"the folder {path} holds no images; give the path of {_ACCEPTED}, or of a folder of such")
+    return found
+
+
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     """Any mode to uint8 [H, W, 3], some rows at a time: a large image is held once, with its result."""
     if image.mode in ("F", "LAB"):

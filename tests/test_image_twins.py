@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from headstart.serving.errors import PackageError
+from headstart.serving.images import image_files
 from headstart.serving.images import read_image as read_served
 from headstart.trainer.errors import DataError
+from headstart.trainer.inputs.images import image_suffixes
 from headstart.trainer.inputs.images import read_image as read_trained
 
 # Pillow remarks on damaged files and on large ones before it, or we, refuse them.
@@ -175,3 +177,12 @@ def test_both_answer_damage_alike(content: bytes, flips: list[tuple[int, int]], 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 1 << 20)  # a damaged size is not to fill the memory
         pixels_of_both(bytes(damaged[: int(len(damaged) * kept)]))
+
+
+def test_both_rooms_know_the_same_suffixes(tmp_path: Path):
+    Image.init()
+    for suffix in [*Image.registered_extensions(), ".txt", ""]:
+        (tmp_path / f"image{suffix}").touch()
+    found = {path.suffix for path in image_files(tmp_path)}
+    assert found == image_suffixes()
+    assert len(found) > 20

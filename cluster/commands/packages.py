@@ -12,16 +12,18 @@ package_app = typer.Typer(help="Look at a package, and check it.", no_args_is_he
 
 def predict(
     package: PackageArgument,
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Images.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Images, and folders of them.")],
     provider: Annotated[str, typer.Option(help="ONNX Runtime's execution provider.")] = "CPUExecutionProvider",
     as_json: Json = False,
 ) -> None:
     """Say what a package sees in image files; needs neither torch nor ray."""
     from dataclasses import asdict
 
+    from headstart.serving.images import image_files
     from headstart.serving.runtime import Predictor
 
-    predictions = Predictor(package, provider).predict_files(files)
+    images = [image for file in files for image in image_files(file)]
+    predictions = Predictor(package, provider).predict_files(images)
     if as_json:
         print_json([asdict(prediction) for prediction in predictions])
         return

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -86,7 +86,9 @@ def evaluate(run_directory: RunArgument, address: Address = None, as_json: Json 
 
 def export(
     run_directory: RunArgument,
-    variant: Annotated[str | None, typer.Option(help="fp16 or int8: that package as well, beside the other.")] = None,
+    variant: Annotated[
+        Literal["fp16", "int8"] | None, typer.Option(help="That package as well, beside the other.")
+    ] = None,
     address: Address = None,
     as_json: Json = False,
 ) -> None:

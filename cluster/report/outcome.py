@@ -93,6 +93,8 @@ def _print_evaluation(outcome: Outcome, console: Console) -> None:
         f"Temperature {evaluation['temperature']:.3f}, calibration error {evaluation['calibration_error']:.4f}; "
         f"{evaluation['num_test_images_also_in_training']} test images are also among those learned from."
     )
+    if num := evaluation["num_test_images_nearly_in_training"]:
+        console.print(f"Test images that look like one of those learned from, saved anew: {num}.")
     largest = evaluation["largest_class"]
     if largest["share"] >= evaluation["test"]["interval"][0]:
         console.print(

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
 _MAX_NUMBERED = 20
+_MAX_DRAWN = 200
+"""Classes of a matrix whose cells are still seen: six pixels each."""
 _FIT_STYLES = {"fit": ("C0", "o"), "control": ("C7", "s")}
 
 
@@ -31,8 +33,11 @@ def font_families(text: str) -> list[str]:
 def plot_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, classes: tuple[str, ...], name: str) -> None:
     """Draw the confusion matrix of the test images, each row as shares of its class.
 
-    labels, predicted: int [N].
+    labels, predicted: int [N]. Of more than 200 classes those that most mistakes are of, and the others as one.
     """
+    right = labels == predicted
+    if len(classes) > _MAX_DRAWN:
+        labels, predicted, classes = _most_mistaken(labels, predicted, classes)
     counts = confusion_matrix(labels, predicted, labels=range(len(classes)))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = min(14.0, 3.0 + 0.45 * len(classes))
@@ -44,7 +49,7 @@ def plot_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, classe
         axes.set(
             xlabel="predicted",
             ylabel="true",
-            title=f"{name}: {np.trace(counts) / counts.sum():.1%} of {counts.sum()} test images right",
+            title=f"{name}: {right.mean():.1%} of {len(right)} test images right",
         )
         if len(classes) <= _MAX_NUMBERED:
             # Names, and no formulas: "$_$" is none, and would end the run here.
@@ -55,6 +60,19 @@ def plot_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, classe
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
         figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _most_mistaken(
+    labels: np.ndarray, predicted: np.ndarray, classes: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Number the 19 classes that most mistakes are of anew, and all others as the last one."""
+    wrong = labels != predicted
+    mistakes = np.bincount(np.concatenate([labels[wrong], predicted[wrong]]), minlength=len(classes))
+    kept = np.sort(np.argsort(-mistakes, kind="stable")[: _MAX_NUMBERED - 1])
+    number = np.full(len(classes), len(kept))
+    number[kept] = np.arange(len(kept))
+    names = (*(classes[label] for label in kept), f"{len(classes) - len(kept):,} others")
+    return number[labels], number[predicted], names
 
 
 def plot_learning(path: Path, fits: Mapping[str, Mapping[str, Any]], name: str) -> None:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from headstart.cluster.report.table import print_table, stdout_console
 from headstart.cluster.stages.context import Reporter, cache_root
 from headstart.trainer.backbones.weights import fetch_weights
+from headstart.trainer.inputs.dataset import some
 from headstart.trainer.selection.sources import Candidate, SourceCard, resolve, survey
 
 Description = dict[str, Any]
@@ -72,7 +73,7 @@ def print_unavailable(reasons: Mapping[str, str], console: Console) -> None:
 
 
 def print_source(found: Description) -> None:
-    """Print one card, a field a line."""
+    """Print one card, a field a line; of many classes the first ten."""
     console = Console()
     for field, value in found.items():
         if value in (None, "", (), []):
@@ -80,7 +81,7 @@ def print_source(found: Description) -> None:
         if isinstance(value, dict):
             value = ", ".join(f"{name} {inner}" for name, inner in value.items())
         if isinstance(value, tuple):
-            value = ", ".join(value)
+            value = some(value)
         if isinstance(value, bool):
             value = "yes" if value else "no"
         # Soft, so that what is copied from a narrow terminal is whole.

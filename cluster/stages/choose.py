@@ -112,9 +112,7 @@ def fitted_model(context: Context, name: str, stage: Stage) -> Model:
     """Return the model that the stage `name` trained."""
     mode, source = stage.result["mode"], stage.result["source"]
     backbone = load_source(context, source)
-    model = build_classifier(
-        "scratch" if mode == "scratch" else "full", backbone, context.target.num_classes, head=None, seed=0
-    )
+    model = build_classifier("full", backbone, context.target.num_classes, head=None, seed=0)
     model.load_state_dict(load_file(context.run.private / f"{name}.safetensors"))
     fingerprint = tensors_fingerprint(model.backbone.state_dict(), backbone.architecture, mode)
     backbone = replace(backbone, module=model.backbone.eval(), fingerprint=fingerprint)

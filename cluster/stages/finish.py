@@ -1,6 +1,6 @@
 """The stages that conclude: evaluation with its controls, and the way back into the list of sources."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +26,8 @@ from headstart.trainer.evaluation import (
 )
 from headstart.trainer.features import CachedFeatures, extract_features
 from headstart.trainer.inputs.batches import pixel_batches
-from headstart.trainer.inputs.dataset import LabelledImages
+from headstart.trainer.inputs.dataset import PARTS, LabelledImages
+from headstart.trainer.inputs.near_copies import near_copies
 from headstart.trainer.inputs.preprocessing import Preprocess, Preprocessing
 from headstart.trainer.inputs.split import duplicates_between, num_contents_of_several_classes, num_repeats
 from headstart.trainer.selection.ranking import make_sketch, sketched
@@ -39,10 +40,10 @@ from headstart.trainer.selection.sources import (
 )
 
 RAW_SIDE = 16
-EVALUATION_SCHEMA = 5
+EVALUATION_SCHEMA = 6
 """2: Wilson's intervals of the accuracies, and `verdict_p_value`. 3: `class_accuracy` of a class without test images is
 None; the control from scratch says its `architecture`. 4: `num_contents_of_several_classes`. 5:
-`num_repeated_test_images`, `largest_class`."""
+`num_repeated_test_images`, `largest_class`. 6: `num_test_images_nearly_in_training`."""
 
 
 def evaluate(context: Context, model: Model, chosen: Stage, control: Stage | None, tuned: Stage | None) -> Stage:
@@ -71,8 +72,10 @@ def evaluate(context: Context, model: Model, chosen: Stage, control: Stage | Non
             scratch = fitted_model(context, "control", control)
             with context.reporter.bar("evaluate scratch") as progress:
                 controls["scratch"] = _correct(_logits(context, scratch, test, used, progress), test)
-        controls["raw_pixels"] = _raw_pixels(context)
+        pixels = _pixels(context)
+        controls["raw_pixels"] = _raw_pixels(context, pixels)
         result = _conclude(context, chosen.result, logits, temperature, correct, controls)
+        result["num_test_images_nearly_in_training"] = _num_near_copies(context, pixels)
         if control is not None:  # of a frozen graph nothing can be trained: another source's architecture is
             result["controls"]["scratch"]["architecture"] = scratch.backbone.architecture
         write_json(path / "evaluation.json", result)
@@ -104,21 +107,37 @@ def _correct(logits: Tensor, images: LabelledImages) -> np.ndarray:
     return correct
 
 
-def _raw_pixels(context: Context) -> np.ndarray:
-    """Return which test images a logistic regression on 16x16 pixels has right; grey pixels where all images are."""
+def _pixels(context: Context) -> dict[str, np.ndarray]:
+    """Return the 16x16 pixels of the images of each part, [N, D]; grey ones where all images are."""
     channels: Literal[1, 3] = 1 if bool(context.target.images.grey.all()) else 3
     preprocess = Preprocess(
         Preprocessing(resize=RAW_SIDE, crop=RAW_SIDE, channels=channels, mean=(0.0,) * channels, std=(1.0,) * channels)
     )
 
-    def pixels(name: str) -> tuple[np.ndarray, np.ndarray]:
-        images = context.target.part(name)
+    def pixels(images: LabelledImages) -> np.ndarray:
         batches = np.split(np.arange(len(images)), range(256, len(images), 256))
-        return torch.cat(list(pixel_batches(images, batches, preprocess))).flatten(1).numpy(), images.labels
+        return torch.cat(list(pixel_batches(images, batches, preprocess))).flatten(1).numpy()
 
-    test, labels = pixels("test")
-    correct: np.ndarray = raw_pixels_control(*pixels("train"), *pixels("validation"), test) == labels
+    return {name: pixels(context.target.part(name)) for name in PARTS}
+
+
+def _raw_pixels(context: Context, pixels: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return which test images a logistic regression on their pixels has right."""
+    train, validation, test = (context.target.part(name).labels for name in PARTS)
+    with context.reporter.bar("evaluate raw pixels") as progress:
+        predicted = raw_pixels_control(
+            pixels["train"], train, pixels["validation"], validation, pixels["test"], progress=progress
+        )
+    correct: np.ndarray = predicted == test
     return correct
+
+
+def _num_near_copies(context: Context, pixels: Mapping[str, np.ndarray]) -> int:
+    """Count the test images that are known ones saved anew; those of the very same content are counted elsewhere."""
+    known = set(context.target.known().digests)
+    new = np.array([digest not in known for digest in context.target.part("test").digests])
+    near = near_copies(pixels["test"], np.concatenate([pixels["train"], pixels["validation"]]))
+    return int((near & new).sum())
 
 
 def _conclude(

@@ -1,11 +1,13 @@
 """The command line as it is promised: its commands and flags, and that the README speaks of no others."""
 
 import re
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer
 import yaml
 
@@ -132,3 +134,23 @@ def test_an_error_keeps_its_own_line_breaks_and_commands_no_terminal(headstart: 
     ended = headstart("run", "odd\x9b.yaml")
     assert ended.code == 2
     assert r"recipe odd\x9b.yaml cannot be used:" + "\n  " in ended.stderr
+
+
+def test_a_command_that_lacks_a_library_names_it(headstart: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "headstart.cluster.recipe_file", raising=False)
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    ended = headstart("recipes", "list")
+    assert ended.code == 2
+    assert ended.stderr.startswith("error: this command needs pydantic, which is not installed here")
+
+
+@pytest.mark.parametrize(("status", "code"), [("FAILED", 1), ("STOPPED", 1), ("SUCCEEDED", 0)])
+def test_a_job_that_did_not_succeed_is_1(
+    headstart: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, status: str, code: int
+):
+    def submitted(recipe: object, address: str, out: Path) -> dict[str, str]:
+        return {"job": "j", "status": status, "out": str(out)}
+
+    monkeypatch.setattr("headstart.cluster.jobs.submit", submitted)
+    ended = headstart("submit", "demo", "--address", "http://there:8265")
+    assert (ended.code, ended.stdout) == (code, f"job j: {status}; its run directory is runs/demo\n")

@@ -135,3 +135,11 @@ def test_an_export_that_cannot_be_is_refused(headstart: Run, tmp_path: Path, set
     ended = headstart("run", "folder", "--set", f"data.path={tmp_path}", "--set", setting)
     assert ended.code == 2
     assert reason in ended.stderr
+
+
+def test_a_variant_that_cannot_be_is_refused_by_its_option(headstart: Run, tmp_path: Path):
+    ended = headstart("export", tmp_path, "--variant", "int4")
+    assert ended.code == 2
+    said = " ".join(ended.stderr.split())
+    assert "--variant" in said
+    assert "'int4' is not one of 'fp16', 'int8'" in said

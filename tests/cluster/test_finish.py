@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from headstart.cluster.stages import finish
 from headstart.cluster.stages.choose import fitted_model
 from headstart.cluster.stages.context import Context
-from headstart.cluster.stages.finish import _conclude, _raw_pixels, evaluate, register_source
+from headstart.cluster.stages.finish import _conclude, _num_near_copies, _pixels, _raw_pixels, evaluate, register_source
 from headstart.cluster.stages.model import Model, load_source
 from headstart.cluster.stages.run_directory import Stage, write_json
 from headstart.trainer.backbones.card import card_to_yaml
@@ -124,7 +124,20 @@ def test_the_raw_pixel_control_learns_from_training_images_and_is_chosen_on_vali
         to_pixels([part.image(i) for i in range(len(part))], preprocess).flatten(1).numpy() for part in parts
     )
     predicted = raw_pixels_control(train, parts[0].labels, validation, parts[1].labels, test)
-    np.testing.assert_array_equal(_raw_pixels(context), predicted == parts[2].labels)
+    np.testing.assert_array_equal(_raw_pixels(context, _pixels(context)), predicted == parts[2].labels)
+
+
+def test_test_images_that_are_known_ones_saved_anew_are_counted(context: Context):
+    target = context.target
+    arrays = [target.images.image(i) for i in range(len(target.images))]
+    assert _num_near_copies(context, _pixels(context)) == 0  # but 3 of the very same content
+    known = [*target.parts["train"][:2], *target.parts["validation"][:1]]
+    for copy, original in zip(target.parts["test"], known, strict=False):
+        arrays[copy] = arrays[original] // 8 * 8
+    storage = ImageArrays(tuple(arrays))
+    images = dataclasses.replace(target.images, storage=storage, digests=storage.digests())
+    copied = dataclasses.replace(context, target=dataclasses.replace(target, images=images))
+    assert _num_near_copies(copied, _pixels(copied)) == 3
 
 
 SOURCE = "mtcnn-onet"  # small, and packaged
@@ -182,7 +195,8 @@ def test_the_model_and_its_control_are_each_measured_on_the_test_images(
     np.testing.assert_array_equal(plotted, [labels["test"], logits(model, "test").argmax(1).numpy()])
     assert [found.result["test"]["accuracy"], found.result["controls"]["scratch"]["accuracy"]] == accuracies
     assert found.result["controls"]["scratch"]["architecture"] == catalog()[SOURCE].architecture
-    assert found.result["controls"]["raw_pixels"]["accuracy"] == _raw_pixels(context).mean()
+    assert found.result["controls"]["raw_pixels"]["accuracy"] == _raw_pixels(context, _pixels(context)).mean()
+    assert found.result["num_test_images_nearly_in_training"] == 0
     temperature = fit_temperature(logits(model, "validation").numpy(), labels["validation"])
     assert found.result["temperature"] == pytest.approx(temperature, rel=1e-3)
     assert found.result["choice"] == chosen.result

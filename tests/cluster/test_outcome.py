@@ -43,6 +43,7 @@ EVALUATION = {
     "temperature": 1.0,
     "calibration_error": 0.0,
     "num_test_images_also_in_training": 0,
+    "num_test_images_nearly_in_training": 0,
     "largest_class": {"name": "a", "share": 0.5},
     "num_repeated_test_images": 0,
     "num_contents_of_several_classes": 0,
@@ -86,6 +87,12 @@ def test_an_energy_below_0_is_explained():
     near, far = ({"distances": {"energy": energy, "euclidean": 0.0}} for energy in (-0.2, 0.2))
     assert "Energies around 0, or below, are those of two samples of one task." in told([ENTRY | near, ENTRY])
     assert "Energies around 0" not in told([ENTRY | far, ENTRY])
+
+
+def test_test_images_saved_anew_are_told_where_there_are_any():
+    assert "saved anew" not in told([], EVALUATION)
+    text = told([], EVALUATION | {"num_test_images_nearly_in_training": 4})
+    assert "Test images that look like one of those learned from, saved anew: 4." in text
 
 
 def test_repeated_test_images_are_told_where_there_are_any():

@@ -55,6 +55,29 @@ def test_a_row_of_the_confusion_matrix_is_a_true_class(drawn: list[Figure], tmp_
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
 
 
+def test_a_matrix_of_many_classes_has_them_all_and_no_numbers(drawn: list[Figure], tmp_path: Path):
+    labels = np.arange(200)
+    plot_confusion(tmp_path / "confusion.png", labels, labels, tuple(map(str, labels)), "mine")
+    axes = drawn[0].axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array(), np.eye(200))
+    assert not axes.texts
+
+
+def test_of_very_many_classes_those_that_most_mistakes_are_of_are_drawn(drawn: list[Figure], tmp_path: Path):
+    labels = np.repeat(np.arange(201), 3)
+    predicted = labels.copy()
+    predicted[600:] = 7
+    predicted[60:111:3] += 100  # one of each of 20 to 36; what it is taken for is as often mistaken, and comes later
+    plot_confusion(tmp_path / "confusion.png", labels, predicted, tuple(f"c{i}" for i in range(201)), "mine")
+    axes = drawn[0].axes[0]
+    kept = ["c7", *(f"c{i}" for i in range(20, 37)), "c200", "182 others"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == kept
+    counts = {text.get_position(): text.get_text() for text in axes.texts}
+    alike = {(i, i): "2" for i in range(1, 18)} | {(19, i): "1" for i in range(1, 18)}
+    assert counts == alike | {(0, 0): "3", (0, 18): "3", (19, 19): "546"}
+    assert axes.get_title() == "mine: 96.7% of 603 test images right"
+
+
 def test_the_chosen_rate_is_drawn_with_its_training_images(drawn: list[Figure], tmp_path: Path):
     plot_learning(tmp_path / "learning.png", {"control": _fit("net")}, "mine")
     lines = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in drawn[0].axes[0].lines}

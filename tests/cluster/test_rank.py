@@ -58,7 +58,7 @@ def test_the_best_audition_is_first_and_of_equal_ones_the_better_score(
     context: Context, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     accuracies = {"absent": None, "worse": 0.0, "weak": 0.9, "strong": 0.9}
-    found = ranked(context, monkeypatch, accuracies, worse=-3.0, weak=-2.0, strong=-1.0).result["ranking"]
+    found = ranked(context, monkeypatch, accuracies, worse=3.0, weak=-2.0, strong=-1.0).result["ranking"]
     assert [entry["source"] for entry in found] == ["strong", "weak", "worse", "absent"]
     assert "not known which images" not in capsys.readouterr().err  # which is for finished runs, not for the catalog
 

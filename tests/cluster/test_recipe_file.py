@@ -160,6 +160,11 @@ def test_a_malformed_override_is_refused(tmp_path: Path, override: str):
         load_recipe(write(tmp_path, MINIMAL), [override])
 
 
+def test_what_an_override_asks_for_is_not_blamed_on_the_recipe_alone():
+    with pytest.raises(RecipeError, match=r"^recipe demo, as --set changes it, cannot be used:\n  seed is -1"):
+        load_recipe("demo", ["seed=-1"])
+
+
 def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     sources = ["file:w.pth#resnet18", "onnx:net.onnx", "source:runs/a", "torchvision:resnet18", "mtcnn-onet"]

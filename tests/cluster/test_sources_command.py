@@ -57,6 +57,8 @@ def test_show_has_the_licence_as_found(headstart: Run):
 def test_show_has_the_classes_as_words(cache: Path, capsys: pytest.CaptureFixture[str]):
     print_source(describe_sources()[0] | {"classes": ("d0", "[x]")})
     assert "classes: d0, [x]" in capsys.readouterr().out.splitlines()
+    print_source(describe_sources()[0] | {"classes": tuple(map(str, range(3000)))})
+    assert "classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ... (3,000 in all)" in capsys.readouterr().out.splitlines()
 
 
 def test_fetch_brings_the_weights_of_the_card(headstart: Run, cache: Path):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from headstart.serving import images
 from headstart.serving.errors import PackageError
-from headstart.serving.images import read_image
+from headstart.serving.images import image_files, read_image
 
 ROW = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20  # 0 to 220, 3 x 4
 
@@ -193,3 +193,15 @@ def test_missing_files_and_folders(tmp_path: Path):
         read_image(tmp_path / "absent.png")
     with pytest.raises(PackageError, match="cannot be read"):
         read_image(tmp_path)
+
+
+def test_a_folder_stands_for_the_images_below_it(tmp_path: Path):
+    names = ["b.PNG", "a/z.jpeg", "a/c.webp", "notes.txt", "report.pdf", "film.mpg", ".hidden.png", ".kept/d.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    assert image_files(tmp_path) == [tmp_path / name for name in ("a/c.webp", "a/z.jpeg", "b.PNG")]
+    assert image_files(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]  # as it was asked for
+    with pytest.raises(PackageError, match=r"the folder .*folder\.png holds no images; give the path of .* a folder"):
+        image_files(tmp_path / "folder.png")

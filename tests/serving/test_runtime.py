@@ -174,20 +174,22 @@ def test_predict_prints_names_that_are_not_utf_8(
     pristine: Path, photographs: list[np.ndarray], tmp_path: Path, errors: str
 ):
     Image.fromarray(photographs[0]).save(tmp_path / "a.png")
-    files = [os.fsencode(tmp_path) + name for name in (b"/bad\xff.png", "/grün.png".encode())]
+    folder = tmp_path / "named"
+    folder.mkdir()
+    files = [os.fsencode(folder) + name for name in (b"/bad\xff.png", "/grün.png".encode())]
     for file in files:
         os.link(tmp_path / "a.png", file)
 
-    def predict(*options: str) -> bytes:
+    def predict(*options: str | Path | bytes) -> bytes:
         return subprocess.run(
-            [sys.executable, "-m", "headstart.cluster.cli", "predict", pristine, *files, *options],
+            [sys.executable, "-m", "headstart.cluster.cli", "predict", pristine, *options],
             capture_output=True, check=True, env=os.environ | {"PYTHONIOENCODING": f"utf-8:{errors}"},
         ).stdout  # fmt: skip
 
-    printed = predict("--json")
+    printed = predict("--json", *files)
     assert [os.fsencode(found["file"]) for found in json.loads(printed)] == files
     assert "grün.png".encode() in printed
-    bad, green = predict().decode().splitlines()
+    bad, green = predict(folder).decode().splitlines()
     assert r"bad\udcff.png  " in bad
     assert "grün.png  " in green
 

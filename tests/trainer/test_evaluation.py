@@ -318,8 +318,11 @@ def test_raw_pixels_control_is_the_strongest_of_the_penalties_that_are_best_on_v
     scaled = (x - x[train].mean(0)) / (x[train] - x[train].mean(0)).std()
     fits = [LogisticRegression(C=c, max_iter=300).fit(scaled[train], labels) for c in (0.001, 0.01, 0.1, 1, 10)]
     best = max(fits, key=lambda fit: fit.score(scaled[validation], y[validation]))  # of equals the first
-    predicted = raw_pixels_control(x[train], labels, x[validation], y[validation], x[test])
+    fitted: list[tuple[int, int]] = []
+    parts = x[train], labels, x[validation], y[validation], x[test]
+    predicted = raw_pixels_control(*parts, progress=lambda *done: fitted.append(done))
     np.testing.assert_array_equal(predicted, best.predict(scaled[test]))
+    assert fitted == [(done, 5) for done in range(1, 6)]
 
 
 def test_raw_pixels_control_on_digits_of_any_scale():
@@ -332,6 +335,12 @@ def test_raw_pixels_control_on_digits_of_any_scale():
         *(part for i in (train, validation) for part in (x[i] * 16 + 3, y[i])), x[test] * 16 + 3
     )
     assert (brighter == predicted).mean() > 0.99
+
+
+@pytest.mark.filterwarnings("error")
+def test_raw_pixels_control_of_many_classes_of_one_image_each():
+    x, y = np.eye(30), np.arange(30)
+    assert raw_pixels_control(x, y, x, y, x[:3]).tolist() == [0, 1, 2]
 
 
 def test_raw_pixels_control_of_one_class_or_constant_pixels():

@@ -254,7 +254,7 @@ def label_images(
     indices = {part: np.flatnonzero(np.array(parts) == part) for part in PARTS if part in parts}
     if indices:
         trained = labels[indices["train"]] if "train" in indices else labels[:0]
-        untrained = [name for i, name in enumerate(classes) if i not in set(trained.tolist())]
+        untrained = [classes[i] for i in np.setdiff1d(np.arange(len(classes)), trained)]
         if untrained:
             raise DataError(
                 f"{origin} brings its own parts, and these classes have no image in train: {some(untrained)}"

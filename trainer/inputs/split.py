@@ -93,10 +93,12 @@ def _check_sizes(num_images: dict[str, int], sizes: dict[str, Size], num_divided
     """Refuse numbers of images that leave a part without one of every class."""
     small = [f"{name} would have {num:,}" for name, num in num_images.items() if num < num_classes]
     if small:
+        smallest = f"{{train: rest, validation: {num_classes}, test: {num_classes}}}"
+        enough = num_divided >= num_classes * len(sizes)
         raise DataError(
             f"data.split ({_asked(sizes)}) divides {num_divided:,} images of {num_classes} classes so that "
-            f"{some(small)}; each part needs one image of every class, so {num_classes} or more: change the "
-            "sizes or add images"
+            f"{some(small)}; each part needs one image of every class, so {num_classes} or more: "
+            + (f"change the sizes, as by --set 'data.split={smallest}'" if enough else "add images")
         )
 
 

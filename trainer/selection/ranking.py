@@ -77,7 +77,10 @@ class Assessment:
 def assess(
     backbone: Backbone, target: Target, recipe: Recipe, cache: Path, *, tag: str, progress: Progress | None = None
 ) -> Assessment:
-    """Extract the target's features under `backbone`, score them, and audition a bank of heads on them."""
+    """Extract the target's features under `backbone`, score them, and audition a bank of heads on them.
+
+    `progress` counts images, and then the heads' epochs.
+    """
     started = time.perf_counter()
     known = target.known()
     cached = extract_features(backbone, known, cache, tag=tag, progress=progress)
@@ -94,6 +97,7 @@ def assess(
         search=recipe.search,
         optimizer=recipe.train.optimizer,
         seed=recipe.seed,
+        progress=progress,
     )
     with torch.no_grad():
         correct = heads.head(features[num_train:]).argmax(1) == labels[num_train:]

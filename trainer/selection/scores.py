@@ -20,6 +20,8 @@ from headstart.trainer.heads import Array, as_tensor, require_finite
 _ROWS = 512
 # Similarities, and sums of them, that differ by less are taken as equal: float64 rounds at about 1e-16.
 _EQUAL = 1e-9
+# Of which a subsample has this many, or all that there are, on average.
+_SAMPLES_PER_CLASS = 5
 # Penalties tried, relative to the total sum of squares, which no eigenvalue of X^T X exceeds.
 _PENALTIES = torch.logspace(-7, 1, 17, dtype=torch.float64)
 
@@ -27,11 +29,16 @@ _PENALTIES = torch.logspace(-7, 1, 17, dtype=torch.float64)
 def score_features(features: Array, labels: Array, cap: int = 5000, seed: int = 0) -> dict[str, float]:
     """The scores of features [N, D] with labels [N]: `knn`, `ridge`, and `score`, their mean.
 
-    Of more than `cap` samples a stratified subsample of `cap` is scored. Raises DataError where a feature is
-    not finite, ValueError for fewer than two samples.
+    Of more than `cap` samples a stratified subsample of `cap` is scored, of cap / 5 random classes at most: with one
+    sample left of each class no leave-one-out could be right. Raises DataError where a feature is not finite,
+    ValueError for fewer than two samples.
     """
     require_finite(features, "labelled")
     x, y = _checked(features, labels)
+    if len(x) > cap:
+        classes = np.random.default_rng(seed).permutation(int(y.max()) + 1)[: cap // _SAMPLES_PER_CLASS]
+        kept = np.isin(y.numpy(), classes)
+        x, y = x[kept], y[kept]
     if len(x) > cap:
         chosen = stratified_subsample(y.numpy(), cap, seed)
         x, y = x[chosen], y[chosen]

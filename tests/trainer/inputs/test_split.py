@@ -1,7 +1,9 @@
 import itertools
+import re
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -178,6 +180,16 @@ REFUSED = {
 def test_what_cannot_be_is_refused(class_sizes, split, said):
     with pytest.raises(DataError, match=said):
         split_images(images_of(class_sizes), split, seed=0)
+
+
+def test_a_division_that_does_for_many_small_classes_is_named():
+    many = images_of([3] * 300)  # the default divides 900 images into parts of 630, 135 and 135
+    with pytest.raises(DataError, match=r"--set 'data.split=({train: rest, validation: 300, test: 300})'$") as refused:
+        split_images(many, Split(), seed=0)
+    asked = yaml.safe_load(re.search(r"{.*}", str(refused.value))[0])
+    assert sizes(split_images(many, Split(**asked), seed=0)) == {"train": 300, "validation": 300, "test": 300}
+    with pytest.raises(DataError, match=r"so 300 or more: add images$"):
+        split_images(images_of([2] * 300), Split(), seed=0)
 
 
 def brought(*names):

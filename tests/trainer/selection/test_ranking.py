@@ -15,6 +15,7 @@ from headstart.trainer.inputs.batches import to_pixels
 from headstart.trainer.inputs.dataset import ImageArrays, LabelledImages
 from headstart.trainer.inputs.preprocessing import Preprocessing
 from headstart.trainer.recipe import Data, Recipe, Search, Train
+from headstart.trainer.selection import ranking
 from headstart.trainer.selection.ranking import Target, assess, make_sketch, sketch_distances, sketched
 from headstart.trainer.selection.scores import score_features
 from headstart.trainer.selection.source_folder import Sketch
@@ -56,7 +57,9 @@ def test_a_candidate_is_scored_on_training_images_and_auditioned_on_validation_i
 ):
     task, search = target(), Search(learning_rates=(1e-3, 1e-1), weight_decays=(0.1,), epochs=5)
     recipe = Recipe(name="r", data=Data(path="d"), seed=3, search=search, train=Train(optimizer="sgd"))
-    found = assess(backbone, task, recipe, tmp_path, tag="")
+    seen: list[tuple[int, int]] = []
+    found = assess(backbone, task, recipe, tmp_path, tag="", progress=lambda *done: seen.append(done))
+    assert seen[-6:] == [(240, 240), *((epoch, 5) for epoch in range(1, 6))]
     train, validation = task.part("train"), task.part("validation")
     x, y = features(backbone, train), torch.from_numpy(train.labels)
     asked, truth = features(backbone, validation), torch.from_numpy(validation.labels)
@@ -71,6 +74,19 @@ def test_a_candidate_is_scored_on_training_images_and_auditioned_on_validation_i
     np.testing.assert_array_equal(found.correct, (heads.head(asked).argmax(1) == truth).numpy())
     assert found.correct.mean() == pytest.approx(found.audition_accuracy)
     assert len(found.features.tensor()) == 240
+
+
+def test_the_images_that_are_scored_are_drawn_by_the_recipes_seed(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def of_fifty(x: torch.Tensor, y: torch.Tensor, seed: int = 0) -> dict[str, float]:
+        return score_features(x, y, cap=50, seed=seed)
+
+    monkeypatch.setattr(ranking, "score_features", of_fifty)
+    recipe = Recipe(name="r", data=Data(path="d"), seed=3, search=Search(epochs=1))
+    train = target().part("train")
+    drawn = score_features(features(backbone, train), torch.from_numpy(train.labels), cap=50, seed=3)
+    assert assess(backbone, target(), recipe, tmp_path, tag="").score == drawn["score"]
 
 
 def test_a_candidate_sees_what_is_known_and_is_judged_on_the_rest():

@@ -199,7 +199,9 @@ def test_constant_features_score_as_their_majority():
         assert score_features(x, y) == pytest.approx({"knn": 7 / 11, "ridge": 7 / 11, "score": 7 / 11})
 
 
-@pytest.mark.parametrize("x", [[[1.0], [3.0]], [[-1.0, 2.0], [0.5, 1.0]]], ids=["D1", "D2"])
+@pytest.mark.parametrize(
+    "x", [[[1.0], [3.0]], [[-1.0, 2.0], [0.5, 1.0]], [[1.0], [-1.0]]], ids=["D1", "D2", "opposite"]
+)
 def test_two_samples_know_only_each_other(x):
     assert score_features(np.array(x), np.array([0, 1]))["score"] == 0
     assert score_features(np.array(x), np.array([5, 5]))["score"] == 1
@@ -224,6 +226,17 @@ def test_more_than_cap_samples_are_subsampled_by_class():
     chosen = stratified_subsample(y, 99, seed=4)
     assert capped == score_features(x[chosen], y[chosen])
     assert capped == score_features(x, y, cap=99, seed=4)
+
+
+def test_of_many_small_classes_whole_ones_are_scored():
+    # A sample of each of the 30 would leave none to know it by.
+    x, y = clusters(150, 30, 30)
+    x = x + 50 * np.eye(30)[y]
+    assert score_features(x, y) == score_features(x, y, cap=30) == {"knn": 1, "ridge": 1, "score": 1}
+    # Any of them: a class of noise is among the 6 of 30 in a fifth of the draws.
+    x[y == 7] = np.random.default_rng(1).normal(size=(5, 30))
+    fails = sum(score_features(x, y, cap=30, seed=seed)["knn"] < 1 for seed in range(60))
+    assert 2 <= fails <= 25
 
 
 def test_bad_input_is_refused():

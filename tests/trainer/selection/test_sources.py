@@ -186,6 +186,7 @@ def test_what_learned_from_an_image_that_a_run_judges_by_is_left_out_with_the_re
     register(finished("of-an-earlier-version") / "source", cache)
     candidates, passed_over = survey("all", cache, judged_on=IMAGES[8:])
     assert [c.card.name for c in candidates] == [*catalog(), "of-an-earlier-version"]
+    assert "flattered" in survey("all", cache, judged_on=IMAGES[9:])[1]  # by a single image too
     told = "has learned from 2 of the 12 images that this run validates and tests on, which would flatter it"
     assert passed_over == {"flattered": f"it {told}"}
     for spec in ("flattered", f"source:{run}"):
