@@ -950,6 +950,26 @@ async def test_unloading_waits_for_the_last_answer_and_lasts_until_loading(root:
             assert caught.value.status == 404
 
 
+@on_a_loop
+async def test_whoever_gives_up_waiting_for_the_end_of_a_model_harms_none_of_its_requests(root: Path):
+    write_package(root / "demo" / "1", 1, graph=classifier(1, turns=10_000))
+    async with serving(root, poll_s=NEVER) as service:
+        asked = asyncio.create_task(infer(service))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        unloading = asyncio.create_task(service.unload("demo"))
+        await asyncio.sleep(0.01)
+        assert not asked.done()
+        unloading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await unloading
+        await service.unload("demo")
+        assert asked.done(), "the next one waits for it too"
+        assert (await asked).version == "1"
+        await service.load("demo", {})
+        assert (await infer(service)).version == "1"
+
+
 class Graph:
     """A loader that takes its time and counts, in place of packages."""
 
@@ -992,6 +1012,26 @@ async def test_loading_never_runs_on_the_event_loop_and_is_seen_in_the_index(roo
     await service.stop()
     assert not service.ready()
     assert await status_of(service) == 503
+
+
+@on_a_loop
+async def test_a_load_goes_on_where_whoever_asked_for_it_gives_up(root: Path):
+    (root / "demo" / "1").mkdir(parents=True)
+    loader, told = Graph(), []
+    async with serving(root, poll_s=NEVER, loader=loader) as service:
+        await service.unload("demo")
+        loader.seconds = 0.3
+        service.repository.loading.on_opening = lambda opening, done: told.append((done, len(loader.loaded)))
+        asked = [asyncio.create_task(service.load("demo", {})) for _ in range(2)]
+        await until(lambda: told)
+        for one in asked:
+            one.cancel()
+        await asyncio.wait(asked)
+        await until(lambda: service.model_ready("demo", None))
+        assert told == [(False, 1), (True, 2)], "opened once, and told when that was over"
+        await service.load("demo", {})
+        await service.unload("demo")
+        assert not service.model_ready("demo", None)
 
 
 @on_a_loop

@@ -24,7 +24,6 @@ from headstart.serving.server.command import serve
 from headstart.serving.server.errors import ServeError, StartError
 from headstart.serving.server.settings import HttpSettings
 from headstart.serving.server.transport.grpc import GrpcServer, serve_grpc
-from headstart.serving.server.transport.grpc_methods import Methods
 from headstart.serving.server.watching.watch import Outcome, Seen, Watch
 from headstart.serving.server.wire.grpc_codec import GrpcDecoder
 from headstart.serving.server.wire.grpc_messages import MESSAGES
@@ -272,27 +271,6 @@ def test_a_client_that_goes_cancels_its_request(running: RunningGrpc, how: str):
         wait_until(lambda: running.service.requests[-1].cancelled)
         wait_until(lambda: results)
         assert str(results[0].status()) == f"StatusCode.{'CANCELLED' if how == 'cancel' else 'DEADLINE_EXCEEDED'}"
-
-
-def test_a_model_is_loaded_to_the_end_where_the_client_goes():
-    class Slow(TinyService):
-        async def load(self, name: str, parameters: dict[str, Any]) -> None:
-            await self.gate.wait()
-            await super().load(name, parameters)
-
-    async def run() -> list[tuple[Any, ...]]:
-        service = Slow()
-        answer = Methods(service, HttpSettings()).document("RepositoryModelLoad")
-        body = MESSAGES["RepositoryModelLoadRequest"](model_name="echo").SerializeToString()
-        asking = asyncio.ensure_future(answer(body, None, Seen("a")))
-        await asyncio.sleep(0.01)
-        asking.cancel()
-        await asyncio.wait((asking,))
-        service.gate.set()
-        await asyncio.sleep(0.01)
-        return service.calls
-
-    assert asyncio.run(run()) == [("load", "echo", {})]
 
 
 @pytest.mark.parametrize(
