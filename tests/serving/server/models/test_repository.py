@@ -25,11 +25,12 @@ import pytest
 from headstart.serving.device import Device, open_on
 from headstart.serving.errors import PackageError
 from headstart.serving.manifest import MANIFEST
+from headstart.serving.one_thread import OneThread
 from headstart.serving.package import MODEL
 from headstart.serving.runtime import Predictor
 from headstart.serving.server.errors import ServeError
 from headstart.serving.server.models import folder as folders
-from headstart.serving.server.models import loading
+from headstart.serving.server.models import from_package, loading
 from headstart.serving.server.models import root as roots
 from headstart.serving.server.models.folder import Opening
 from headstart.serving.server.models.from_package import load_package
@@ -503,6 +504,48 @@ async def test_what_was_taken_down_or_failed_is_let_go_of_before_another_is_load
             await until(lambda: made[0]() is None, 5)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("name", ["another graph", "labels", "does not run"])
+@on_a_loop
+async def test_a_refused_package_ends_on_the_thread_that_its_session_belongs_to(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    class Graphs(Device):
+        """As with CUDA graphs, but for the provider."""
+
+        thread = OneThread("graphs")
+
+    class Session:
+        """One that says where it ends."""
+
+        def __init__(self, session: Any) -> None:
+            self._session = session
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._session, name)
+
+        def __del__(self) -> None:
+            ended.append(threading.current_thread().name)
+
+    def loader(folder: Path, name: str, version: str) -> LoadedModel:
+        return load_package(folder, name=name, version=version, device=Graphs(threads=1))
+
+    ended: list[str] = []
+    monkeypatch.setattr(from_package, "open_on", lambda *given, **named: Session(open_on(*given, **named)))
+    monkeypatch.setattr(from_package, "CPU", "another")  # which alone is not run in buffers
+    monkeypatch.setattr(loading._LOG, "warning", lambda *_: None)  # pytest keeps what is logged, and its error
+    damage, words = BROKEN[name]
+    damage(write_package(root / "demo" / "1", 1))
+    gc.disable()
+    try:
+        async with serving(root, loader=loader, poll_s=NEVER) as service:
+            assert words in rows(service)["demo", "1"][1]
+            await until(lambda: ended, 5)
+    finally:
+        gc.enable()
+        Graphs.thread.stop()
+    assert ended == ["graphs"]
 
 
 @pytest.mark.parametrize("name", BROKEN)
