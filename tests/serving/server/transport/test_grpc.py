@@ -417,7 +417,8 @@ def test_large_messages_are_refused_also_when_they_are_compressed():
         assert client.is_server_live()
 
 
-def test_a_call_that_grpc_ends_over_a_large_message_is_counted_and_told_to_who_watches():
+@pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer"])
+def test_a_call_that_grpc_ends_over_a_large_message_is_counted_and_told_to_who_watches(method: str):
     running, ended = RunningGrpc(HttpSettings(grpc_port=0, max_body_bytes=1 << 16)), list[Outcome]()
     counted = list[int]()
 
@@ -428,14 +429,18 @@ def test_a_call_that_grpc_ends_over_a_large_message_is_counted_and_told_to_who_w
         def close(self) -> None: ...
 
     running.watch = Watching()
+    path = f"inference.GRPCInferenceService/{method}"
     with running, grpc.insecure_channel(running.url) as channel:
         running.service.refused = lambda error: counted.append(error.status)  # type: ignore[method-assign]
-        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         for compression in [grpc.Compression.NoCompression, grpc.Compression.Gzip] * 5:
+            call = channel.stream_stream(f"/{path}")(iter([b"\0" * (1 << 17)]), compression=compression, timeout=10)
             with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
-                call(b"\0" * (1 << 17), compression=compression, timeout=10)
+                next(call)
         wait_until(lambda: len(ended) == 10)
-    assert {(one.method, one.status) for one in ended} == {("inference.GRPCInferenceService/ModelInfer", "CANCELLED")}
+        small = bare(raw_input_contents=[b"\0" * 8]).SerializeToString()
+        assert len(list(channel.stream_stream(f"/{path}")(iter([small]), timeout=10))) == 1
+        wait_until(lambda: len(ended) == 11)
+    assert [(one.method, one.status) for one in ended] == [*[(path, "CANCELLED")] * 10, (path, "OK")]
     assert counted == [499] * 10
 
 
