@@ -167,6 +167,7 @@ def test_numbers_are_read_as_one_array(is_flat: bool, shape: tuple[int, ...], da
         [1],
         [[], [], []],
         [[[]], [[1, 2]], [[3]]],
+        [[[]], [[1]], [[2]]],
     ],
     ids=str,
 )
@@ -214,9 +215,10 @@ def test_a_bracket_in_a_name_is_no_list(shape: list[int], data: Any):
         ("[0,100000000]", "[[]]", "does not fit the shape"),
         ("[0,1000000000000]", "[[]]", "accepted: 268435456 elements"),
         ("[1000000000000,0]", "[[]]", "accepted: 268435456 elements"),
+        ("[1000000000000]", "[[1]]", "accepted: 268435456 elements"),
     ],
 )
-def test_data_without_elements_takes_no_memory_for_its_sizes(shape: str, data: str, words: str):
+def test_data_with_few_elements_takes_no_memory_for_its_sizes(shape: str, data: str, words: str):
     assert words in str(verdict(with_input(shape, data)))
 
 
