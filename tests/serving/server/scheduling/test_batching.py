@@ -454,7 +454,7 @@ async def test_a_deadline_that_passed_in_the_queue_is_not_run():
     gate.set()
     assert [await outcome(one) for one in (first, late, patient)] == [[2], 504, [6]]
     assert [x[:, 0].tolist() for x in model.ran] == [[1], [3]]
-    over = refusal(scheduler, ask(1, deadline=time.monotonic() - 1))
+    over = refusal(scheduler, ask(1, deadline=time.monotonic()))
     assert (over.status, over.grpc) == (504, "DEADLINE_EXCEEDED")
 
 
@@ -564,6 +564,19 @@ async def test_a_delay_waits_for_a_batch_to_fill_and_no_longer():
     assert [await outcome(one) for one in full] == [[2], [4], [6]]
     assert time.perf_counter() - started < 2
     assert [len(x) for x in model.ran] == [1, 3]
+
+
+@on_a_loop
+async def test_a_scheduler_that_is_closed_keeps_no_model_until_a_batch_would_have_filled():
+    scheduler = batching.Scheduler(Doubling(), max_batch=8, max_queue=9, max_delay_s=10.0)
+    waiting = scheduler.infer(ask(1))
+    await turns()
+    scheduler.close()
+    assert await outcome(waiting) == 503
+    model = weakref.ref(scheduler.model)
+    del scheduler
+    gc.collect()
+    assert model() is None
 
 
 @on_a_loop

@@ -373,6 +373,16 @@ def test_contents_of_another_type_and_of_both_kinds_are_refused(call: Callable[.
     shared = bare(raw_input_contents=[b"\0" * 8])
     shared.inputs[0].parameters["shared_memory_region"].string_param = "r"
     assert "shared memory is not supported" in refusal(call, shared.SerializeToString())[1]
+    two = bare(raw_input_contents=[b"\0" * 8])
+    two.inputs.add().CopyFrom(two.inputs[0])
+    assert "1 entries for 2 inputs" in refusal(call, two.SerializeToString())[1]
+
+
+def test_the_size_that_http_has_in_a_parameter_is_none_of_contents():
+    request = bare()
+    request.inputs[0].contents.fp32_contents.extend([1, 2])
+    request.inputs[0].parameters["binary_data_size"].int64_param = 4
+    assert GrpcDecoder(Limits()).decode(request.SerializeToString()).inputs["x"].tolist() == [1, 2]
 
 
 def test_damaged_messages_are_refused_and_the_server_serves_on(call: Callable[..., Any]):
@@ -401,6 +411,9 @@ def test_a_message_of_countless_fields_is_refused_before_it_is_read():
     with pytest.raises(ServeError, match="more than 264 fields") as caught:
         decoder.decode(b"\x2a\x00" * 1_000_000)
     assert caught.value.grpc == "RESOURCE_EXHAUSTED"
+    for fields, words in ((264, "inputs is not a list"), (265, "more than 264 fields")):
+        with pytest.raises(ServeError, match=words):
+            decoder.decode(b"\x12\x00" * fields)
     request = bare(shape=(1_000_000,))
     request.inputs[0].contents.fp32_contents.extend([0.0] * 1_000_000)
     with pytest.raises(ServeError, match="Send tensors as raw_input_contents"):
