@@ -3,7 +3,9 @@
 What is here for CUDA and TensorRT was written where there was no GPU: the refusals are tested, a run is not.
 """
 
-from collections.abc import Iterable, Mapping
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,16 @@ class Device:
         """The one thread that may use the device, where CUDA graphs are asked for; None is any."""
         asked = self.options.get(_GRAPHS.get(self.provider, ""), "0")
         return GRAPH_THREAD if asked.lower() in ("1", "true") else None
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """End the sessions of calls that raised where alone they may be used: an error keeps what its frames hold."""
+        try:
+            yield
+        except BaseException as error:
+            if self.thread:
+                self.thread.submit(traceback.clear_frames, error.__traceback__).result()
+            raise
 
     @property
     def memory(self) -> str:

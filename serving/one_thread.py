@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import queue
 import threading
+import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
@@ -72,5 +73,6 @@ class OneThread:
             try:
                 done.set_result(call())
             except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # what was made ends here, wherever the error is let go of
                 done.set_exception(error)
             del job, done, call  # or what was made would stay until the next call

@@ -106,9 +106,9 @@ def verify_package(
     as_json: Json = False,
 ) -> None:
     """Check a package's digests, files, parity record and accuracy, and with a key its signature."""
-    from headstart.serving.server import command
+    from headstart.serving import package_command
 
-    found = command.verify_package(package, public_key)
+    found = package_command.verify_package(package, public_key)
     if as_json:
         print_json(found)
     else:
@@ -127,9 +127,9 @@ def verify_package(
 @package_app.command("show")
 def show_package(package: PackageArgument, as_json: Json = False) -> None:
     """Print a package's manifest and whether it is signed, as JSON with --json or without; its files are not read."""
-    from headstart.serving.server import command
+    from headstart.serving import package_command
 
-    print_json(command.show_package(package))
+    print_json(package_command.show_package(package))
 
 
 @package_app.command("sign")

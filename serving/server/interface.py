@@ -56,7 +56,7 @@ class InferenceService(Protocol):
         """The models of the repository, or only those that are ready."""
 
     async def load(self, name: str, parameters: dict[str, Any]) -> None:
-        """Load a model, or load it anew."""
+        """Load a model, or load it anew, also where the caller is cancelled meanwhile; so too `unload`."""
 
     async def unload(self, name: str) -> None:
         """Stop serving a model."""

@@ -128,6 +128,21 @@ def test_neither_it_nor_its_caller_keeps_what_was_made_or_an_error(thread: OneTh
         gc.enable()
 
 
+def test_what_a_failed_call_has_made_ends_on_the_thread_while_its_error_is_kept(thread: OneThread):
+    class Made:
+        def __del__(self) -> None:
+            ended.append(threading.current_thread().name)
+
+    def fails() -> None:
+        made = Made()
+        raise ValueError(type(made))
+
+    ended: list[str] = []
+    failed = thread.submit(fails)
+    assert isinstance(failed.exception(10), ValueError)
+    assert ended == ["one"]
+
+
 def test_the_end_of_the_process_does_not_wait_for_it():
     code = (
         "import time\nfrom headstart.serving.one_thread import OneThread\n"

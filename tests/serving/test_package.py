@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from headstart.serving import package as package_module
 from headstart.serving.errors import PackageError
 from headstart.serving.manifest import MANIFEST, MOST_TOLERANCE, Drift, Manifest, Variant, load_manifest
-from headstart.serving.package import MODEL, digest, new_package, verify
+from headstart.serving.package import MODEL, SIGNATURE, digest, new_package, verify
 from headstart.serving.runtime import Predictor
 from headstart.serving.variants import PARITY_TOLERANCES
 
@@ -261,6 +262,12 @@ def test_missing_extra_and_linked_files_are_refused(package: Path, tmp_path: Pat
     with pytest.raises(PackageError, match=r"holds notes\.txt"):
         verify(package)
     (package / "notes.txt").unlink()
+    for name in (MANIFEST, SIGNATURE):
+        (package / "more").mkdir()
+        (package / "more" / name).write_text("{}")
+        with pytest.raises(PackageError, match=f"holds more/{name}"):
+            verify(package)
+        shutil.rmtree(package / "more")
     (package / MODEL).rename(tmp_path / MODEL)
     with pytest.raises(PackageError, match=r"lacks model\.onnx"):
         verify(package)

@@ -180,6 +180,14 @@ def test_only_a_sound_package_is_signed(package: Path, keys: Path):
     assert (package / SIGNATURE).read_bytes() == before
 
 
+def test_where_the_signature_cannot_be_put_down_nothing_is_left_of_it(package: Path, keys: Path):
+    (package / SIGNATURE).unlink()
+    (package / SIGNATURE).mkdir()
+    with pytest.raises(PackageError, match=r"cannot be signed \(Is a directory\); free space or grant access"):
+        sign(package, keys / "p256.pem")
+    assert [path.name for path in package.parent.iterdir()] == ["package"]
+
+
 def test_weights_that_lie_in_the_signature_are_refused(keys: Path, tmp_path: Path):
     """Spaces at the end of its JSON do not break it, and would be numbers of the model."""
     graph = onnx.load_from_string(classifier(1))

@@ -11,7 +11,7 @@ import onnxruntime
 
 from headstart.serving.device import Device, open_on
 from headstart.serving.errors import PackageError, brief
-from headstart.serving.manifest import MANIFEST, Tensor, load_manifest
+from headstart.serving.manifest import MANIFEST, Manifest, Tensor, load_manifest
 from headstart.serving.package import MODEL, SIGNATURE, verify
 from headstart.serving.runtime import CPU, OUTPUTS
 from headstart.serving.server.models.bound import buckets
@@ -56,14 +56,22 @@ def load_package(
                 manifest = verify(folder)
                 if public_key is not None:
                     verify_signature(folder, public_key)
-                key = hashlib.sha256(repr(sorted(manifest.files.items())).encode()).hexdigest()[:32]
-                session = open_on(device, folder / MODEL, key=key)
+                with device.ending():
+                    return _open(folder, manifest, name, version, device, max_batch, drift)
             except PackageError as error:  # about the folder that the operator knows
                 raise PackageError(str(error).replace(str(folder), str(source))) from error
     except OSError as error:
         raise PackageError(
             f"{source} cannot be copied: {error.strerror or error}; free space or grant access"
         ) from error
+
+
+def _open(
+    folder: Path, manifest: Manifest, name: str, version: str, device: Device, max_batch: int | None, drift: float
+) -> LoadedModel:
+    """A verified package's graph in a session, once it is what the manifest says."""
+    key = hashlib.sha256(repr(sorted(manifest.files.items())).encode()).hexdigest()[:32]
+    session = open_on(device, folder / MODEL, key=key)
     proven = max(row.batch for row in manifest.parity.rows)
     largest = min(proven, max_batch or proven)
     if device.provider not in manifest.proven_on:
@@ -72,13 +80,13 @@ def load_package(
     found, stated = _signature(session), (manifest.inputs, manifest.outputs)
     if found != stated:
         raise PackageError(
-            f"{source}: its graph has {_names(found)}, its manifest says {_names(stated)}; "
+            f"{folder}: its graph has {_names(found)}, its manifest says {_names(stated)}; "
             "export the run again: headstart export RUN"
         )
     columns = {one.shape[-1] for one in manifest.outputs if one.name in OUTPUTS and isinstance(one.shape[-1], int)}
     if columns - {len(manifest.labels)}:
         raise PackageError(
-            f"{source}: its outputs have {max(columns)} columns for {len(manifest.labels)} labels; "
+            f"{folder}: its outputs have {max(columns)} columns for {len(manifest.labels)} labels; "
             "export the run again: headstart export RUN"
         )
     settings: dict[str, Any] = {

@@ -9,9 +9,10 @@ over between two requests, and the old one answers what it has.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 from headstart.serving.device import Device
 from headstart.serving.errors import PackageError, brief
@@ -115,7 +116,9 @@ class Repository:
         """Names that were taken down by request."""
         self._entries: dict[str, Entry] = {}
         self._lock = asyncio.Lock()
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._changing: set[asyncio.Task[None]] = set()
+        self._retiring: dict[asyncio.Task[None], str] = {}
+        """Versions that answer what they have, and whose they are."""
         self._poller: asyncio.Task[None] | None = None
         self.started = self.stopping = False
 
@@ -194,10 +197,30 @@ class Repository:
     async def load(self, name: str) -> None:
         """Load a model, now and also where it failed before; undoes `unload`.
 
+        A caller that is cancelled leaves it to be done, here and in `unload`.
+
         Raises:
             ServeError: 404, where the repository has no such model; 400 with the reason, where it cannot be loaded;
                 503, where the repository cannot be read.
         """
+        await self._finish(self._load(name))
+
+    async def unload(self, name: str) -> None:
+        """Take a model down until it is loaded by request; returns when its last request is answered.
+
+        Raises:
+            ServeError: 404, where there is no such model.
+        """
+        await self._finish(self._unload(name))
+
+    async def _finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do what must not be left half done where whoever asked for it goes."""
+        changing = asyncio.ensure_future(work)
+        self._changing.add(changing)
+        changing.add_done_callback(self._changing.discard)
+        await asyncio.shield(changing)
+
+    async def _load(self, name: str) -> None:
         async with self._lock:
             folders = await self._root.scan()
             if name not in folders:
@@ -215,20 +238,15 @@ class Repository:
             if entry.base is None:
                 raise bad_request(f"{name} cannot be loaded: {entry.reason()}")
 
-    async def unload(self, name: str) -> None:
-        """Take a model down until it is loaded by request; returns when its last request is answered.
-
-        Raises:
-            ServeError: 404, where there is no such model.
-        """
+    async def _unload(self, name: str) -> None:
         async with self._lock:
             entry = self._entries.get(name)
             if entry is None:
                 raise not_found(f"there is no model {name[:128]!r} to unload")
             entry.unloaded = True
             self.unloaded.add(name)
-            retiring = self._set(entry, None, None)
-        await asyncio.gather(*retiring)
+            self._set(entry, None, None)
+        await asyncio.gather(*(task for task, of in self._retiring.items() if of == name))
 
     async def _poll(self) -> None:
         while True:
@@ -276,20 +294,17 @@ class Repository:
         if not self.stopping:
             self._set(entry, base or canary, canary)
 
-    def _set(self, entry: Entry, base: Served | None, canary: Served | None) -> list["asyncio.Task[None]"]:
+    def _set(self, entry: Entry, base: Served | None, canary: Served | None) -> None:
         """Let these answer from the next request on; the others answer what they have and are closed."""
         before = entry.served
         entry.served = {int(one.model.version): one for one in (base, canary) if one}
         entry.base, entry.canary = base, canary
-        tasks = []
         for version, one in before.items():
             if entry.served.get(version) is not one:
                 one.scheduler.stop_accepting()
-                tasks.append(asyncio.create_task(self._retire(one)))
-        self._retiring.update(tasks)
-        for task in tasks:
-            task.add_done_callback(self._retiring.discard)
-        return tasks
+                task = asyncio.create_task(self._retire(one))
+                self._retiring[task] = entry.name
+                task.add_done_callback(self._retiring.pop)
 
     async def _retire(self, one: Served) -> None:
         try:

@@ -23,6 +23,7 @@ from typing import Any
 from headstart.serving.server.errors import ServeError, StartError, unavailable
 from headstart.serving.server.models.folder import Opening, Refused
 from headstart.serving.server.processes.channel import Channel
+from headstart.serving.server.processes.ports import ReservedPort
 from headstart.serving.server.processes.suspects import Suspects
 from headstart.serving.server.scratch import Scratch
 from headstart.serving.server.settings import HttpSettings
@@ -276,9 +277,9 @@ def supervise(
     """
     with contextlib.ExitStack() as reserved:
         options = dict(options)
-        options["port"] = reserved.enter_context(_Reserved(options["host"], options["port"], "--port")).port
+        options["port"] = reserved.enter_context(ReservedPort(options["host"], options["port"], "--port")).port
         if options["grpc_port"] is not None:
-            held = reserved.enter_context(_Reserved(options["host"], options["grpc_port"], "--grpc-port"))
+            held = reserved.enter_context(ReservedPort(options["host"], options["grpc_port"], "--grpc-port"))
             options["grpc_port"] = held.port
         if options["threads"] is None:
             options["threads"] = max(1, len(os.sched_getaffinity(0)) // workers)
@@ -287,35 +288,3 @@ def supervise(
             return await Supervisor(options, workers, say, on_refused).run()
 
         return asyncio.run(run())
-
-
-class _Reserved:
-    """A port that the workers of this server may listen on and nobody else: bound, and never listened on.
-
-    Raises:
-        StartError: it is in use or may not be used, or the address is not this machine's.
-    """
-
-    def __init__(self, host: str, port: int, option: str) -> None:
-        self._sockets: list[socket.socket] = []
-        try:
-            for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-                # First alone: a port that is shared could be another server's of the same user, who would not be told.
-                with socket.socket(family, kind, protocol) as alone:
-                    alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    alone.bind((address[0], port, *address[2:]))
-                    port = alone.getsockname()[1]
-                self._sockets.append(shared := socket.socket(family, kind, protocol))
-                shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                shared.bind((address[0], port, *address[2:]))
-        except OSError as error:
-            self.__exit__()
-            raise StartError.of_port(error, host, port, option) from error
-        self.port = port
-
-    def __enter__(self) -> "_Reserved":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for one in self._sockets:
-            one.close()

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
 from time import perf_counter_ns
 from typing import Any
 
@@ -40,7 +40,8 @@ _LONGEST_DETAILS = 1000
 """Characters of an error's message; clients refuse trailers of 8 KiB."""
 
 _SOON_S = 0.05
-"""Seconds within which grpc cancels a call whose message it refuses as too large: first it only has no message."""
+"""Seconds within which grpc cancels a call whose message it refuses as too large: first it only has no message, and
+would log a traceback where the call was answered then."""
 
 
 class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -109,9 +110,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]
                 await self._refuse(path, too_slow(f"the message took longer than {longest:g} s"), context, name)
             except ServeError as error:
                 await self._refuse(path, error, context, name)
-            except asyncio.CancelledError:  # by the client, or by grpc over too large a message: it does not say
-                self._service.refused(ServeError(CLIENT_GONE, "the call has no message any more", grpc="CANCELLED"))
-                self._tell(Seen(name, perf_counter_ns()), path, "CANCELLED", 0, context)
+            except asyncio.CancelledError:
+                self._note_cut(path, context, name)
                 raise
             seen, found = await self._answer(path, answer, body, context, name)
             if isinstance(found, ServeError):
@@ -134,8 +134,11 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]
             return found
 
         try:
-            async for data in self._streams.answers(bodies, one):
+            async for data in self._streams.answers(_messages(bodies), one):
                 yield data
+        except (asyncio.CancelledError, GeneratorExit):  # the latter where an answer could not be written
+            self._note_cut(path, context, self._named(context))
+            raise
         except Exception:  # of grpc.aio, which would send its words; those of an answer are refusals by now
             log.exception("a stream cannot be read")
             await self._refuse(path, internal("the stream cannot be read; open it again"), context)
@@ -172,6 +175,14 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]
                 self._service.refused(refusal)
             self._tell(seen, path, refusal.grpc if refusal else status, len(data), context)
         return seen, refusal or data
+
+    def _note_cut(self, path: str, context: Any, name: str) -> None:
+        """Count and tell of a call that is over: its client has gone, or grpc ended it over a message too large.
+
+        Which of them grpc does not say, nor that it was a message at all.
+        """
+        self._service.refused(ServeError(CLIENT_GONE, "the call was cancelled", grpc="CANCELLED"))
+        self._tell(Seen(name, perf_counter_ns()), path, "CANCELLED", 0, context)
 
     def _named(self, context: Any) -> str:
         """The name of a call's request."""
@@ -245,6 +256,13 @@ async def _message(context: Any) -> bytes:
         await asyncio.sleep(_SOON_S)
         raise bad_request("the call has no message; send one")
     return body
+
+
+async def _messages(bodies: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    """Those of a stream, whose end is believed when grpc has had the time to say that the call is over."""
+    async for body in bodies:
+        yield body
+    await asyncio.sleep(_SOON_S)
 
 
 async def _abort(context: Any, error: ServeError, request_id: str = "") -> None:

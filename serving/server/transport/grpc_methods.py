@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from google.protobuf import json_format  # type: ignore[import-untyped]
@@ -35,7 +35,6 @@ class Methods:
         """Whether the server has stopped accepting, which makes it not ready."""
         self._limits = settings.limits
         self._decoder = GrpcDecoder(settings.limits)
-        self._working: set[asyncio.Future[None]] = set()
 
     async def infer(self, body: bytes, context: Any, seen: Seen) -> bytes:
         """ModelInfer. A client that goes, or whose deadline passes, cancels its request."""
@@ -106,18 +105,12 @@ class Methods:
 
     async def _RepositoryModelLoad(self, request: Any) -> dict[str, Any]:  # noqa: N802
         name, _ = named(request.model_name)
-        return await self._finish(self.service.load(name, read_parameters(request, self._limits)))
+        await self.service.load(name, read_parameters(request, self._limits))
+        return {}
 
     async def _RepositoryModelUnload(self, request: Any) -> dict[str, Any]:  # noqa: N802
         name, _ = named(request.model_name)
-        return await self._finish(self.service.unload(name))
-
-    async def _finish(self, work: Coroutine[Any, Any, None]) -> dict[str, Any]:
-        """Do what must not be left half done where the client goes."""
-        working = asyncio.ensure_future(work)
-        self._working.add(working)
-        working.add_done_callback(self._working.discard)
-        await asyncio.shield(working)
+        await self.service.unload(name)
         return {}
 
 

@@ -177,7 +177,7 @@ class RequestReader(asyncio.BufferedProtocol, ABC):
             self._body, self._rest = body, room[come:]
             self._state = State.BODY
         self.deadline = self._server.clock() + self._settings.body_timeout
-        if head.expects_continue and not self._buffer:
+        if head.expects_continue:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _feed_chunks(self) -> None:

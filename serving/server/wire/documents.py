@@ -1,8 +1,11 @@
 """The JSON of a request as Python objects: quickly, with no object for each number of its data, or to the letter."""
 
 import collections
+import gc
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,9 @@ _NUMBERS: dict[Any, tuple[Any, Any]] = {
 }
 """What simdjson calls the widest numbers of a datatype's kind, and what NumPy does."""
 
+_LISTED = ("BOOL", "BYTES")
+"""Datatypes whose data stays in lists; of others than these and numbers there is no JSON."""
+
 SHORT = 4096
 """Bytes below which orjson is faster: simdjson takes 15 us for its lists and objects, and 50 ns less for a number."""
 
@@ -28,7 +34,9 @@ _MOST_MEMBERS = 64
 simdjson looks each name up from the first on and the product of thousands of sizes has thousands of digits."""
 
 _SHORT_ROW = 16
-"""Numbers of an innermost list below which looking at the lists costs more than reading the numbers one by one."""
+"""Numbers of an innermost list below which writing all of them anew costs less than looking at each list."""
+
+_OF_NUMBERS = b"0123456789+-.eE"
 
 _KEPT = 1 << 20
 """Bytes of text up to which a parser is kept for the next: its memory, 14 times as much, costs more page by page than
@@ -39,11 +47,11 @@ _decode = json.JSONDecoder().decode
 
 
 def parse_quickly(text: memoryview) -> dict[str, Any]:
-    """As `parse_json` of an inference request, but that the data of an input may be an array of its numbers.
+    """As `parse_json` of an inference request, but that numbers of an input's data are an array where the text is long.
 
-    That is where the text is long and they are in one list, or nested as the input's shape says: float64, int64 or
-    uint64, [count], in row-major order. On what is refused, here or later, `parse_json` has the word: neither library
-    knows NaN, and orjson makes a float of a whole number beyond 64 bits.
+    They are in one list, or nested as the input's shape says: float64, int64 or uint64, [count], in row-major order. On
+    what is refused, here or later, `parse_json` has the word: neither library knows NaN, and orjson makes a float of a
+    whole number beyond 64 bits.
 
     Raises:
         ValueError: this is no JSON, or not the JSON of a request, as far as it is known here.
@@ -53,13 +61,15 @@ def parse_quickly(text: memoryview) -> dict[str, Any]:
         if type(short) is not dict:
             raise ValueError
         return short
+    if len(text) > _KEPT:
+        with _uncollected():
+            return _read(simdjson.Parser(), text)
     try:
         parser = _spare.pop()
     except IndexError:
         parser = simdjson.Parser()
     read = _read(parser, text)
-    if len(text) <= _KEPT:  # and not after what is refused: the exception holds objects of this parser
-        _spare.append(parser)
+    _spare.append(parser)  # not after what is refused: the exception holds objects of this parser
     return read
 
 
@@ -74,10 +84,11 @@ def _read(parser: Any, text: memoryview) -> dict[str, Any]:
     inputs = [_members(item) for item in document["inputs"]]
     # All lists that the text has, unless a name has a bracket or a list is where none belongs.
     lists = sum(type(value) is simdjson.Array for each in (document, *inputs) for value in each.values())
-    inner = [_inner_lists(item, len(text) // 2) for item in inputs]
-    brackets = np.count_nonzero(np.frombuffer(text, np.uint8) == ord("["))
+    brackets = int(np.count_nonzero(np.frombuffer(text, np.uint8) == ord("[")))
+    shapes = [_shape(item, len(text) // 2) for item in inputs]
+    inner = [_inner_lists(item.get("data"), shape) for item, shape in zip(inputs, shapes, strict=True)]
     known = None not in inner and lists + sum(filter(None, inner)) == brackets
-    read = [_read_input(item, known) for item in inputs]
+    read = [_read_input(item, shape, known, brackets) for item, shape in zip(inputs, shapes, strict=True)]
     return {name: read if name == "inputs" else _plain(value) for name, value in document.items()}
 
 
@@ -96,39 +107,53 @@ def _members(value: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """What is no data, as Python's objects."""
+    if type(value) in (simdjson.Array, simdjson.Object) and len(value) > _MOST_MEMBERS:
+        raise ValueError
     if type(value) is simdjson.Array:
         return value.as_list()
-    if type(value) is not simdjson.Object:
-        return value
-    if len(value) > _MOST_MEMBERS:
-        raise ValueError
-    return value.as_dict()
+    return value.as_dict() if type(value) is simdjson.Object else value
 
 
-def _read_input(item: dict[str, Any], as_array: bool) -> dict[str, Any]:
-    """The members of an input, its data as one array where that is allowed and all are numbers."""
-    numbers = _numbers(item.get("data"), item.get("datatype")) if as_array else None
-    return {name: numbers if name == "data" and numbers is not None else _plain(value) for name, value in item.items()}
-
-
-def _inner_lists(item: dict[str, Any], most: int) -> int | None:
-    """The lists within data, 0 where it is flat; None where they are not those of the shape, or have few numbers.
-
-    `most`: the elements for which the text has room. Lists are not looked at where the shape has more.
-    """
-    data, shape = item.get("data"), _plain(item.get("shape"))
+def _shape(item: dict[str, Any], most: int) -> list[int]:
+    """The sizes of an input, of no more than the `most` elements that the text has room for."""
+    shape = _plain(item.get("shape"))
     if type(shape) is not list or len(shape) > _MOST_MEMBERS or any(type(size) is not int for size in shape):
         raise ValueError
+    if min(shape, default=0) < 0 or (item.get("data") is not None and math.prod(shape) > most):
+        raise ValueError
+    return shape
+
+
+def _read_input(item: dict[str, Any], shape: list[int], known: bool, brackets: int) -> dict[str, Any]:
+    """The members of an input, data of numbers as one array.
+
+    `known`: whether the lists within its data are those of its shape.
+    """
+    data, datatype = item.get("data"), item.get("datatype")
+    read = {name: _plain(value) for name, value in item.items() if name != "data"}
+    if "data" in item:
+        if type(data) is not simdjson.Array:
+            read["data"] = _plain(data)
+        elif datatype in _LISTED:
+            read["data"] = data.as_list()
+        elif datatype in _NUMBERS and (known or _is_nested(data, shape, brackets)):
+            read["data"] = _numbers(data, *_NUMBERS[datatype], math.prod(shape))
+        else:
+            raise ValueError
+    return read
+
+
+def _inner_lists(data: Any, shape: list[int]) -> int | None:
+    """The lists within data, 0 where it is flat; None where they are not those of the shape, or have few numbers."""
     if data is None:
         return 0
     if type(data) is not simdjson.Array:
         return None
     count = math.prod(shape)
-    if count > most:
-        raise ValueError
     if len(data) == count and (not data or type(data[0]) is not simdjson.Array):
         return 0
-    if len(shape) < 2 or shape[-1] < _SHORT_ROW or count <= 0:
+    if len(shape) < 2 or shape[-1] < _SHORT_ROW or count == 0:
         return None
     level, inner = [data], 0
     for size in shape[:-1]:
@@ -142,15 +167,29 @@ def _inner_lists(item: dict[str, Any], most: int) -> int | None:
     return inner if all(len(one) == shape[-1] for one in level) else None
 
 
-def _numbers(data: Any, datatype: Any) -> NDArray[Any] | None:
-    """Data of numbers alone as one array, or None."""
-    if type(data) is not simdjson.Array or datatype not in _NUMBERS:
-        return None
-    kind, dtype = _NUMBERS[datatype]
+def _is_nested(data: Any, shape: list[int], brackets: int) -> bool:
+    """Whether data, where it is as many numbers as its shape has, is flat or nested like that: with no object a list.
+
+    `brackets`: of the whole text, which limits what is compared with; without elements the sizes do not.
+    """
+    if 0 in shape or sum(math.prod(shape[:depth]) for depth in range(1, len(shape))) >= brackets:
+        return False
+    written = data.mini.translate(None, _OF_NUMBERS)
+    nested = b"," * (shape[-1] - 1) if shape else b""
+    for size in reversed(shape[:-1]):
+        nested = b",".join([b"[" + nested + b"]"] * size)
+    return written in (b"[" + nested + b"]", b"[" + b"," * (math.prod(shape) - 1) + b"]")
+
+
+def _numbers(data: Any, kind: Any, dtype: Any, count: int) -> NDArray[Any]:
+    """So many numbers of that kind, and nothing else, as one array."""
     try:
-        return np.frombuffer(data.as_buffer(of_type=kind), dtype)
-    except (TypeError, ValueError):  # something that is no number of that kind
-        return None
+        numbers = np.frombuffer(data.as_buffer(of_type=kind), dtype)
+    except TypeError as error:
+        raise ValueError from error
+    if len(numbers) != count:
+        raise ValueError
+    return numbers
 
 
 def parse_json(text: memoryview) -> dict[str, Any]:
@@ -160,7 +199,8 @@ def parse_json(text: memoryview) -> dict[str, Any]:
         ServeError: 400.
     """
     try:
-        document = _decode(str(text, "utf-8"))
+        with _uncollected():
+            document = _decode(str(text, "utf-8"))
     except UnicodeDecodeError as error:
         raise bad_request(f"the JSON is not UTF-8 at byte {error.start}") from None
     except RecursionError:
@@ -171,3 +211,15 @@ def parse_json(text: memoryview) -> dict[str, Any]:
     if type(document) is not dict:
         raise bad_request(f"the JSON is a {type(document).__name__}; accepted: an object")
     return document
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Let no garbage be looked for: of millions of lists, which have no cycles, that is most of what they cost."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -28,7 +28,7 @@ from tritonclient.utils import InferenceServerException
 from headstart.serving.device import _IDENTITY, CUDA, Device, check, open_on
 from headstart.serving.errors import PackageError
 from headstart.serving.package import MODEL
-from headstart.serving.server.command import serve, show_package, verify_package
+from headstart.serving.server.command import serve
 from headstart.serving.server.errors import ServeError
 from headstart.serving.server.models.loading import Scheduling
 from headstart.serving.server.models.policy import Policy
@@ -492,21 +492,6 @@ def test_a_port_in_use_is_told(server: Server, root: Path):
     with pytest.raises(PackageError, match="is in use") as caught:
         serve(root, port=port)
     assert caught.value.exit_code == 2
-
-
-def test_packages_are_verified_and_shown(root: Path):
-    package = root / "demo" / "1"
-    assert verify_package(package)["verified"] is True
-    shown = json.loads(json.dumps(show_package(package)))
-    assert (shown["name"], shown["labels"]) == ("mark-1", list(LABELS))
-    (package / MODEL).write_bytes(b"changed")
-    with pytest.raises(PackageError, match="was changed"):
-        verify_package(package)
-    assert show_package(package)["name"] == "mark-1"
-    shutil.rmtree(package)
-    for function in (verify_package, show_package):
-        with pytest.raises(PackageError, match="is no package"):
-            function(package)
 
 
 def test_a_session_is_set_up_on_purpose(root: Path):

@@ -25,11 +25,12 @@ import pytest
 from headstart.serving.device import Device, open_on
 from headstart.serving.errors import PackageError
 from headstart.serving.manifest import MANIFEST
+from headstart.serving.one_thread import OneThread
 from headstart.serving.package import MODEL
 from headstart.serving.runtime import Predictor
 from headstart.serving.server.errors import ServeError
 from headstart.serving.server.models import folder as folders
-from headstart.serving.server.models import loading
+from headstart.serving.server.models import from_package, loading
 from headstart.serving.server.models import root as roots
 from headstart.serving.server.models.folder import Opening
 from headstart.serving.server.models.from_package import load_package
@@ -505,6 +506,48 @@ async def test_what_was_taken_down_or_failed_is_let_go_of_before_another_is_load
         gc.enable()
 
 
+@pytest.mark.parametrize("name", ["another graph", "labels", "does not run"])
+@on_a_loop
+async def test_a_refused_package_ends_on_the_thread_that_its_session_belongs_to(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    class Graphs(Device):
+        """As with CUDA graphs, but for the provider."""
+
+        thread = OneThread("graphs")
+
+    class Session:
+        """One that says where it ends."""
+
+        def __init__(self, session: Any) -> None:
+            self._session = session
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._session, name)
+
+        def __del__(self) -> None:
+            ended.append(threading.current_thread().name)
+
+    def loader(folder: Path, name: str, version: str) -> LoadedModel:
+        return load_package(folder, name=name, version=version, device=Graphs(threads=1))
+
+    ended: list[str] = []
+    monkeypatch.setattr(from_package, "open_on", lambda *given, **named: Session(open_on(*given, **named)))
+    monkeypatch.setattr(from_package, "CPU", "another")  # which alone is not run in buffers
+    monkeypatch.setattr(loading._LOG, "warning", lambda *_: None)  # pytest keeps what is logged, and its error
+    damage, words = BROKEN[name]
+    damage(write_package(root / "demo" / "1", 1))
+    gc.disable()
+    try:
+        async with serving(root, loader=loader, poll_s=NEVER) as service:
+            assert words in rows(service)["demo", "1"][1]
+            await until(lambda: ended, 5)
+    finally:
+        gc.enable()
+        Graphs.thread.stop()
+    assert ended == ["graphs"]
+
+
 @pytest.mark.parametrize("name", BROKEN)
 @on_a_loop
 async def test_a_bad_package_is_refused_until_its_files_change(root: Path, name: str):
@@ -950,6 +993,26 @@ async def test_unloading_waits_for_the_last_answer_and_lasts_until_loading(root:
             assert caught.value.status == 404
 
 
+@on_a_loop
+async def test_whoever_gives_up_waiting_for_the_end_of_a_model_harms_none_of_its_requests(root: Path):
+    write_package(root / "demo" / "1", 1, graph=classifier(1, turns=10_000))
+    async with serving(root, poll_s=NEVER) as service:
+        asked = asyncio.create_task(infer(service))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        unloading = asyncio.create_task(service.unload("demo"))
+        await asyncio.sleep(0.01)
+        assert not asked.done()
+        unloading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await unloading
+        await service.unload("demo")
+        assert asked.done(), "the next one waits for it too"
+        assert (await asked).version == "1"
+        await service.load("demo", {})
+        assert (await infer(service)).version == "1"
+
+
 class Graph:
     """A loader that takes its time and counts, in place of packages."""
 
@@ -992,6 +1055,26 @@ async def test_loading_never_runs_on_the_event_loop_and_is_seen_in_the_index(roo
     await service.stop()
     assert not service.ready()
     assert await status_of(service) == 503
+
+
+@on_a_loop
+async def test_a_load_goes_on_where_whoever_asked_for_it_gives_up(root: Path):
+    (root / "demo" / "1").mkdir(parents=True)
+    loader, told = Graph(), []
+    async with serving(root, poll_s=NEVER, loader=loader) as service:
+        await service.unload("demo")
+        loader.seconds = 0.3
+        service.repository.loading.on_opening = lambda opening, done: told.append((done, len(loader.loaded)))
+        asked = [asyncio.create_task(service.load("demo", {})) for _ in range(2)]
+        await until(lambda: told)
+        for one in asked:
+            one.cancel()
+        await asyncio.wait(asked)
+        await until(lambda: service.model_ready("demo", None))
+        assert told == [(False, 1), (True, 2)], "opened once, and told when that was over"
+        await service.load("demo", {})
+        await service.unload("demo")
+        assert not service.model_ready("demo", None)
 
 
 @on_a_loop

@@ -254,6 +254,9 @@ async def test_requests_of_one_turn_share_a_batch_also_when_the_model_is_short()
     assert [len(x) for x in model.ran[-3:]] == [1, 3, 4]
     await calm(scheduler)
     assert isinstance(scheduler.infer(ask(1)), InferResponse)
+    assert await outcome(scheduler.infer(ask(2))) == [4]  # two are a crowd too
+    await turns()
+    assert not isinstance(scheduler.infer(ask(3)), InferResponse)
 
 
 @on_a_loop
@@ -451,7 +454,7 @@ async def test_a_deadline_that_passed_in_the_queue_is_not_run():
     gate.set()
     assert [await outcome(one) for one in (first, late, patient)] == [[2], 504, [6]]
     assert [x[:, 0].tolist() for x in model.ran] == [[1], [3]]
-    over = refusal(scheduler, ask(1, deadline=time.monotonic() - 1))
+    over = refusal(scheduler, ask(1, deadline=time.monotonic()))
     assert (over.status, over.grpc) == (504, "DEADLINE_EXCEEDED")
 
 
@@ -462,12 +465,14 @@ async def test_requests_whose_client_has_gone_are_dropped():
     scheduler = Scheduler(model, max_batch=1, max_queue=9)
     first = scheduler.infer(ask(1))
     await until(lambda: model.ran)
-    gone, cancelled, kept = ask(2), scheduler.infer(ask(3)), scheduler.infer(ask(4))
+    gone, cancelled, kept, part = ask(2), scheduler.infer(ask(3)), scheduler.infer(ask(4)), ask(5, part=True)
     waiting = scheduler.infer(gone)
-    gone.cancelled = True
+    of_whole = scheduler.infer(part)
+    gone.cancelled = part.cancelled = True
     cancelled.cancel()
     gate.set()
-    assert [await outcome(one) for one in (first, kept, cancelled, waiting)] == [[2], [8], "cancelled", "cancelled"]
+    assert [await outcome(one) for one in (first, kept)] == [[2], [8]]
+    assert [await outcome(one) for one in (cancelled, waiting, of_whole)] == ["cancelled"] * 3
     assert [x[0, 0] for x in model.ran] == [1, 4]
     assert scheduler.statistics.errors == {499: 2}
 
@@ -559,6 +564,19 @@ async def test_a_delay_waits_for_a_batch_to_fill_and_no_longer():
     assert [await outcome(one) for one in full] == [[2], [4], [6]]
     assert time.perf_counter() - started < 2
     assert [len(x) for x in model.ran] == [1, 3]
+
+
+@on_a_loop
+async def test_a_scheduler_that_is_closed_keeps_no_model_until_a_batch_would_have_filled():
+    scheduler = batching.Scheduler(Doubling(), max_batch=8, max_queue=9, max_delay_s=10.0)
+    waiting = scheduler.infer(ask(1))
+    await turns()
+    scheduler.close()
+    assert await outcome(waiting) == 503
+    model = weakref.ref(scheduler.model)
+    del scheduler
+    gc.collect()
+    assert model() is None
 
 
 @on_a_loop

@@ -24,7 +24,6 @@ from headstart.serving.server.command import serve
 from headstart.serving.server.errors import ServeError, StartError
 from headstart.serving.server.settings import HttpSettings
 from headstart.serving.server.transport.grpc import GrpcServer, serve_grpc
-from headstart.serving.server.transport.grpc_methods import Methods
 from headstart.serving.server.watching.watch import Outcome, Seen, Watch
 from headstart.serving.server.wire.grpc_codec import GrpcDecoder
 from headstart.serving.server.wire.grpc_messages import MESSAGES
@@ -274,27 +273,6 @@ def test_a_client_that_goes_cancels_its_request(running: RunningGrpc, how: str):
         assert str(results[0].status()) == f"StatusCode.{'CANCELLED' if how == 'cancel' else 'DEADLINE_EXCEEDED'}"
 
 
-def test_a_model_is_loaded_to_the_end_where_the_client_goes():
-    class Slow(TinyService):
-        async def load(self, name: str, parameters: dict[str, Any]) -> None:
-            await self.gate.wait()
-            await super().load(name, parameters)
-
-    async def run() -> list[tuple[Any, ...]]:
-        service = Slow()
-        answer = Methods(service, HttpSettings()).document("RepositoryModelLoad")
-        body = MESSAGES["RepositoryModelLoadRequest"](model_name="echo").SerializeToString()
-        asking = asyncio.ensure_future(answer(body, None, Seen("a")))
-        await asyncio.sleep(0.01)
-        asking.cancel()
-        await asyncio.wait((asking,))
-        service.gate.set()
-        await asyncio.sleep(0.01)
-        return service.calls
-
-    assert asyncio.run(run()) == [("load", "echo", {})]
-
-
 @pytest.mark.parametrize(
     ("model", "version", "status", "words"),
     [
@@ -395,6 +373,16 @@ def test_contents_of_another_type_and_of_both_kinds_are_refused(call: Callable[.
     shared = bare(raw_input_contents=[b"\0" * 8])
     shared.inputs[0].parameters["shared_memory_region"].string_param = "r"
     assert "shared memory is not supported" in refusal(call, shared.SerializeToString())[1]
+    two = bare(raw_input_contents=[b"\0" * 8])
+    two.inputs.add().CopyFrom(two.inputs[0])
+    assert "1 entries for 2 inputs" in refusal(call, two.SerializeToString())[1]
+
+
+def test_the_size_that_http_has_in_a_parameter_is_none_of_contents():
+    request = bare()
+    request.inputs[0].contents.fp32_contents.extend([1, 2])
+    request.inputs[0].parameters["binary_data_size"].int64_param = 4
+    assert GrpcDecoder(Limits()).decode(request.SerializeToString()).inputs["x"].tolist() == [1, 2]
 
 
 def test_damaged_messages_are_refused_and_the_server_serves_on(call: Callable[..., Any]):
@@ -423,6 +411,9 @@ def test_a_message_of_countless_fields_is_refused_before_it_is_read():
     with pytest.raises(ServeError, match="more than 264 fields") as caught:
         decoder.decode(b"\x2a\x00" * 1_000_000)
     assert caught.value.grpc == "RESOURCE_EXHAUSTED"
+    for fields, words in ((264, "inputs is not a list"), (265, "more than 264 fields")):
+        with pytest.raises(ServeError, match=words):
+            decoder.decode(b"\x12\x00" * fields)
     request = bare(shape=(1_000_000,))
     request.inputs[0].contents.fp32_contents.extend([0.0] * 1_000_000)
     with pytest.raises(ServeError, match="Send tensors as raw_input_contents"):
@@ -439,7 +430,8 @@ def test_large_messages_are_refused_also_when_they_are_compressed():
         assert client.is_server_live()
 
 
-def test_a_call_that_grpc_ends_over_a_large_message_is_counted_and_told_to_who_watches():
+@pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer"])
+def test_a_call_that_grpc_ends_over_a_large_message_is_counted_and_told_to_who_watches(method: str):
     running, ended = RunningGrpc(HttpSettings(grpc_port=0, max_body_bytes=1 << 16)), list[Outcome]()
     counted = list[int]()
 
@@ -450,14 +442,18 @@ def test_a_call_that_grpc_ends_over_a_large_message_is_counted_and_told_to_who_w
         def close(self) -> None: ...
 
     running.watch = Watching()
+    path = f"inference.GRPCInferenceService/{method}"
     with running, grpc.insecure_channel(running.url) as channel:
         running.service.refused = lambda error: counted.append(error.status)  # type: ignore[method-assign]
-        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         for compression in [grpc.Compression.NoCompression, grpc.Compression.Gzip] * 5:
+            call = channel.stream_stream(f"/{path}")(iter([b"\0" * (1 << 17)]), compression=compression, timeout=10)
             with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
-                call(b"\0" * (1 << 17), compression=compression, timeout=10)
+                next(call)
         wait_until(lambda: len(ended) == 10)
-    assert {(one.method, one.status) for one in ended} == {("inference.GRPCInferenceService/ModelInfer", "CANCELLED")}
+        small = bare(raw_input_contents=[b"\0" * 8]).SerializeToString()
+        assert len(list(channel.stream_stream(f"/{path}")(iter([small]), timeout=10))) == 1
+        wait_until(lambda: len(ended) == 11)
+    assert [(one.method, one.status) for one in ended] == [*[(path, "CANCELLED")] * 10, (path, "OK")]
     assert counted == [499] * 10
 
 

@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from headstart.serving.server.settings import HttpSettings
+from headstart.serving.server.transport import grpc_health
 from tests.serving.server.tiny_service import wait_until
 from tests.serving.server.transport.test_grpc import RunningGrpc
 
@@ -36,14 +37,17 @@ def test_check_says_whether_requests_are_taken():
             assert error.code().name == code
 
 
-def test_watch_tells_changes_and_ends_with_the_server():
+def test_watch_tells_changes_and_ends_with_the_server(monkeypatch: pytest.MonkeyPatch):
     found: list[bytes] = []
+    monkeypatch.setattr(grpc_health, "_LOOK_S", 0.01)
     with RunningGrpc(HttpSettings(grpc_port=0)) as running, grpc.insecure_channel(running.url) as channel:
         watch = channel.unary_stream("/grpc.health.v1.Health/Watch")
         assert next(watch(request("other"), timeout=5)) == UNKNOWN
         thread = threading.Thread(target=lambda: found.extend(watch(b"", timeout=20)))
         thread.start()
-        wait_until(lambda: found == [SERVING])
+        wait_until(lambda: found)
+        time.sleep(0.1)  # many looks, at which nothing has changed
+        assert found == [SERVING]
         running.service.is_ready = False
         wait_until(lambda: found == [SERVING, NOT_SERVING])
         running.service.is_ready = True

@@ -101,14 +101,17 @@ def test_a_client_that_goes_cancels_all_of_its_requests(how: str):
 
 def test_a_client_that_goes_while_it_is_written_to_is_nothing_to_log(caplog: pytest.LogCaptureFixture):
     body = bare(raw_input_contents=[b"\0" * (4 << 20)], shape=[1 << 20]).SerializeToString()
+    counted: list[int] = []
     with RunningGrpc(HttpSettings(grpc_port=0)) as running:
-        for _ in range(5):
+        running.service.refused = lambda error: counted.append(error.status)  # type: ignore[method-assign]
+        for number in range(5):
             channel, answers = messages(running, iter([body] * 8))
             wait_until(lambda: len(running.service.requests) >= 8)
             time.sleep(0.05)  # the first answer fills what is sent unread
             answers.cancel()
             channel.close()
             wait_until(lambda: not running.service.clients)
+            wait_until(lambda number=number: counted == [499] * (number + 1))  # type: ignore[misc]
             running.service.requests.clear()
         with running.client() as client:
             assert client.is_server_live()

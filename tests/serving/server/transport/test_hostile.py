@@ -119,6 +119,7 @@ def test_a_request_that_breaks_the_rules_is_told_so_and_cut_off(running: Running
         (b"zz\r\n", "hexadecimal"),
         (b"-1\r\n", "hexadecimal"),
         (b"\r\n", "hexadecimal"),
+        (b"0000000000000001\r\na\r\n0\r\n\r\n", "hexadecimal"),
         (b"5\nhello\r\n0\r\n\r\n", "CR LF"),
         (b"3\r\nhello\r\n0\r\n\r\n", "longer than its size"),
         (b"fffffffffffffff\r\n", "more than 100000 bytes"),

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import re
+import time
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,9 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from headstart.serving.server.settings import HttpSettings
+from headstart.serving.server.transport import routes
 from headstart.serving.server.transport.paths import ROUTES
+from headstart.serving.server.watching.watch import Outcome, Seen
 from tests.serving.server.tiny_service import Running, infer_body, wait_until
 
 DTYPES = ["bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"]
@@ -210,7 +213,15 @@ def test_pipelined_requests_are_answered_in_order(running: Running):
                 assert answer.json()["outputs"][0]["data"] == [n] * n * 700
 
 
-def test_a_client_that_goes_cancels_its_request(running: Running):
+def test_a_client_that_goes_cancels_its_request(running: Running, monkeypatch: pytest.MonkeyPatch):
+    class Watching:
+        def ended(self, seen: Seen, outcome: Outcome) -> None:
+            told.append(outcome)
+
+        def close(self) -> None: ...
+
+    told: list[Outcome] = []
+    monkeypatch.setattr(running.server, "watch", Watching())
     running.call(running.service.gate.clear)
     body, length = infer_body(np.zeros(1, np.float32))
     before = len(running.service.requests)
@@ -224,6 +235,22 @@ def test_a_client_that_goes_cancels_its_request(running: Running):
         assert not running.service.requests[-1].cancelled
     wait_until(lambda: running.service.requests[-1].cancelled)
     running.call(running.service.gate.set)
+    wait_until(lambda: told)
+    assert [(one.path, one.status, one.num_bytes) for one in told] == [("/v2/models/slow/infer", 499, 0)]
+
+
+def test_whoever_is_answered_while_the_server_stops_is_told_to_ask_no_more():
+    with Running(HttpSettings(port=0)) as running, running.connect() as raw:
+        running.call(running.service.gate.clear)
+        body, length = infer_body(np.zeros(1, np.float32))
+        head = f"POST /v2/models/slow/infer HTTP/1.1\r\nHost: x\r\nInference-Header-Content-Length: {length}\r\n"
+        raw.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: running.service.requests)
+        running.call(running.server.close)
+        running.call(running.service.gate.set)
+        answer = raw.read()
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert raw.closed()
 
 
 def test_chunked_bodies_and_100_continue(running: Running):
@@ -237,14 +264,27 @@ def test_chunked_bodies_and_100_continue(running: Running):
                 raw.send(b"%X;ext=1\r\n%s\r\n" % (len(piece), piece))
             raw.send(b"0\r\nTrailer: 1\r\n\r\n")
             assert raw.read().body.endswith(body[length:])
-        raw.send(f"{head}Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n".encode())
+        expecting = f"{head}Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n".encode()
+        raw.send(expecting)
         assert raw.read().status == 100
         raw.send(body)
         assert raw.read().body.endswith(body[length:])
+        raw.send(expecting.replace(b"HTTP/1.1", b"HTTP/1.0"))  # which has no such answer
+        time.sleep(0.05)
+        raw.send(body)
+        assert raw.read().status == 200
+
+
+def test_as_many_headers_as_are_allowed_are_read_and_one_more_is_not(running: Running):
+    for more, status in ((0, 200), (1, 431)):
+        with running.connect() as raw:
+            headers = {f"X_{number}": number for number in range(63 + more)}
+            assert raw.ask("GET", "/v2", **headers).status == status
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zlib.compress], ids=["gzip", "deflate"])
-def test_compressed_bodies_are_whole_or_refused(running: Running, pack: Any):
+def test_compressed_bodies_are_whole_or_refused(running: Running, pack: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(routes, "_MOST_DECODING", 1)  # at once, that is: here they come one by one
     body, length = infer_body(np.arange(100, dtype=np.float32))
     encoding = "gzip" if pack is gzip.compress else "deflate"
     headers = {"Content_Encoding": encoding, "Inference_Header_Content_Length": length}

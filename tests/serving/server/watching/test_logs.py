@@ -23,7 +23,8 @@ from headstart.serving.errors import PackageError
 from headstart.serving.server.command import serve
 from headstart.serving.server.settings import HttpSettings
 from headstart.serving.server.watching.logs import configure
-from headstart.serving.server.watching.watch import Outcome, RequestIds
+from headstart.serving.server.watching.watch import AccessLog, Outcome, RequestIds, Seen
+from headstart.serving.server.wire.protocol import InferRequest, InferResponse
 from tests.serving.server.graphs import model_bytes, value, write_package
 from tests.serving.server.models.test_repository import IMAGE
 from tests.serving.server.test_process import certificate  # noqa: F401 - a fixture
@@ -317,6 +318,17 @@ def test_times_are_utc_wherever_the_server_is(monkeypatch: pytest.MonkeyPatch, l
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+def test_a_line_names_the_version_that_answered_or_else_the_one_that_was_asked_for(caplog: pytest.LogCaptureFixture):
+    seen = Seen("a")
+    with caplog.at_level("INFO", "headstart.access"):
+        for version in (None, "8"):
+            seen.asked(InferRequest(model="demo", version="7", inputs={}))
+            if version:
+                seen.told(InferResponse(model="demo", version=version, outputs={}))
+            AccessLog().ended(seen, Outcome("POST", "/v2", 200, 0, dict))
+    assert [one.__dict__["version"] for one in caplog.records] == ["7", "8"]
 
 
 @pytest.mark.parametrize(

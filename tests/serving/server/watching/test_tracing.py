@@ -95,7 +95,7 @@ def test_an_inference_is_a_span_with_its_stages_in_the_callers_trace(collector: 
     client = RawClient(server.port)
     assert ask(client, traceparent=f"00-{TRACE}-{PARENT}-01", X_Request_Id="one") == 200
     assert client.ask("GET", "/v2").status == 200  # no inference, no span
-    assert ask(client, "/v2/models/absent/infer") == 404
+    assert ask(client, "/v2/models/absent/versions/7/infer") == 404
     client.socket.close()
     tensor = service_pb2.ModelInferRequest.InferInputTensor(name="images", datatype="UINT8", shape=IMAGE.shape)
     request = service_pb2.ModelInferRequest(model_name="demo", inputs=[tensor], raw_input_contents=[IMAGE.tobytes()])
@@ -127,6 +127,7 @@ def test_an_inference_is_a_span_with_its_stages_in_the_callers_trace(collector: 
     assert attributes(by_request["g"])["rpc.method"] == "ModelInfer"
     (absent,) = (one for name, one in by_request.items() if name not in ("one", "g"))
     assert attributes(absent)["http.response.status_code"] == 404
+    assert attributes(absent)["headstart.version"] == "7"  # that was asked for
     assert absent.trace_id.hex() != TRACE
     assert absent.status.code != absent.status.STATUS_CODE_ERROR  # the fault was the client's
 

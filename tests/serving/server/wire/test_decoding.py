@@ -1,6 +1,8 @@
 """What is read quickly and written by orjson is what Python's json, their naive twin, reads and writes."""
 
+import gc
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -65,18 +67,19 @@ def bodies(draw: st.DrawFn) -> bytes:
 
 
 @st.composite
-def long_rows(draw: st.DrawFn) -> bytes:
-    """A request of rows long enough to be read as one array, at one place of which there may be anything."""
+def rows_of_numbers(draw: st.DrawFn) -> bytes:
+    """A request of rows, long and short ones, at one place of which there may be anything."""
     datatype = draw(st.sampled_from(["FP16", "FP32", "FP64", "INT8", "UINT64"]))
-    rows = [["1"] * 16, ["2"] * 16]
+    size = draw(st.sampled_from([1, 2, 16]))
+    rows = [["1"] * size, ["2"] * size]
     if draw(st.booleans()):
-        rows[draw(st.integers(0, 1))][draw(st.integers(0, 15))] = draw(ANYTHING)
+        rows[draw(st.integers(0, 1))][draw(st.integers(0, size - 1))] = draw(ANYTHING)
     if draw(st.integers(0, 3)) == 0:
         rows[draw(st.integers(0, 1))][0:2] = draw(st.sampled_from([[], ["3"], ["[3]", "4"], ["3", "4", "5"]]))
     texts = ["[" + ",".join(row) + "]" for row in rows]
     if draw(st.integers(0, 3)) == 0:
         texts[draw(st.integers(0, 1))] = draw(ANYTHING)
-    shape = draw(st.sampled_from(["[2,16]", "[32]", "[1,2,16]", "[2,1,16]", "[16,2]"]))
+    shape = draw(st.sampled_from([[2, size], [2 * size], [1, 2, size], [2, 1, size], [size, 2]]))
     name = draw(st.sampled_from(["x", "x[", '\\"[', "\\u005b"]))
     text = f'{{"inputs":[{{"name":"{name}","datatype":"{datatype}","shape":{shape},"data":[{",".join(texts)}]}}]}}'
     return text.encode("utf-8", "surrogatepass")
@@ -100,7 +103,7 @@ def refuse(text: memoryview) -> Any:
     raise ValueError
 
 
-@given(st.one_of(bodies(), long_rows()))
+@given(st.one_of(bodies(), rows_of_numbers()))
 @settings(max_examples=1500, deadline=None)
 def test_what_is_read_quickly_and_by_json_comes_to_the_same_verdict(body: bytes):
     short = verdict(body)
@@ -135,18 +138,15 @@ def given_data(**members: Any) -> Any:
         ("UINT64", "u8"),
     ],
 )
-@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3), (2, 16), (2, 3, 20)], ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (1, 1), (2, 3), (2, 16), (2, 3, 20), (3, 2, 1)], ids=str)
 @pytest.mark.parametrize("is_flat", [True, False], ids=["flat", "nested"])
 def test_numbers_are_read_as_one_array(is_flat: bool, shape: tuple[int, ...], datatype: str, dtype: str):
     numbers = np.arange(np.prod(shape, dtype=int)).reshape(shape)
     listed = numbers.ravel().tolist() if is_flat else numbers.tolist() if shape else [0]
     found = given_data(datatype=datatype, shape=list(shape), data=listed)
-    if is_flat or len(shape) < 2 or shape[-1] >= 16:
-        assert isinstance(found, np.ndarray)
-        assert found.dtype == dtype
-        assert found.tolist() == numbers.ravel().tolist()
-    else:  # of short rows each number is an object
-        assert found == listed
+    assert isinstance(found, np.ndarray)
+    assert found.dtype == dtype
+    assert found.tolist() == numbers.ravel().tolist()
 
 
 @pytest.mark.usefixtures("read_as_long")
@@ -154,21 +154,36 @@ def test_numbers_are_read_as_one_array(is_flat: bool, shape: tuple[int, ...], da
     "data",
     [
         [1, [2]],
+        [[1], [2]],
+        [[1, 2], []],
         [[1] * 16, [2] * 15],
         [[1] * 16, [2] * 16, 3],
         [[1] * 16, [2] * 15 + [[3]]],
         [[1] * 32],
         [1, "2"],
+        [1, ","],
         [1, None],
         [1, True],
-        "[1,2]",
-        {"a": [1]},
+        [1],
+        [[], [], []],
+        [[[]], [[1, 2]], [[3]]],
+        [[[]], [[1]], [[2]]],
     ],
     ids=str,
 )
-@pytest.mark.parametrize("shape", [[2], [2, 16]], ids=str)
-def test_other_data_is_read_as_it_is(shape: list[int], data: Any):
-    assert given_data(datatype="FP32", shape=shape, data=data) == data
+@pytest.mark.parametrize("shape", [[2], [2, 16], [3, 1, 1]], ids=str)
+@pytest.mark.parametrize("beside", ["", "["], ids=["a bracket for each list", "another one"])
+def test_data_that_is_not_the_numbers_of_its_shape_is_left_to_json(shape: list[int], data: Any, beside: str):
+    with pytest.raises(ValueError, match=r"^$"):
+        given_data(datatype="FP32", shape=shape, data=data, beside=beside)
+
+
+@pytest.mark.usefixtures("read_as_long")
+@pytest.mark.parametrize(
+    ("datatype", "data"), [("BYTES", [["a"], ["b[]"]]), ("BOOL", [True, False]), ("FP32", "[1,2]"), ("FP32", {"a": 1})]
+)
+def test_other_data_is_read_as_it_is(datatype: str, data: Any):
+    assert given_data(datatype=datatype, shape=[2, 1], data=data) == data
 
 
 @pytest.mark.usefixtures("read_as_long")
@@ -183,16 +198,60 @@ def test_a_name_with_a_zero_byte_is_read_as_json_reads_it(name: str):
 
 
 @pytest.mark.usefixtures("read_as_long")
-def test_a_bracket_in_a_name_and_a_name_given_twice_are_left_to_json():
-    item = {"name": "x[", "datatype": "FP32", "shape": [1, 2], "data": [1, [2]]}
-    text = json.dumps({"inputs": [item]})
-    assert parse_quickly(memoryview(text.encode()))["inputs"][0]["data"] == [1, [2]]
+@pytest.mark.parametrize(("shape", "data"), [([2], [1, 2]), ([1, 2], [[1, 2]]), ([2, 16], [[1] * 16, [2] * 16])])
+def test_a_bracket_in_a_name_is_no_list(shape: list[int], data: Any):
+    item = {"name": "x[", "datatype": "FP32", "shape": shape, "data": data}
+    found = parse_quickly(memoryview(json.dumps({"inputs": [item], "other": [[1]]}).encode()))["inputs"][0]["data"]
+    assert found.tolist() == np.ravel(data).tolist()
+
+
+@pytest.mark.usefixtures("read_as_long")
+@pytest.mark.parametrize(
+    ("shape", "data", "words"),
+    [
+        ("[2,0]", "[[],[]]", "(2, 0)"),
+        ("[2,0,3]", "[[],[]]", "(2, 0, 3)"),
+        ("[0,100000000]", "[]", "(0, 100000000)"),
+        ("[0,100000000]", "[[]]", "does not fit the shape"),
+        ("[0,1000000000000]", "[[]]", "accepted: 268435456 elements"),
+        ("[1000000000000,0]", "[[]]", "accepted: 268435456 elements"),
+        ("[1000000000000]", "[[1]]", "accepted: 268435456 elements"),
+    ],
+)
+def test_data_with_few_elements_takes_no_memory_for_its_sizes(shape: str, data: str, words: str):
+    assert words in str(verdict(with_input(shape, data)))
+
+
+@pytest.mark.usefixtures("read_as_long")
+def test_a_name_given_twice_is_left_to_json():
+    text = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [2], "data": [1, 2]}]})
     for twice in (
-        text.replace('"x["', '"x["}], "inputs": [{"name": "x"'),
+        text.replace('"x"', '"x"}], "inputs": [{"name": "x"'),
         text.replace('"name"', '"data": [1, 2], "name"'),
     ):
         with pytest.raises(ValueError, match=r"^$"):
             parse_quickly(memoryview(twice.encode()))
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_no_garbage_is_looked_for_while_many_lists_are_made(was_enabled: bool, monkeypatch: pytest.MonkeyPatch):
+    body = with_input(f"[{MANY}]", f"[{','.join(['[1]'] * MANY)}]").replace(b"FP32", b"BOOL")
+    found: list[bool] = []
+    for name in ("_read", "_decode"):  # of simdjson, and of json for the refusal
+
+        def noting(read: Any, *given: Any) -> Any:
+            found.append(gc.isenabled())
+            return read(*given)
+
+        monkeypatch.setattr(documents, name, partial(noting, getattr(documents, name)))
+    monkeypatch.setattr(documents, "_KEPT", len(body) - 1)
+    (gc.enable if was_enabled else gc.disable)()
+    try:
+        assert verdict(body)[0] == 400
+        assert gc.isenabled() == was_enabled
+    finally:
+        gc.enable()
+    assert found == [False, False]
 
 
 @pytest.mark.usefixtures("read_as_long")
@@ -222,7 +281,7 @@ def test_a_parser_is_kept_for_the_next_text_and_not_after_a_long_one(monkeypatch
     monkeypatch.setattr(documents, "_KEPT", 16)
     for _ in range(3):
         parse_quickly(memoryview(with_input()))
-    assert len(made) == 3
+    assert len(made) == 4
 
 
 def with_input(shape: str = "[1]", data: str = "[1]", more: str = "", after: str = "") -> bytes:
@@ -240,6 +299,7 @@ COUNTLESS = {
     "parameters": (with_input(after=f',"parameters":{{{members(MANY)}}}'), "has 100000 parameters; accepted: 64"),
     "sizes": (with_input(f"[{','.join(['9223372036854775807'] * MANY)}]"), "has 100000 dimensions; accepted: 16"),
     "inputs": (b'{"inputs":[%s]}' % b",".join([b'{"shape":[]}'] * MANY), "inputs has 100000 tensors; accepted: 64"),
+    "lists of one number": (with_input(f"[{MANY}]", f"[{','.join(['[1]'] * MANY)}]"), "its data holds list"),
     "lists": (with_input("[100000,16]", f"[{','.join(['[]'] * MANY)}]"), "does not fit the shape [100000, 16]"),
 }
 """Requests with very many of something, and words of the refusal; None where what is not known is not looked at."""

@@ -28,7 +28,7 @@ from headstart.serving.server.wire.protocol import (
     datatype_of,
     encode_response,
 )
-from headstart.serving.server.wire.tensors import to_json
+from headstart.serving.server.wire.tensors import classify, to_json
 from tests.serving.server.tiny_service import infer_body
 
 NUMERIC = [name for name in DATATYPES if name not in ("BYTES", "BF16")]
@@ -249,6 +249,14 @@ def test_a_remembered_plan_is_not_changed_by_those_who_use_it():
     assert (second.model, second.parameters, list(second.inputs)) == ("n", {"own": 1}, ["x"])
 
 
+def test_a_request_with_a_name_of_its_own_does_not_take_the_place_of_what_is_remembered():
+    decoder = RequestDecoder(Limits())
+    for name in ("", *map(str, range(10))):
+        body, length = infer_body(np.zeros(2, np.float32), id=name)
+        assert decoder.decode(memoryview(body), length, model="m", version=None)[0].id == name
+    assert [plan.id for plan in decoder._remembered.values()] == [""]
+
+
 def answer(array: Any, wanted: list[RequestedOutput] | None = None, *, all_binary: bool = False) -> tuple[Any, bytes]:
     response = InferResponse(model="m", version="1", outputs={"y": np.asarray(array)})
     parts, length = encode_response(response, wanted, all_binary, ["cat", "dog", "eel"].__getitem__)
@@ -289,6 +297,8 @@ def test_classification_gives_the_largest_with_their_labels():
     assert document["outputs"][0]["data"] == ["0.700000:1:dog", "0.200000:2:eel", "3.000000:0:cat", "2.000000:2:eel"]
     tied, _ = answer([0.5, 0.5, 0.5], wanted)
     assert tied["outputs"][0]["data"] == ["0.500000:0:cat", "0.500000:1:dog"]
+    many = classify("y", np.array([0.5, 0.25] * 50), 50, lambda index: None)
+    assert many.tolist() == [b"0.500000:%d" % index for index in range(0, 100, 2)]
     for none in ([True], 1.0, np.zeros((2, 0))):
         with pytest.raises(ServeError, match="no row of scores"):
             answer(none, wanted)
