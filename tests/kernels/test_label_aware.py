@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headstart.kernels import label_aware, label_distances, naive
+from headstart.kernels import dispatch, label_aware, label_distances, naive
 from headstart.kernels.engine.classes import ClassRows
 from headstart.kernels.label_aware import label_aware_distances, label_aware_self_terms
 from headstart.kernels.ragged import RaggedTasks
@@ -303,6 +303,19 @@ def test_classes_that_do_not_fit_together_give_the_same_gradient(form: str, monk
     for module in (label_aware, label_distances):
         monkeypatch.setattr(module, "chunks", one_by_one)
     torch.testing.assert_close(gradient(), together, rtol=0, atol=2 * gradient_bound(c, tolerance, weights))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_take_the_label_distances_of_the_distance(form: str, device: str):
+    x, y = labelled(30, 4, 3, 3, device)
+    tasks = ragged([labelled(n, 4, 3, n, device) for n in (20, 41)])
+    found = label_aware_distances(x.requires_grad_(), tasks, labels=y, label_distance=form, epsilon=3.0).distances.sum()
+    with dispatch.report() as reports:
+        found.backward()
+    # Of each of the target's three classes to those of the tasks and to its own: the potentials of its transports, to
+    # itself and to them. The divergences themselves would be as many transports again.
+    expected = [] if form == "bures" else ["transports"] * 3 * 2 * 2
+    assert [each.function for each in reports] == expected
 
 
 @pytest.mark.parametrize("form", FORMS)
