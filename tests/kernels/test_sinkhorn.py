@@ -365,13 +365,14 @@ def test_features_of_a_scale_whose_squares_float32_has_not_are_taken_by_fp64(sca
     torch.testing.assert_close(found.epsilon / scale**2, plain.epsilon, rtol=1e-3, atol=0)
 
 
-def test_a_target_without_an_epsilon_is_named(device: str):
+def test_a_target_that_has_no_costs_is_named(device: str):
     x, tasks = features(5, 3, 1, device), RaggedTasks.from_list([features(4, 3, 2, device)])
     for bad in (math.nan, math.inf):
         broken = x.clone()
         broken[2, 1] = bad
-        with pytest.raises(ValueError, match="target has NaN or infinite features in row 2"):
-            sinkhorn_distances(broken, tasks)
+        for epsilon in (None, 1.0):
+            with pytest.raises(ValueError, match="target has NaN or infinite features in row 2"):
+                sinkhorn_distances(broken, tasks, epsilon=epsilon)
     with pytest.raises(ValueError, match=r"so far apart that their costs overflow in torch\.float64"):
         sinkhorn_distances(x * 1e200, tasks)
 
