@@ -46,9 +46,9 @@ def euclidean_distances(
 
     `naive.euclidean_distances` is the definition. `precision` is one of `engine.precision.PRECISIONS` (default: fp64
     for float64 features, else fp32); `mean` has no products, and is at least as exact as fp32. `memory` bounds, in
-    bytes, what is held beside the inputs and what is as long as T or the sum of n_t (default 256 MiB, or more where
-    less cannot do); it changes the time and no bit of the result. For `mean`, d(X, X) is exactly 0. `pairs` is
-    differentiable with respect to the target.
+    bytes, what is held beside the inputs and what is as long as T or the sum of n_t (default 256 MiB, for `pairs` 4 GiB
+    on a GPU's own paths, or more where less cannot do); it changes the time and no bit of the result. For `mean`,
+    d(X, X) is exactly 0. `pairs` is differentiable with respect to the target.
 
     Error: for `mean` at most 512 u times the mean distance of the rows from their centre, u = 6e-8 for fp32 and 1.1e-16
     for fp64; for `pairs` some sqrt(D) u of the result. Squares below the least normal number lose their digits: means

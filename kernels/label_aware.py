@@ -6,13 +6,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from headstart.kernels.engine.classes import chunks, each
+from headstart.kernels.engine.classes import chunks, class_rows, each
 from headstart.kernels.engine.precision import PRECISIONS, exact_products
 from headstart.kernels.engine.softmin import add_gradient
 from headstart.kernels.engine.terms import needed_centre
 from headstart.kernels.engine.transport import Settings, solve
 from headstart.kernels.engine.transport_operators import warn_of
-from headstart.kernels.label_distances import How, cross_cost, labelled, own_cost, sides, squares_gradient
+from headstart.kernels.label_distances import How, cross_table, own_table, sides, squares_gradient, with_values
 from headstart.kernels.ragged import RaggedTasks, check_alike, check_finite, check_labels, check_not_negative
 from headstart.kernels.sinkhorn import (
     SinkhornResult,
@@ -56,8 +56,9 @@ def label_aware_distances(
     classes of one set.
 
     Differentiable by the target, not twice: by the plans, as `sinkhorn_distances`, and by the label distances of what
-    they move, as `frechet_distances` where they are Bures'. It takes the label distances again, and holds, beside
-    `memory`, one array like the target and eight float64 ones like its largest class.
+    they move, as `frechet_distances` where they are Bures'. The label distances are kept for it, but not the plans
+    behind those of `sinkhorn`, which are found again. It holds, beside `memory` and what is kept, one array like the
+    target and eight float64 ones like its largest class.
 
     `epsilon` None is that of `sinkhorn_distances`, from the target's rows alone. `tolerance`, `max_iterations`,
     `precision`, `memory`, `self_terms` and the error are as there, c being the largest cost with its label term;
@@ -99,34 +100,39 @@ def _distances(
     precision: str,
     memory: int | None,
     centre: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(distances, iterations, errors) of T tasks, whose own values and errors are given or computed, and the potentials
-    of the tasks' rows [M] and of the target's [N]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(distances, iterations, errors) of T tasks, whose own values and errors are given or computed, and what their
+    gradient takes: the potentials of the tasks' rows [M] and of the target's [N], `cross_table` and `own_table`."""
     check_finite(target)
     check_not_negative(labels)
     how = How(label_distance, precision, centre, Settings(float(epsilon), tolerance, max_iterations, memory))
-    own, sources = sides(target, labels, features, task_labels, offsets, how)
+    own, sources = (with_values(side, how) for side in sides(target, labels, features, task_labels, offsets, how))
     if values is None or errors is None:
-        theirs = solve(sources.points, None, own_cost(sources, how), how.settings)
+        theirs = solve(sources.points, None, how.cost_with(own_table(sources, how)), how.settings)
         values, errors = theirs.values, theirs.errors
-    itself = solve(own.points, None, own_cost(own, how), how.settings)
-    cross = solve(sources.points, own.points, cross_cost(own, sources, how), how.settings)
+    within = own_table(own, how)
+    itself = solve(own.points, None, how.cost_with(within), how.settings)
+    between = cross_table(own, sources, how)
+    cross = solve(sources.points, own.points, how.cost_with(between), how.settings)
     errors = torch.maximum(torch.maximum(cross.errors, itself.errors), errors)
     warn_of(errors, how.settings)
     distances = (cross.values - (itself.values + values) / 2).to(how.cost.dtype)
-    return distances, cross.num_iterations, errors, cross.potentials, itself.potentials
+    return distances, cross.num_iterations, errors, cross.potentials, itself.potentials, between, within
 
 
 @_distances.register_fake
 def _(
     target: Tensor, labels: Tensor, features: Tensor, task_labels: Tensor, offsets: Tensor, *settings: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def new(size: int, dtype: torch.dtype) -> Tensor:
-        return target.new_empty(size, dtype=dtype)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def new(dtype: torch.dtype, *shape: Any) -> Tensor:
+        return target.new_empty(shape, dtype=dtype)
 
     num_tasks, dtype = offsets.shape[0] - 1, PRECISIONS[settings[-3]]
-    numbers = (new(num_tasks, dtype), new(num_tasks, torch.int64), new(num_tasks, torch.float64))
-    return *numbers, new(features.shape[0], dtype), new(target.shape[0], dtype)
+    numbers = (new(dtype, num_tasks), new(torch.int64, num_tasks), new(torch.float64, num_tasks))
+    potentials = (new(dtype, features.shape[0]), new(dtype, target.shape[0]))
+    # Of how many classes follows from the labels' values.
+    theirs, ours = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
+    return *numbers, *potentials, new(dtype, theirs, ours), new(dtype, ours, ours)
 
 
 @torch.library.custom_op("headstart::label_aware_gradient", mutates_args=())
@@ -138,6 +144,8 @@ def label_aware_gradient(
     offsets: Tensor,
     potentials: Tensor,
     own_potentials: Tensor,
+    between: Tensor,
+    within: Tensor,
     weights: Tensor,
     label_distance: str,
     epsilon: Tensor,
@@ -149,6 +157,7 @@ def label_aware_gradient(
 ) -> Tensor:
     """sum_t w_t d distance_t / d target at the potentials of the optimum, [N, D] as the target.
 
+    `between`, `within`: `cross_table` and `own_table` of the target, as the potentials saw them.
     The plans move rows towards what they are matched with, and classes so that the label distances of what is matched
     shrink: of each pair of classes with the mass that is moved between them.
     """
@@ -159,13 +168,13 @@ def label_aware_gradient(
     spans = pairwise([*first, first[-1] + own.num_classes])
     masses = [out.new_zeros(own.num_classes, high - low) for low, high in spans]
     with exact_products(target.device):
-        cost = cross_cost(own, sources, how)
+        cost = how.cost_with(between)
         for t, weight in enumerate(weights.tolist()):
             if weight:
                 rows, part = sources.points.only(t), potentials[cuts[t] : cuts[t + 1]]
                 add_gradient(out, weight, rows, own.points, part, at, cost, memory, masses[t])
         # Both sides of OT(x, x), of which half is taken off, move: each has the gradient of one.
-        cost, whole = own_cost(own, how), own.points
+        cost, whole = how.cost_with(within), own.points
         add_gradient(out, -float(weights.sum()), whole, whole, own_potentials, at, cost, memory, masses[-1])
     # Half of a label distance is in the cost.
     cross, itself = (part.double() / 2 for part in (torch.cat(masses[:-1], 1), masses[-1]))
@@ -213,8 +222,8 @@ def label_aware_self_terms(
     centre = needed_centre(tasks, options.precision, "eager")
     how = How(label_distance, options.precision, centre, Settings(at, tolerance, max_iterations, options.memory))
     with torch.device("cpu"):  # of what is given none: operators leave torch.set_default_device out by themselves
-        classes = labelled(tasks, how)
-        solution = solve(classes.points, None, own_cost(classes, how), how.settings)
+        classes = with_values(class_rows(tasks, how.cost, how.settings), how)
+        solution = solve(classes.points, None, how.cost_with(own_table(classes, how)), how.settings)
     warn_of(solution.errors, how.settings)
     return SinkhornSelfTerms(
         values=solution.values,

@@ -28,18 +28,25 @@ class How(NamedTuple):
         """Of rows, without a label term."""
         return Cost(2, None, self.precision, self.centre)
 
+    def cost_with(self, table: Tensor) -> Cost:
+        """Of rows and classes, with the table of `cross_table` or `own_table`."""
+        return self.cost._replace(labels=table)
+
 
 def sides(
     target: Tensor, labels: Tensor, features: Tensor, task_labels: Tensor, offsets: Tensor, how: How
 ) -> tuple[ClassRows, ClassRows]:
     """The classes of the target and of the tasks."""
-    whole = RaggedTasks(target, torch.tensor([0, len(target)]), labels)
-    return labelled(whole, how), labelled(RaggedTasks(features, offsets, task_labels), how)
+    sets = (
+        RaggedTasks(target, torch.tensor([0, len(target)]), labels),
+        RaggedTasks(features, offsets, task_labels),
+    )
+    own, sources = (class_rows(tasks, how.cost, how.settings) for tasks in sets)
+    return own, sources
 
 
-def labelled(tasks: RaggedTasks, how: How) -> ClassRows:
-    """The classes of labelled tasks, and what each brings to all of its label distances."""
-    classes = class_rows(tasks, how.cost, how.settings)
+def with_values(classes: ClassRows, how: How) -> ClassRows:
+    """The classes, and what each brings to all of its label distances."""
     if how.label_distance == "bures":
         return classes
     values = []
@@ -65,7 +72,7 @@ def _bures(some: RaggedTasks, others: RaggedTasks | None, how: How) -> Tensor:
 def squares(some: RaggedTasks, others: RaggedTasks, values: Tensor, theirs: Tensor, how: How) -> Tensor:
     """W^2 of each of C classes to each of K others, [C, K] float64.
 
-    `values`, `theirs`: what `labelled` says of the classes, [C], and of the others, [K].
+    `values`, `theirs`: what `with_values` says of the classes, [C], and of the others, [K].
     """
     if how.label_distance == "bures":
         return _bures(some, others, how)
@@ -101,23 +108,23 @@ def squares_gradient(rows: Tensor, classes: RaggedTasks, weights: Tensor, how: H
     return moved
 
 
-def cross_cost(own: ClassRows, sources: ClassRows, how: How) -> Cost:
-    """The cost between the tasks and the target: half of W^2 of their classes, [C of the tasks, C of the target]."""
+def cross_table(own: ClassRows, sources: ClassRows, how: How) -> Tensor:
+    """Half of W^2 between the classes of the tasks and those of the target, [C of the tasks, C of the target]."""
     table = own.values.new_empty(sources.num_classes, own.num_classes)
     for a, b, mine in chunks(own, how.settings):
         for low, high, some in chunks(sources, how.settings):
             table[low:high, a:b] = squares(mine, some, own.values[a:b], sources.values[low:high], how).T
-    return how.cost._replace(labels=table.div_(2).to(how.cost.dtype))
+    return table.div_(2).to(how.cost.dtype)
 
 
-def own_cost(classes: ClassRows, how: How) -> Cost:
-    """The cost within each task: half of W^2 of its classes, [C, most classes of a task], 0 on the diagonals."""
+def own_table(classes: ClassRows, how: How) -> Tensor:
+    """Half of W^2 between the classes of each task, [C, most classes of a task], 0 on the diagonals."""
     table = classes.values.new_zeros(classes.num_classes, int(classes.first.diff().max()))
     if how.label_distance == "bures":
         _fill_bures(table, classes, how)
     else:
         _fill_sinkhorn(table, classes, how)
-    return how.cost._replace(labels=table.div_(2).to(how.cost.dtype))
+    return table.div_(2).to(how.cost.dtype)
 
 
 def _fill_bures(table: Tensor, classes: ClassRows, how: How) -> None:

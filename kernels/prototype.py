@@ -56,7 +56,8 @@ def prototype_distances(
     `precision` is one of `engine.precision.PRECISIONS` (default: fp64 for float64 features, else fp32). It decides the
     dtype of the result, float64 for fp64 and else float32; inside all is float64, since products are a small part here.
     `memory` bounds, in bytes, what is held beside the inputs and what is as long as T or the sum of n_t (default 256
-    MiB): it changes the time and no bit of the result. d(X, X) is exactly 0. Not differentiable.
+    MiB, or more where less cannot do): it changes the time and no bit of the result. d(X, X) is exactly 0. Not
+    differentiable.
 
     Error: (512 + n / 512) u times the mean distance of a class's n rows from a point amid the target, u = 1.1e-16, and
     the rounding to `precision`; means nearer than 1e-154 may count as equal.

@@ -34,8 +34,8 @@ from headstart.kernels.engine.memory import fit_memory
 from headstart.kernels.engine.precision import ROUNDED
 
 _MOST = 40.0
-"""Logarithms of a scaled plan and its scaling stay below this, so that no product of three overflows: what is beyond
-comes with the next absorption."""
+"""Logarithms of a scaled plan and its scaling stay below this, so that no product of two overflows: what is beyond
+comes with the next absorption. An error, of three, that overflows has grown: a plain step follows."""
 
 _CHUNK_ROWS = 1024
 """Rows of the largest chunks in which costs are recomputed."""

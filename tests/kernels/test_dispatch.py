@@ -29,6 +29,8 @@ def test_the_rule(device: torch.device, precision: str, dim: int, path: str):
 
 
 def test_what_is_asked_for_is_taken_or_refused():
+    with dispatch.override("eager"):
+        assert dispatch.choose(torch.device("cpu"), "fp64", 64) == ("eager", "asked for")
     with dispatch.override("fused"):
         assert dispatch.choose(CUDA, "bf16", 4096) == ("fused", "asked for")
         with pytest.raises(ValueError, match="accepted there: eager"):
@@ -83,6 +85,23 @@ def test_every_function_reports_its_path_and_keeps_to_the_memory(name: str, memo
         assert most <= max(each.peak_bytes for each in reports) + 80 * (len(x) + len(tasks.features))
 
 
+@pytest.mark.parametrize(
+    ("name", "num_target", "sizes"),
+    [
+        ("pair sums", 4000, [1000]),  # the target's rows are kept from tile to tile
+        ("neighbours", 4000, [1000]),
+        ("prototype distances", 9, [3] * 300),  # and sums of many small classes
+    ],
+)
+def test_what_grows_with_the_sets_is_planned_for(name: str, num_target: int, sizes: list[int]):
+    generator = torch.Generator().manual_seed(0)
+    x, *sets = (torch.randn(n, 300, generator=generator) for n in (num_target, *sizes))
+    tasks = RaggedTasks.from_list(sets, [thirds(y) for y in sets])
+    with dispatch.report() as reports:
+        _, most = held(lambda: FUNCTIONS[name](x, tasks))
+    assert most <= reports[0].peak_bytes + 80 * (len(x) + len(tasks.features))
+
+
 @pytest.mark.parametrize("label_distance", ["bures", "sinkhorn"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_nothing_is_too_large_for_a_bound_that_was_not_given(
@@ -131,6 +150,17 @@ def test_what_fails_is_not_reported(device: str):
     x, tasks = problem(device)
     with dispatch.report() as reports, pytest.raises(ValueError, match="overflow"):
         energy_distances(1e30 * x, tasks)
+    assert reports == []
+
+
+def test_what_fails_leaves_nothing_asked_for_and_nothing_collected(device: str):
+    x, tasks = problem(device)
+    with pytest.raises(RuntimeError, match="inside"), dispatch.override("fused"):
+        raise RuntimeError("inside")
+    assert dispatch.choose(torch.device("cpu"), "bf16", 64)[0] == "eager"
+    with pytest.raises(RuntimeError, match="inside"), dispatch.report() as reports:
+        raise RuntimeError("inside")
+    energy_distances(x, tasks)
     assert reports == []
 
 

@@ -1,12 +1,14 @@
 """Label-aware transport distances: their definition, what they reduce to, and what they do not depend on."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from headstart.kernels import label_aware, label_distances, naive
+from headstart.kernels import dispatch, label_aware, label_distances, naive
 from headstart.kernels.engine.classes import ClassRows
 from headstart.kernels.label_aware import label_aware_distances, label_aware_self_terms
 from headstart.kernels.ragged import RaggedTasks
@@ -191,16 +193,17 @@ def test_bad_labels_are_refused(device: str):
     for labels, said in (
         (y[:5], r"accepted: torch.int64 \[10\]"),
         (y.double(), "int64"),
-        (y - 100, "negative"),
+        (y - 100, "of the target, in row 0, is negative"),
     ):
         with pytest.raises(ValueError, match=said):
             label_aware_distances(x, tasks, labels=labels)
-    with pytest.raises(ValueError, match="tasks have no labels"):
-        label_aware_distances(x, RaggedTasks(tasks.features, tasks.offsets), labels=y)
-    with pytest.raises(ValueError, match="label_distance is 'euclidean'; accepted: bures, sinkhorn"):
-        label_aware_distances(x, tasks, labels=y, label_distance="euclidean")
-    with pytest.raises(ValueError, match="epsilon"):
-        label_aware_distances(x, tasks, labels=y, epsilon=-1.0)
+    for call in (lambda t, **how: label_aware_distances(x, t, labels=y, **how), label_aware_self_terms):
+        with pytest.raises(ValueError, match="tasks have no labels"):
+            call(RaggedTasks(tasks.features, tasks.offsets), epsilon=1.0)
+        with pytest.raises(ValueError, match="label_distance is 'euclidean'; accepted: bures, sinkhorn"):
+            call(tasks, label_distance="euclidean", epsilon=1.0)
+        with pytest.raises(ValueError, match=r"epsilon is -1\.0; accepted: a positive number"):
+            call(tasks, epsilon=-1.0)
 
 
 def test_what_does_not_converge_is_reported(device: str):
@@ -208,6 +211,18 @@ def test_what_does_not_converge_is_reported(device: str):
     with pytest.warns(RuntimeWarning, match="did not converge"):
         found = label_aware_distances(x, ragged([labelled(60, 3, 2, 2, device)]), labels=y, max_iterations=1)
     assert not bool(found.converged[0])
+    with pytest.warns(RuntimeWarning, match="did not converge"):
+        label_aware_self_terms(ragged([(x, y)]), epsilon=0.1, max_iterations=1)
+
+
+def test_label_distances_that_do_not_converge_are_reported(device: str):
+    x, y = labelled(60, 3, 4, 1, device)
+    tasks = ragged([labelled(90, 3, 5, 2, device)])
+    with pytest.warns(RuntimeWarning, match="did not converge") as seen:
+        label_aware_distances(x, tasks, labels=y, label_distance="sinkhorn", epsilon=0.1, max_iterations=1)
+    counts = Counter(int(re.search(r"of (\d+) Sinkhorn", str(each.message))[1]) for each in seen)
+    # Four classes and five by themselves, their 6 and 10 pairs, each of the four to all five; and the three plans.
+    assert counts == {4: 1, 5: 1 + 4, 6: 1, 10: 1, 1: 1}
 
 
 @pytest.mark.filterwarnings("ignore:.*did not converge in 1 iterations")
@@ -303,6 +318,19 @@ def test_classes_that_do_not_fit_together_give_the_same_gradient(form: str, monk
     for module in (label_aware, label_distances):
         monkeypatch.setattr(module, "chunks", one_by_one)
     torch.testing.assert_close(gradient(), together, rtol=0, atol=2 * gradient_bound(c, tolerance, weights))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_take_the_label_distances_of_the_distance(form: str, device: str):
+    x, y = labelled(30, 4, 3, 3, device)
+    tasks = ragged([labelled(n, 4, 3, n, device) for n in (20, 41)])
+    found = label_aware_distances(x.requires_grad_(), tasks, labels=y, label_distance=form, epsilon=3.0).distances.sum()
+    with dispatch.report() as reports:
+        found.backward()
+    # Of each of the target's three classes to those of the tasks and to its own: the potentials of its transports, to
+    # itself and to them. The divergences themselves would be as many transports again.
+    expected = [] if form == "bures" else ["transports"] * 3 * 2 * 2
+    assert [each.function for each in reports] == expected
 
 
 @pytest.mark.parametrize("form", FORMS)

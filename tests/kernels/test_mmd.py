@@ -79,6 +79,8 @@ def test_self_terms_can_be_kept_and_carry_their_bandwidths(device: str):
     assert torch.equal(mmd_distances(x, tasks, self_terms=kept).distances, mmd_distances(x, tasks).distances)
     with pytest.raises(ValueError, match="bandwidths"):
         mmd_distances(x, tasks, self_terms=kept, bandwidths=torch.tensor([1.0]))
+    with pytest.raises(ValueError, match="self terms have bandwidths None; accepted: tensor"):
+        mmd_distances(x, tasks, self_terms=replace(kept, bandwidths=None), bandwidths=kept.bandwidths)
     with pytest.raises(ValueError, match="kind distance"):
         mmd_distances(x, tasks, self_terms=energy_self_terms(tasks), bandwidths=kept.bandwidths)
     with pytest.raises(ValueError, match="precision"):

@@ -127,12 +127,13 @@ def test_memory_changes_no_bit(precision: str, device: str):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
-@pytest.mark.parametrize("k", [1, 10, 700])
+@pytest.mark.parametrize("k", [1, 10, 170, 700])
 def test_memory_is_held_to(k: int, precision: str):
     dtype = torch.float64 if precision == "fp64" else torch.float32
     # Each row of y is nearer than those before it, so that every tile brings new candidates.
     y = rows(3000, 100, 2, "cpu", dtype) * torch.linspace(30, 0.01, 3000, dtype=dtype)[:, None]
-    x, tasks = rows(2100, 100, 1, "cpu", dtype), RaggedTasks.from_list([y])
+    # In several stripes, of which lists for many neighbours make smaller ones.
+    x, tasks = rows(2100 if k < 100 else 450, 100, 1, "cpu", dtype), RaggedTasks.from_list([y])
     with pytest.raises(ValueError, match="at least") as refused:
         nearest_neighbours(x, tasks, k, precision=precision, memory=1)
     least = int(str(refused.value).split("at least ")[1].split(",")[0])
@@ -140,6 +141,20 @@ def test_memory_is_held_to(k: int, precision: str):
     wanted = min(len(y), 4 * k + 32 if precision == "bf16" else k + 8)
     of_each = found.distances.element_size() + found.rows.element_size()
     assert most <= least + len(x) * (wanted * of_each + k * (of_each + 8))
+
+
+def test_one_row_with_many_near_rows_takes_no_memory_of_all():
+    # Of a second panel all rows are nearer to one row of the target than the first panel's, and none to the others.
+    x, y = rows(1100, 32, 1, "cpu"), rows(2048, 32, 2, "cpu")
+    x[0] = 100.0
+    y[1024:] += 100.0
+    tasks = RaggedTasks.from_list([y])
+    with pytest.raises(ValueError, match="at least") as refused:
+        nearest_neighbours(x, tasks, memory=1)
+    least = int(str(refused.value).split("at least ")[1].split(",")[0])
+    found, most = held(lambda: nearest_neighbours(x, tasks, memory=least))
+    assert most <= least + len(x) * (9 * 12 + 20)  # k + 8 candidates and the result, as above
+    assert torch.equal(found.rows, naive.nearest_neighbours(x.double(), y.double())[1])
 
 
 def test_a_row_finds_itself_at_distance_zero_far_out(device: str):

@@ -223,8 +223,9 @@ def test_gradients_have_the_strides_that_a_compiled_graph_expects(d: int, device
     x, tasks = problem(7, d, device, torch.float32)
     x, features = x.T.contiguous().T, tasks.features
     potentials, one = (features.new_zeros(len(features)), x.new_zeros(7)), torch.ones((), dtype=torch.float64)
-    weights = one.expand(3).to(device)
+    weights, tables = one.expand(3).to(device), (x.new_zeros(1 + 3 + 3, 3), x.new_zeros(3, 3))
     labels, ours, more = classes(len(features), device), torch.ops.headstart, (1e-3, 9, "fp32", None, None)
+    sets = (x, classes(7, device), features, labels, tasks.offsets)
     for operator, arguments in (
         (ours.frechet_gradient, (x, features, tasks.offsets, weights, None)),
         (
@@ -233,7 +234,7 @@ def test_gradients_have_the_strides_that_a_compiled_graph_expects(d: int, device
         ),
         (
             ours.label_aware_gradient,
-            (x, classes(7, device), features, labels, tasks.offsets, *potentials, weights, "bures", one, *more),
+            (*sets, *potentials, *tables, weights, "bures", one, *more),
         ),
     ):
         with FakeTensorMode() as mode:

@@ -232,6 +232,8 @@ def test_bad_input_is_refused(device: str):
     bad[1, 2] = float("nan")
     far = features(3, 4, 0, device, torch.float64) * 1e200
     far_tasks = RaggedTasks.from_list([far + 1e200], [labels])
+    vast = features(3, 4, 0, device, torch.float64).sign() * 1.7e308  # whose sums overflow: means are NaN
+    vast_tasks = RaggedTasks.from_list([vast], [labels])
     unlabelled = RaggedTasks(tasks.features, tasks.offsets)
     for target, among, its, options, said in (
         (features(3, 5, 0, device), tasks, labels, {}, r"\[N, 4\]"),
@@ -248,6 +250,8 @@ def test_bad_input_is_refused(device: str):
         (x, tasks, labels, {"precision": "double"}, "precision is 'double'; accepted: bf16, tf32, bf16x3, fp32"),
         (far, far_tasks, labels, {}, "squared distances overflow"),
         (far, far_tasks, labels, {"form": "nearest"}, "squared distances overflow"),
+        (vast, vast_tasks, labels, {}, "squared distances overflow"),
+        (vast, vast_tasks, labels, {"form": "nearest"}, "squared distances overflow"),
     ):
         with pytest.raises(ValueError, match=said):
             prototype_distances(target, among, labels=its, **options)

@@ -25,7 +25,11 @@ def test_tasks_and_means(device: str):
     for t in (3, -4):
         with pytest.raises(IndexError, match=f"task {t} of 3"):
             tasks.task(t)
-    assert torch.equal(tasks.means().cpu().float(), torch.stack([X[:1].mean(0), X[1:4].mean(0), X[4:].mean(0)]))
+    expected = torch.stack([X[:1].mean(0), X[1:4].mean(0), X[4:].mean(0)])
+    for dtype, its in ((torch.float32, torch.float32), (torch.float64, torch.float64), (torch.half, torch.float32)):
+        found = RaggedTasks(tasks.features.to(dtype), tasks.offsets).means()
+        assert found.dtype == its
+        assert torch.equal(found.cpu(), expected.to(its))
 
 
 def test_means_survive_a_large_common_offset(device: str):
@@ -39,16 +43,20 @@ def test_means_survive_a_large_common_offset(device: str):
 @pytest.mark.parametrize(
     ("features", "where", "labels", "said"),
     [
-        (X, offsets(0, 3, 3, 6), None, "task 1"),
-        (X, offsets(0, 4, 2, 6), None, "task 1"),
+        (X, offsets(0, 3, 3, 6), None, r"task 1 is empty \(offsets 3 to 3\)"),
+        (X, offsets(0, 4, 2, 6), None, r"task 1 ends before it starts \(offsets 4 to 2\)"),
         (X, offsets(1, 6), None, "start at 1"),
         (X, offsets(0, 5), None, "end at 5"),
         (X, torch.tensor([0.0, 6.0]), None, "int64"),
+        (X, offsets(0), None, r"int64 \[1\] .*; accepted: .* with T >= 1"),
+        (X, offsets(0, 6).expand(2, 2), None, r"int64 \[2, 2\] .*; accepted: torch.int64 \[T \+ 1\]"),
+        (X[:, :0], offsets(0, 6), None, r"float32 \[6, 0\] .*; accepted: .* with D >= 1"),
         (X[0], offsets(0, 1), None, "features"),
         (X.long(), offsets(0, 6), None, "features"),
         (X.to(torch.float8_e4m3fn), offsets(0, 6), None, r"torch\.float8_e4m3fn .*; accepted: .* torch\.bfloat16"),
         (X.to_sparse(), offsets(0, 6), None, r"torch\.sparse_coo; accepted: a dense tensor"),
         (X, offsets(0, 6), torch.zeros(5, dtype=torch.int64), "labels"),
+        (X, offsets(0, 6), torch.zeros(6, dtype=torch.int64, device="meta"), r"on meta; accepted: .* on cpu"),
         (X, offsets(0, 6), torch.tensor([0, 1, -1, 0, 0, 0]), "row 2"),
     ],
 )

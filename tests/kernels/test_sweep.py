@@ -209,11 +209,12 @@ def test_products_stay_in_float32_whatever_the_process_has_set(device: str):
             assert torch.equal(energy_distances(x, tasks, precision=precision), plain)
 
 
-def test_squares_that_overflow_are_refused(device: str):
-    x, tasks = rows(20, 8, 1, device), rows(20, 8, 2, device) * 1e19
+@pytest.mark.parametrize("scale", [1e19, 2.5e18], ids=str)  # of squares beyond float32, and beyond a 32nd of it
+def test_squares_that_overflow_are_refused(scale: float, device: str):
+    x, tasks = rows(20, 8, 1, device), rows(20, 8, 2, device) * scale
     with pytest.raises(ValueError, match="precision='fp64'"):
         energy_distances(x, RaggedTasks.from_list([tasks]))
-    assert float(energy_distances(x, RaggedTasks.from_list([tasks]), precision="fp64")[0]) > 1e19
+    assert float(energy_distances(x, RaggedTasks.from_list([tasks]), precision="fp64")[0]) > scale
 
 
 def test_self_terms_of_other_tasks_are_refused(device: str):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from headstart.kernels import naive
+from headstart.kernels import dispatch, naive
 from headstart.kernels.engine.ground_cost import LEAST_CHUNK, Cost, Points, chunk_bytes, held_bytes
 from headstart.kernels.engine.transport import Settings, solve
+from headstart.kernels.engine.transport_operators import as_points
 from headstart.kernels.ragged import RaggedTasks
 from headstart.kernels.sinkhorn import default_epsilon, sinkhorn_distances
 from tests.kernels.cases import held
@@ -34,6 +35,32 @@ def test_a_small_memory_recomputes_the_costs_and_is_held_to(p: int):
         assert most <= memory
         assert bool(found.converged.all())
         torch.testing.assert_close(found.distances, plain.distances, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("share", [1, 2, 3], ids="{} times the least".format)
+def test_what_recomputed_costs_take_is_planned_for(share: int):
+    x, y = features(600, 24, 1, dtype=torch.float32), features(700, 24, 2, dtype=torch.float32)
+    memory = share * chunk_bytes(x, LEAST_CHUNK, Cost(2))
+    tasks = RaggedTasks.from_list([y])
+    with dispatch.report() as reports:
+        _, most = held(
+            lambda: solve(Points(y, tasks.offsets), as_points(x), Cost(2), Settings(20.0, 1e-2, 100, memory))
+        )
+    assert [each.reason for each in reports] == ["costs do not fit in the memory; on cpu"]
+    assert most - 80 * (len(x) + len(y)) <= reports[0].peak_bytes <= memory
+    assert reports[0].peak_bytes > memory / 4  # a chunk of twice the rows takes up to four times as much
+
+
+def test_many_near_rows_are_looked_at_some_at_a_time():
+    # Two clouds on either side of the centre, a tenth of the rows in one: four fifths of all pairs cancel.
+    side = torch.where(torch.arange(400) % 10 == 0, -9.0, 1.0)[:, None]
+    x, y = (side + 1e-4 * features(400, 24, seed, dtype=torch.float32) for seed in (1, 2))
+    tasks = RaggedTasks.from_list([y])
+    with dispatch.report() as reports:
+        _, most = held(lambda: sinkhorn_distances(x, tasks, epsilon=1.0))
+    assert {each.reason for each in reports} == {"costs fit in the memory"}
+    # The differences of all of them would be 12 MB.
+    assert most <= max(each.peak_bytes for each in reports) + 80 * (len(x) + len(y))
 
 
 @pytest.mark.parametrize("share", [1.0, 0.2], ids=["held", "some recomputed"])
