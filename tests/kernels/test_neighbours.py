@@ -58,6 +58,19 @@ def test_ties_in_several_tiles_go_to_the_lowest_rows(k: int, device: str):
     assert torch.equal(nearest_neighbours(x, tasks, k).rows, expected[1])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_at_one_distance_are_in_order_though_their_products_round_apart(precision: str, device: str):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-500, 500, (1, 24), generator=generator).float()
+    step = torch.randint(1, 9, (24,), generator=generator).float()  # whole numbers: squares and their sums are exact
+    signs = torch.randint(0, 2, (20, 24), generator=generator) * 2.0 - 1
+    steps = torch.stack([step[torch.randperm(24, generator=generator)] for _ in range(20)]) * signs
+    tasks = RaggedTasks.from_list([(x + steps).to(device)])
+    found = nearest_neighbours(x.to(device), tasks, 12, precision=precision)  # of 20, all of them candidates
+    assert len(found.distances.unique()) == 1
+    assert found.rows.tolist() == [list(range(12))]
+
+
 @pytest.mark.parametrize("shift", [0.0, 1e4])
 @pytest.mark.parametrize("k", [1, 3, 10])
 def test_more_rows_than_k_within_the_products_error(k: int, shift: float, device: str):

@@ -9,7 +9,9 @@ from headstart.kernels import naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
 from headstart.kernels.engine import sums
 from headstart.kernels.engine.pairs import own_sums, pair_sums
+from headstart.kernels.engine.sweep import Sweep
 from headstart.kernels.engine.terms import NONE
+from headstart.kernels.engine.tile import Value
 from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.mmd import mmd_distances
 from headstart.kernels.ragged import RaggedTasks
@@ -222,3 +224,10 @@ def test_self_terms_of_other_tasks_are_refused(device: str):
     kept = energy_self_terms(RaggedTasks.from_list([rows(4, 4, 2, device), rows(3, 4, 3, device)]))
     with pytest.raises(ValueError, match="task 0 is that of 4 rows; accepted: of its 3"):
         energy_distances(x, tasks, self_terms=kept)
+
+
+def test_the_centre_of_equal_rows_is_exactly_the_row():
+    same = (rows(1, 64, 0, dtype=torch.float64) / 3).expand(17, 64).contiguous()
+    assert not torch.equal(same.mean(0), same[0])
+    engine = Sweep(same, len(same), Value("squared"), "fp64", None)
+    assert torch.equal(engine.centre_of(same), same[0])
