@@ -1,5 +1,6 @@
 """Inputs at odd sizes and where arithmetic is hard, and a list of cases that holds every pair of their values."""
 
+import gc
 from collections.abc import Callable
 from itertools import combinations, product
 from typing import Any, NamedTuple
@@ -218,7 +219,13 @@ def held(call: Callable[[], Any]) -> tuple[Any, int]:
         mock.patch.object(profiler, "_enable_profiler", lambda config, activities: enable(config, activities, scopes)),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
     ):
-        result = call()
+        was_enabled = gc.isenabled()
+        gc.disable()  # garbage of an earlier call of this, if it were collected now, would count as freed by this one
+        try:
+            result = call()
+        finally:
+            if was_enabled:
+                gc.enable()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

@@ -1,5 +1,6 @@
 """The tile sweep itself: how exact it is, which bits follow from what, and how much it holds."""
 
+import gc
 import re
 
 import pytest
@@ -231,3 +232,14 @@ def test_the_centre_of_equal_rows_is_exactly_the_row():
     assert not torch.equal(same.mean(0), same[0])
     engine = Sweep(same, len(same), Value("squared"), "fp64", None)
     assert torch.equal(engine.centre_of(same), same[0])
+
+
+def test_what_is_held_does_not_count_garbage_of_before():
+    class Ring:
+        def __init__(self) -> None:
+            self.myself, self.rows = self, torch.zeros(1_000_000)
+
+    gc.collect()
+    assert held(Ring)[1] == 4_000_000  # left to the collector, which knows its size
+    _, most = held(lambda: ([{} for _ in range(100_000)], torch.zeros(1000)))  # enough for it to begin
+    assert most == 4000
