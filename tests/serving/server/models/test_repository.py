@@ -995,7 +995,7 @@ async def test_unloading_waits_for_the_last_answer_and_lasts_until_loading(root:
 
 @on_a_loop
 async def test_whoever_gives_up_waiting_for_the_end_of_a_model_harms_none_of_its_requests(root: Path):
-    write_package(root / "demo" / "1", 1, graph=classifier(1, turns=10_000))
+    write_package(root / "demo" / "1", 1, graph=classifier(1, turns=50_000))
     async with serving(root, poll_s=NEVER) as service:
         asked = asyncio.create_task(infer(service))
         await asyncio.sleep(0)
