@@ -1,4 +1,4 @@
-"""The two programs of benchmarks/textbook.py do what they claim; how fast they are is for the benchmark to say."""
+"""The two programs of benchmarks/textbook do what they claim; how fast they are is for the benchmark to say."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import textbook
-from benchmarks.textbook import QUICK, Agreement, DisagreementError, Textbook, Workload, limit, measure, ours
+from benchmarks.textbook import measure as measuring
+from benchmarks.textbook.agreement import Agreement, DisagreementError
+from benchmarks.textbook.measure import limit, measure
+from benchmarks.textbook.programs import Textbook, our_backbone, ours, replay
+from benchmarks.textbook.workload import QUICK, Workload, prepare
 
 TINY = replace(QUICK, num_train=16, num_test=8, epochs=2)
 
@@ -15,7 +18,7 @@ TINY = replace(QUICK, num_train=16, num_test=8, epochs=2)
 @pytest.fixture
 def prepared(tmp_path: Path) -> tuple[Workload, Path, Path]:
     """A tiny workload, its folder of PNG files, its weights."""
-    return TINY, tmp_path, textbook.prepare(TINY, tmp_path, tmp_path / "cache")
+    return TINY, tmp_path, prepare(TINY, tmp_path, tmp_path / "cache")
 
 
 def test_both_programs_learn_the_same_from_the_same_images():
@@ -33,7 +36,7 @@ def test_theirs_passes_every_image_in_every_epoch_and_ours_once(prepared: tuple[
     workload, folder, weights = prepared
     seen = {"theirs": 0, "ours": 0}
     program = Textbook(workload, weights, folder)
-    backbone = textbook.our_backbone(workload, weights, folder / "cache")
+    backbone = our_backbone(workload, weights, folder / "cache")
     assert backbone.module is not None
     for name, module in (("theirs", program.backbone), ("ours", backbone.module)):
         module.register_forward_hook(lambda _, pixels, __, name=name: seen.update({name: seen[name] + len(pixels[0])}))
@@ -60,14 +63,14 @@ def test_a_replay_on_the_textbooks_own_features_gives_its_head(prepared: tuple[W
         program.epoch()
     with torch.no_grad():
         features = program.backbone(torch.stack([pixels for pixels, _ in program.train]))
-    replayed = textbook.replay(workload, program, features)
+    replayed = replay(workload, program, features)
     assert torch.allclose(replayed.weight, program.head.linear.weight, atol=1e-5)
     assert torch.allclose(replayed.bias, program.head.linear.bias, atol=1e-5)
 
 
 def test_programs_that_see_different_pixels_get_no_ratio(monkeypatch: pytest.MonkeyPatch):
-    made = textbook.our_backbone
-    monkeypatch.setattr(textbook, "our_backbone", lambda w, *places: made(replace(w, resize=w.crop), *places))
+    made = our_backbone
+    monkeypatch.setattr(measuring, "our_backbone", lambda w, *places: made(replace(w, resize=w.crop), *places))
     with pytest.raises(DisagreementError, match="features differ by"):
         measure(TINY, num_runs=1)
 
