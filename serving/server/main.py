@@ -16,7 +16,7 @@ import uvloop
 
 from headstart.serving.server.errors import StartError
 from headstart.serving.server.interface import InferenceService
-from headstart.serving.server.scheduling.batching import THREADS
+from headstart.serving.server.scheduling.threads import THREAD_PREFIX
 from headstart.serving.server.settings import HttpSettings
 from headstart.serving.server.transport.http import serve_http
 from headstart.serving.server.watching.watch import Watch
@@ -76,7 +76,7 @@ def run(
     finally:
         if watch is not None:
             watch.close()
-    working = [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]
+    working = [thread for thread in threading.enumerate() if thread.name.startswith(THREAD_PREFIX)]
     for thread in working:
         thread.join(_GRACE)
     if any(thread.is_alive() for thread in working):

@@ -15,8 +15,9 @@ from headstart.serving.server.models.entry import Attempt, Entry, Served
 from headstart.serving.server.models.folder import Opening
 from headstart.serving.server.models.memory import Memory, Taken, resident
 from headstart.serving.server.models.model import LoadedModel, public
-from headstart.serving.server.scheduling.batching import THREADS, Scheduler
+from headstart.serving.server.scheduling.batching import Scheduler
 from headstart.serving.server.scheduling.queueing import Budget
+from headstart.serving.server.scheduling.threads import THREAD_PREFIX
 from headstart.serving.server.watching.metrics import Metrics
 
 _RETRY_S = 30.0  # a failure of the machine, not of the package: no memory, no space, no thread
@@ -67,7 +68,7 @@ class Loading:
         self._memory = Memory(max_memory)
         # For all loads: threads of their own would have an arena of the allocator each, and what is freed there stays
         # with the process. Its end does not wait for it: a load cannot be cut off.
-        self._thread = OneThread(f"{THREADS}load")
+        self._thread = OneThread(f"{THREAD_PREFIX}load")
         self._budget = Budget(scheduling.max_queue_bytes)
         self._open: collections.Counter[tuple[str, str]] = collections.Counter()
         """Models that were loaded and not released, by name and version: two while one takes the other's place."""

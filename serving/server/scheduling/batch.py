@@ -8,8 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from headstart.serving.manifest import Tensor
+from headstart.serving.server.errors import ServeError, internal
 from headstart.serving.server.scheduling.queueing import Waiting
 from headstart.serving.server.scheduling.signature import Key, Signature
+from headstart.serving.server.wire.protocol import InferRequest, InferResponse
 
 _KNOWN_AFTER = 3  # calls of a size before its average is believed
 
@@ -110,3 +112,27 @@ class Batch:
         outputs = model.run(feed, names)
         self.executions.append((rows, perf_counter_ns() - started))
         return dict(zip(names, outputs, strict=True))
+
+
+def response(
+    model: Runnable, request: InferRequest, outputs: dict[str, Any], arrived: int, started: int, ended: int
+) -> InferResponse:
+    """The answer of a model to a request that arrived, and whose run began and ended, at these `perf_counter_ns`."""
+    return InferResponse(
+        model=model.name,
+        version=model.version,
+        id=request.id,
+        outputs=outputs,
+        parameters={},
+        timings_ns={"queue": started - arrived, "compute": ended - started},
+        labels=model.labels,
+    )
+
+
+def failure(model: Runnable, error: Exception, request_id: str) -> ServeError:
+    """What a client is told of an error that the model raised: the log has its words, which may hold paths."""
+    if isinstance(error, ServeError):
+        return error
+    extra = {"request_id": request_id, "model": model.name, "version": model.version}
+    _LOG.error("%s version %s failed", model.name, model.version, exc_info=error, extra=extra)
+    return internal(f"{model.name} failed on this request; the server's log says why")

@@ -8,30 +8,23 @@ for that, and none runs by default.
 
 import asyncio
 import logging
-import threading
 from collections.abc import Iterable
-from queue import SimpleQueue
 from time import monotonic, perf_counter_ns, time_ns
-from typing import TYPE_CHECKING, Any
 
-from headstart.serving.server.errors import ServeError, internal, timeout, too_many, unavailable
-from headstart.serving.server.scheduling.batch import Batch, Costs, Runnable
+from headstart.serving.server.errors import ServeError, timeout, too_many, unavailable
+from headstart.serving.server.scheduling.batch import Batch, Costs, Runnable, failure, response
 from headstart.serving.server.scheduling.queueing import Budget, Queue, Waiting
 from headstart.serving.server.scheduling.signature import Signature
 from headstart.serving.server.scheduling.sizes import BatchSizes
+from headstart.serving.server.scheduling.threads import Threads
 from headstart.serving.server.watching.statistics import Statistics
 from headstart.serving.server.watching.watch import CLIENT_GONE
-from headstart.serving.server.wire.protocol import InferResponse
-
-if TYPE_CHECKING:
-    from headstart.serving.server.wire.protocol import InferRequest
+from headstart.serving.server.wire.protocol import InferRequest, InferResponse
 
 SHORT_NS = 2_000_000
 """A model that takes less on average may hold up the event loop; other connections wait as long."""
 ALONE_NS = 20_000_000
 """The same where the request's client is the only one: who connects just then waits as long."""
-THREADS = "headstart-"
-"""What the names of threads begin with that may be within ONNX Runtime."""
 _CALM_AFTER = 8  # turns with a single request before the next may run where it arrived
 
 _LOG = logging.getLogger(__name__)
@@ -95,11 +88,9 @@ class Scheduler:
         self._sizes = BatchSizes(max_batch)
         for num_bytes, nanoseconds in known:
             self._costs.learn(num_bytes, nanoseconds)
-        self._threads = threads
-        self._jobs: SimpleQueue[Batch | None] = SimpleQueue()
-        self._workers: list[threading.Thread] = []
+        self._threads = Threads(model, self.signature, threads)
 
-    def infer(self, request: "InferRequest") -> "InferResponse | asyncio.Future[InferResponse]":
+    def infer(self, request: InferRequest) -> InferResponse | asyncio.Future[InferResponse]:
         """Answer at once, or say when.
 
         A request whose `cancelled` is set, or whose future is cancelled, is dropped when its turn comes. Outputs
@@ -136,7 +127,7 @@ class Scheduler:
         item = Waiting(request, names, rows, num_bytes, arrived, self._loop.create_future())
         self._queue.push(key if self.signature.batchable else (), item)
         self._idle.clear()
-        if not self._dispatching and self._running < self._threads:
+        if not self._dispatching and self._running < self._threads.limit:
             self._dispatching = True
             self._loop.call_soon(self._dispatch)
         return item.future
@@ -160,27 +151,23 @@ class Scheduler:
             self._timer.cancel()
         for item in self._queue.clear():
             self._refuse(item, unavailable(f"{self.model.name} was taken down before the request's turn came"))
-        for _ in self._workers:
-            self._jobs.put(None)
-        self._workers.clear()
-
-    # On the event loop ------------------------------------------------------------------------------------------
+        self._threads.close()
 
     def _run_here(
-        self, request: "InferRequest", names: list[str], rows: int, num_bytes: int, arrived: int
+        self, request: InferRequest, names: list[str], rows: int, num_bytes: int, arrived: int
     ) -> InferResponse:
         started = perf_counter_ns()
         try:
             outputs = self._run(request.inputs, names)
         except Exception as error:  # anything that a graph can raise
-            raise self._failure(error, request.request_id) from error
+            raise failure(self.model, error, request.request_id) from error
         ended = perf_counter_ns()
         if not self._ran:
             self._loop.call_soon(self._turn_over)
         self._ran.append((request.part, rows, num_bytes, arrived, started, ended))
         # Cold, `dict` and `zip` take 20 us.
         named = {names[0]: outputs[0]} if len(names) == 1 else dict(zip(names, outputs, strict=True))
-        return self._response(request, named, arrived, started, ended)
+        return response(self.model, request, named, arrived, started, ended)
 
     def _turn_over(self) -> None:
         """Count what ran in the last turn, now that the answers are sent.
@@ -212,7 +199,7 @@ class Scheduler:
     def _dispatch(self) -> None:
         """Start what can be started."""
         self._dispatching = False
-        while self._queue and self._running < self._threads:
+        while self._queue and self._running < self._threads.limit:
             batch = self._next()
             if batch is None:
                 return
@@ -226,26 +213,13 @@ class Scheduler:
                     self._dispatching = True
                     self._loop.call_soon(self._dispatch)
                 return
-            if not self._has_workers():
+            if not self._threads.ready():
                 for item in batch.items:
                     self._refuse(item, unavailable("the server is out of threads for this request"))
                 continue
             self._running += 1
-            self._jobs.put(batch)
+            self._threads.run(batch, self._finished)
         self._note_idle()
-
-    def _has_workers(self) -> bool:
-        """Start another thread where there may be more; False where there is none, since the machine gives none."""
-        if len(self._workers) < self._threads:
-            name = f"{THREADS}{self.model.name}-{self.model.version}"
-            worker = threading.Thread(target=self._work, name=name, daemon=True)
-            try:
-                worker.start()
-            except RuntimeError as error:  # a limit on processes: the next request tries again
-                _LOG.error("%s version %s: %s", self.model.name, self.model.version, error)
-            else:
-                self._workers.append(worker)
-        return bool(self._workers)
 
     def _timer_over(self) -> None:
         self._timer = None
@@ -302,21 +276,21 @@ class Scheduler:
         self._seconds_per_request += (0.2 if self._seconds_per_request else 1.0) * (spent - self._seconds_per_request)
         for item, answer in zip(batch.items, batch.answers, strict=True):
             if isinstance(answer, Exception):
-                self._refuse(item, self._failure(answer, item.request.request_id))
+                self._refuse(item, failure(self.model, answer, item.request.request_id))
             elif item.gone:
                 self._drop(item)
             else:
-                response = self._response(item.request, answer, item.arrived, batch.started, batch.ended)
+                answered = response(self.model, item.request, answer, item.arrived, batch.started, batch.ended)
                 total = perf_counter_ns() - item.arrived
                 self._count(item.request.part, item.rows, item.arrived, batch.started, batch.ended, total)
-                item.future.set_result(response)
+                item.future.set_result(answered)
         self._note_idle()
 
     def _note_idle(self) -> None:
         if not self._queue and not self._running:
             self._idle.set()
 
-    def _failed(self, request: "InferRequest", error: ServeError, arrived: int) -> None:
+    def _failed(self, request: InferRequest, error: ServeError, arrived: int) -> None:
         """Count a request that was not answered; a part is counted with the whole."""
         if not request.part:
             self.statistics.refused(error, perf_counter_ns() - arrived)
@@ -327,35 +301,3 @@ class Scheduler:
             self.statistics.rows += rows
             return
         self.statistics.answered(rows, started - arrived, ended - started, total, time_ns() // 1_000_000)
-
-    def _response(
-        self, request: "InferRequest", outputs: dict[str, Any], arrived: int, started: int, ended: int
-    ) -> InferResponse:
-        return InferResponse(
-            model=self.model.name,
-            version=self.model.version,
-            id=request.id,
-            outputs=outputs,
-            parameters={},
-            timings_ns={"queue": started - arrived, "compute": ended - started},
-            labels=self.model.labels,
-        )
-
-    def _failure(self, error: Exception, request_id: str) -> ServeError:
-        """What a client is told of an error that the model raised: the log has its words, which may hold paths."""
-        if isinstance(error, ServeError):
-            return error
-        extra = {"request_id": request_id, "model": self.model.name, "version": self.model.version}
-        _LOG.error("%s version %s failed", self.model.name, self.model.version, exc_info=error, extra=extra)
-        return internal(f"{self.model.name} failed on this request; the server's log says why")
-
-    # In a thread, or on the event loop when it is short --------------------------------------------------------
-
-    def _work(self) -> None:
-        while (batch := self._jobs.get()) is not None:
-            batch.execute(self.model, self.signature)
-            try:
-                self._loop.call_soon_threadsafe(self._finished, batch)
-            except RuntimeError:  # the loop was closed without us
-                return
-            del batch  # or its images would stay for as long as the model is idle
