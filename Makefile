@@ -57,8 +57,8 @@ gpu-python:
 	@python3 -c "import torch, triton, pytest, hypothesis, rich, sklearn" || { echo "this needs the system's python3 with torch, triton, pytest, hypothesis, rich and scikit-learn, as GPU images have them" >&2; exit 2; }
 	@python3 -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { echo "no CUDA device here: run this on a machine with a GPU" >&2; exit 2; }
 
-gpu-check: gpu-python  ## on a machine with a GPU: all tests of kernels and features that need one, and a table of them last
-	$(GPU_PYTHON) -m pytest tests/kernels tests/trainer/test_features.py -m "gpu and not slow" -q -rfE --tb=short $$(python3 -c "import xdist; print('-n 6')" 2> /dev/null)
+gpu-check: gpu-python  ## on a machine with a GPU: all tests of kernels, features and heads that need one, and a table of them last
+	$(GPU_PYTHON) -m pytest tests/kernels tests/trainer/test_features.py tests/trainer/test_audition.py -m "gpu and not slow" -q -rfE --tb=short $$(python3 -c "import xdist; print('-n 6')" 2> /dev/null)
 
 bench-gpu: gpu-python  ## on a machine with a GPU: the GPU figures, appended to benchmarks/results/
 	$(GPU_PYTHON) -m benchmarks.gpu

@@ -109,8 +109,9 @@ def _run_trials(
         num_classes=target.num_classes,
         recipe=recipe,
     )
+    resources = {"cpu": 1, "gpu": min(1, ray.cluster_resources().get("GPU", 0))}
     tuner = tune.Tuner(
-        trial,
+        tune.with_resources(trial, resources),
         param_space={"source": tune.grid_search(sorted(features))},
         tune_config=tune.TuneConfig(metric="accuracy", mode="max"),
         run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0),
@@ -179,6 +180,7 @@ def _trial(
             search=recipe.search,
             optimizer=recipe.train.optimizer,
             seed=recipe.seed,
+            device="cuda" if torch.cuda.is_available() else "cpu",  # Ray hides what the trial was not given
         )
     except RecipeError as error:  # all of its heads diverged
         if recipe.sources != "all":

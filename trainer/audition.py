@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from headstart.trainer.errors import RecipeError
+from headstart.trainer.exact import exact_on
 from headstart.trainer.heads import Array, HeadBank, HeadSetting, Progress, require_finite
 from headstart.trainer.recipe import Search
 
@@ -64,22 +65,24 @@ def audition(
     """Train a bank of heads on cached features [N, D] and keep the best one on the validation part.
 
     Best is the highest accuracy, then the lower loss, then the lower index in `head_settings(search)`. Raises
-    DataError where a feature is not finite, RecipeError where every head diverged.
+    DataError where a feature is not finite, RecipeError where every head diverged, RunError where the memory of the GPU
+    is full.
     """
     start = time.perf_counter()
     require_finite(train_features, "training")
     require_finite(validation_features, "validation")
     settings = head_settings(search)
     bank = HeadBank(settings, num_classes=num_classes, optimizer=optimizer, device=device)
-    bank.fit(
-        train_features,
-        train_labels,
-        epochs=search.epochs,
-        batch_size=search.batch_size,
-        seed=seed,
-        progress=progress,
-    )
-    accuracies, losses = (v.tolist() for v in bank.evaluate(validation_features, validation_labels))
+    with exact_on(bank.device, "train heads"):
+        bank.fit(
+            train_features,
+            train_labels,
+            epochs=search.epochs,
+            batch_size=search.batch_size,
+            seed=seed,
+            progress=progress,
+        )
+        accuracies, losses = (v.tolist() for v in bank.evaluate(validation_features, validation_labels))
     best = min(range(len(settings)), key=lambda k: (-accuracies[k], losses[k], k))
     if math.isinf(losses[best]):
         raise RecipeError(
@@ -90,7 +93,7 @@ def audition(
         accuracy=accuracies[best],
         loss=losses[best],
         setting=settings[best],
-        head=bank.head(best).cpu(),
+        head=bank.head(best),
         settings=settings,
         accuracies=tuple(accuracies),
         losses=tuple(losses),

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from headstart.kernels.engine.precision import exact_products
 from headstart.trainer.backbones.backbone import Backbone
 from headstart.trainer.backbones.tensors import tensors_fingerprint
 from headstart.trainer.errors import RunError, SourceError
+from headstart.trainer.exact import exact_on
 from headstart.trainer.files import write_atomically
 from headstart.trainer.inputs.batches import pixel_batches
 from headstart.trainer.inputs.dataset import LabelledImages
@@ -123,16 +123,8 @@ def _placed(backbone: Backbone) -> Iterator[torch.device]:
         yield device
         return
     try:
-        # From `allow_tf32` alone "none" follows, which is whatever the process has set for all of torch.
-        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee")
-        with exact_products(device), exact:
+        with exact_on(device, f"compute features under {backbone.name}"):
             yield device
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"{torch.cuda.get_device_name(device)} has no memory left to compute features under {backbone.name}: "
-            f"{str(error).splitlines()[0].rstrip('.')}. Free it, or set CUDA_VISIBLE_DEVICES to nothing for the CPU, "
-            "and run the same command again: what is finished is kept"
-        ) from error
     finally:
         backbone.module.cpu()
         torch.cuda.empty_cache()  # for those who fine-tune on it

@@ -5,6 +5,7 @@ arithmetic, nor its order of things.
 """
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,14 @@ from headstart.kernels.engine import units
 
 LIBRARY = os.environ.get("HEADSTART_OTHER_DEVICE", "")
 DEVICE = "other" if LIBRARY else "cpu" if units.INTERPRETED else "cuda"
+
+
+def can_be_built() -> bool:
+    """Whether there is a g++ that knows C++20, which PyTorch's headers are in."""
+    if shutil.which("g++") is None:
+        return False
+    version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True, check=True).stdout
+    return int(version.split(".")[0]) >= 11
 
 
 def build(folder: Path) -> Path:

@@ -4,7 +4,6 @@ And on a device that refuses tensors of two devices, which takes a C++ compiler;
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,16 +36,8 @@ def test_every_epilogue_in_the_interpreter(name: str):
     run_cases(name, TRITON_INTERPRET="1")
 
 
-def has_compiler() -> bool:
-    """Whether there is a g++ that knows C++20, which PyTorch's headers are in."""
-    if shutil.which("g++") is None:
-        return False
-    version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True, check=True).stdout
-    return int(version.split(".")[0]) >= 11
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not has_compiler(), reason="needs g++ 11 or newer")
+@pytest.mark.skipif(not other_device.can_be_built(), reason="needs g++ 11 or newer")
 def test_no_path_mixes_devices(tmp_path: Path):
     library = str(other_device.build(tmp_path))
     for name in (*CASES, "eager_cases.py"):

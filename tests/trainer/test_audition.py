@@ -1,6 +1,11 @@
 """The best of a bank of heads is what a source is judged by."""
 
+import contextlib
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +14,12 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from headstart.trainer import exact
 from headstart.trainer.audition import audition, head_settings
-from headstart.trainer.errors import DataError, RecipeError
+from headstart.trainer.errors import DataError, RecipeError, RunError
 from headstart.trainer.heads import HeadBank
 from headstart.trainer.recipe import Search
+from tests.kernels import other_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,3 +121,54 @@ def test_audition_matches_a_tuned_logistic_regression_on_digits():
     peer = max(fit.score(scaled[validation], y[validation]) for fit in fits)
     # A point is 3 images; the two differ by 0.6 +- 0.6 points over eight splits.
     assert result.accuracy > peer - 0.015
+
+
+ON_ANOTHER_DEVICE = """
+import torch
+from tests.kernels.other_device import DEVICE
+from headstart.trainer.audition import audition
+from headstart.trainer.recipe import Search
+
+x, y = torch.randn(90, 20, generator=torch.Generator().manual_seed(0)), torch.arange(90) % 4
+x[:, 0] += y
+for optimizer in ("adamw", "sgd"):
+    here, there = (
+        audition(x[:60], y[:60], x[60:], y[60:], num_classes=4, search=Search(epochs=3), optimizer=optimizer, device=d)
+        for d in ("cpu", DEVICE)
+    )
+    assert (there.losses, there.setting) == (here.losses, here.setting)
+    assert there.head.weight.device.type == "cpu" and torch.equal(there.head.weight, here.head.weight)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not other_device.can_be_built(), reason="needs g++ 11 or newer")
+def test_an_audition_mixes_no_devices(tmp_path: Path):
+    library = str(other_device.build(tmp_path))
+    environment = os.environ | {"HEADSTART_OTHER_DEVICE": library, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", ON_ANOTHER_DEVICE], check=True, timeout=200, env=environment)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_heads_are_those_of_the_cpu_and_the_same_again(blobs):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    x, y = blobs(400, 100, 7)
+    there, again, here = (
+        audition(x[:300], y[:300], x[300:], y[300:], num_classes=7, search=Search(epochs=20), device=device)
+        for device in ("cuda", "cuda", "cpu")
+    )
+    assert torch.equal(there.head.weight, again.head.weight)
+    torch.testing.assert_close(torch.tensor(there.losses), torch.tensor(here.losses), rtol=1e-3, atol=0)
+
+
+def test_a_gpu_whose_memory_is_full_is_named(blobs, monkeypatch: pytest.MonkeyPatch):
+    def full(*arguments: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.\nMore about it.")
+
+    monkeypatch.setattr(HeadBank, "fit", full)
+    monkeypatch.setattr(exact, "exact_products", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    x, y = blobs(40, 5, 2)
+    with pytest.raises(RunError, match=r"NVIDIA H100 has no memory left to train heads: .* 20 MiB\. Free it, or set"):
+        audition(x, y, x, y, num_classes=2, search=Search(epochs=1), device="meta")

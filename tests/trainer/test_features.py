@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from headstart.trainer import features
+from headstart.trainer import exact, features
 from headstart.trainer.backbones.backbone import Backbone
 from headstart.trainer.backbones.tensors import tensors_fingerprint
 from headstart.trainer.errors import RunError, SourceError
@@ -325,7 +325,7 @@ def test_a_gpu_whose_memory_is_full_is_named(tmp_path: Path, monkeypatch: pytest
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.\nMore about it.")
 
     monkeypatch.setattr(Backbone, "device", torch.device("meta"))  # as good as any that this machine has not
-    monkeypatch.setattr(features, "exact_products", contextlib.nullcontext)
+    monkeypatch.setattr(exact, "exact_products", contextlib.nullcontext)
     monkeypatch.setattr(Backbone, "features", full)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     with pytest.raises(RunError, match=r"NVIDIA H100 has no memory .* counting: .* 20 MiB\. Free it, or set CUDA"):

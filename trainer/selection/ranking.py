@@ -79,7 +79,7 @@ def assess(
 ) -> Assessment:
     """Extract the target's features under `backbone`, score them, and audition a bank of heads on them.
 
-    `progress` counts images, and then the heads' epochs.
+    Features and heads are computed on `backbone.device`. `progress` counts images, and then the heads' epochs.
     """
     started = time.perf_counter()
     known = target.known()
@@ -97,6 +97,7 @@ def assess(
         search=recipe.search,
         optimizer=recipe.train.optimizer,
         seed=recipe.seed,
+        device=backbone.device,
         progress=progress,
     )
     with torch.no_grad():
