@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 GPU_PYTHON := PYTHONPATH=.typing:. python3
 
-.PHONY: gpu-python help install demo test test-slow fuzz soak lint bench gpu-check bench-gpu clean
+.PHONY: gpu-python help install demo test test-slow fuzz soak lint bench gpu-check bench-gpu layouts-gpu clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -62,6 +62,9 @@ gpu-check: gpu-python  ## on a machine with a GPU: all tests of kernels, feature
 
 bench-gpu: gpu-python  ## on a machine with a GPU: the GPU figures, appended to benchmarks/results/
 	$(GPU_PYTHON) -m benchmarks.gpu
+
+layouts-gpu: gpu-python  ## on a machine with a GPU: layouts of the tile program beside cuBLAS's rate
+	$(GPU_PYTHON) -m benchmarks.layouts
 
 clean:  ## remove .venv, caches and builds; runs/ and the feature cache stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
