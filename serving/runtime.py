@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from headstart.serving.errors import PackageError
 from headstart.serving.images import read_image
 from headstart.serving.manifest import Latency, Manifest, Tensor
+from headstart.serving.ort import onnxruntime
 from headstart.serving.package import MODEL, verify
 
 INPUT = "images"
