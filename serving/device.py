@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
-
 from headstart.serving.errors import PackageError, first_line
 from headstart.serving.one_thread import OneThread
+from headstart.serving.ort import onnxruntime
 from headstart.serving.runtime import CPU, check_threads, open_session
 
 CUDA = "CUDAExecutionProvider"

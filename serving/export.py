@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from torch import nn
 
 from headstart.serving.errors import PackageError, first_line
 from headstart.serving.graph import MAX_INLINE_BYTES, OnnxStage, convert, cut, inlined, join, opsets, save
 from headstart.serving.manifest import MANIFEST, Drift, Latency, Manifest
+from headstart.serving.ort import onnxruntime
 from headstart.serving.package import MODEL, digest, new_package, verify
 from headstart.serving.parity import Images, Logits, prove_parity, prove_providers, same_size
 from headstart.serving.runtime import Predictor, describe, measure_latency, open_session

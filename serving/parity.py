@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from headstart.serving.device import Device, open_on
 from headstart.serving.errors import PackageError, first_line
 from headstart.serving.manifest import PARITY_BATCHES, Parity, ParityRow
+from headstart.serving.ort import onnxruntime
 from headstart.serving.runtime import CPU, INPUT, OUTPUTS
 
 Images: TypeAlias = NDArray[np.uint8]

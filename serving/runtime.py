@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
+from headstart.serving import cores
 from headstart.serving.errors import PackageError
 from headstart.serving.images import read_image
 from headstart.serving.manifest import Latency, Manifest, Tensor
+from headstart.serving.ort import onnxruntime
 from headstart.serving.package import MODEL, verify
 
 INPUT = "images"
@@ -65,7 +66,7 @@ def open_session(
     Args:
         model: the graph's file, its external data beside it, or its bytes.
         provider: name of an execution provider; the CPU takes only what this one lacks.
-        threads: threads within an operator; None is one per core.
+        threads: threads within an operator; None is one per core, or as many as a container's limit allows.
         chosen: ONNX Runtime's list of providers with their options, `provider` first; by default that alone.
 
     Raises:
@@ -80,7 +81,7 @@ def open_session(
             onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or cores.limit() or 0
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # its errors come as exceptions as well, and its own lines would tear a log of JSON
     try:

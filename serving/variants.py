@@ -21,12 +21,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 from headstart.serving.arithmetic import convert_body
 from headstart.serving.errors import PackageError
 from headstart.serving.graph import MAX_INLINE_BYTES, save
 from headstart.serving.manifest import MANIFEST, SCHEMA, Manifest, Variant
+from headstart.serving.ort import onnxruntime
 from headstart.serving.package import MODEL, digest, new_package, verify
 from headstart.serving.parity import Images, Logits, prove_parity, prove_providers
 from headstart.serving.runtime import INPUT, OUTPUTS, Predictor, measure_latency, medians_ms, open_session

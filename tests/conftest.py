@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before any test imports torch
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as headstart.serving.ort does, which a test may come before
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes on two cores
 

@@ -132,7 +132,8 @@ def _gpus() -> list[Finding]:
 def _providers() -> list[Finding]:
     """Try each provider that ONNX Runtime lists, as `predict` would: it drops one that does not load in silence."""
     import onnx
-    import onnxruntime
+
+    from headstart.serving.ort import onnxruntime
 
     value = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(

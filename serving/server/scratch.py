@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from headstart.serving.server.errors import StartError
+
 _PREFIX = "headstart-serve-"
 
 
@@ -61,8 +63,19 @@ def check_room(folder: Path, num_bytes: int) -> None:
 
 
 def sweep() -> None:
-    """Delete what servers of this user left in the temporary folder and no process holds."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    """Delete what servers of this user left in the temporary folder and no process holds.
+
+    Raises:
+        StartError: there is no folder for temporary files that may be written to.
+    """
+    try:
+        temporary = Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise StartError(
+            "there is no folder for temporary files that may be written to, and packages are copied to one before they "
+            "are loaded; mount one, and name it with TMPDIR"
+        ) from error
+    for path in temporary.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):  # held, somebody else's, or gone meanwhile
             held = _hold(path)
             try:

@@ -29,6 +29,7 @@ from headstart.cluster.connect import set_environment
 from headstart.serving.runtime import Predictor
 from headstart.serving.server.command import open_repository
 from headstart.serving.server.errors import StartError
+from headstart.serving.server.settings import HttpSettings
 from tests.serving.server.graphs import write_package
 from tests.serving.server.tiny_service import infer_body, wait_until
 
@@ -114,6 +115,7 @@ CONTAINER = closed(
         "startupProbe": PROBE,
         "livenessProbe": PROBE,
         "readinessProbe": PROBE,
+        "lifecycle": closed({"preStop": closed({"exec": closed({"command": {"type": "array", "items": TEXT}})})}),
         "securityContext": {"type": "object"},
         "resources": closed({"requests": TEXTS, "limits": TEXTS}),
         "volumeMounts": {
@@ -193,6 +195,9 @@ def test_the_manifests_are_what_kserve_takes():
     assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
     (container,) = runtime["spec"]["containers"]
     assert container["name"] == "kserve-container", "the name that KServe looks for"
+    (_, seconds) = container["lifecycle"]["preStop"]["exec"]["command"]
+    grace = found["InferenceService"]["spec"]["predictor"]["terminationGracePeriodSeconds"]
+    assert grace > int(seconds) + HttpSettings.drain_timeout
     mounted = {one["name"] for one in container["volumeMounts"]}
     assert mounted == {one["name"] for one in runtime["spec"]["volumes"]}
 

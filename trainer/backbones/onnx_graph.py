@@ -4,6 +4,7 @@ onnx and onnxruntime are imported inside the functions: most backbones need neit
 """
 
 import hashlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 OUTPUT = "features"
 GRAPH_VERSION = "1"  # part of the fingerprint; raised when cutting or pooling changes
 NUM_THREADS = 2
+# Read as onnxruntime is loaded: by itself it tells Microsoft of sessions and models. What it says already holds.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 @dataclass(kw_only=True, eq=False)

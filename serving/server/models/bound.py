@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from headstart.serving.manifest import Tensor
 from headstart.serving.one_thread import OneThread
+from headstart.serving.ort import onnxruntime
 
 _MOST_PLANS = 64
 """Shapes that buffers are kept for; further ones run without, as images of every size would fill the device."""

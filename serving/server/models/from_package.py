@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
-
 from headstart.serving.device import Device, open_on
 from headstart.serving.errors import PackageError, brief
 from headstart.serving.manifest import MANIFEST, Manifest, Tensor, load_manifest
+from headstart.serving.ort import onnxruntime
 from headstart.serving.package import MODEL, SIGNATURE, verify
 from headstart.serving.runtime import CPU, OUTPUTS
 from headstart.serving.server.models.bound import buckets

@@ -8,13 +8,13 @@ from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from headstart.serving.device import Device, open_on
 from headstart.serving.errors import PackageError, first_line, printable
 from headstart.serving.manifest import Manifest, Tensor
 from headstart.serving.one_thread import OneThread
+from headstart.serving.ort import onnxruntime
 from headstart.serving.server.errors import bad_request, internal, unavailable
 from headstart.serving.server.models.bound import Bound, terminate
 from headstart.serving.server.models.drift import DriftGauge

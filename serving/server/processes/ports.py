@@ -31,7 +31,10 @@ class ReservedPort:
                     port = alone.getsockname()[1]
                 self._sockets.append(shared := socket.socket(family, kind, protocol))
                 shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                # For what connections of a server of one process leave for a minute, and no longer: others have it too.
+                shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 shared.bind((address[0], port, *address[2:]))
+                shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         except OSError as error:
             self.__exit__()
             raise StartError.of_port(error, host, port, option) from error

@@ -20,6 +20,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from headstart.serving import cores
 from headstart.serving.server.errors import ServeError, StartError, unavailable
 from headstart.serving.server.models.folder import Opening, Refused
 from headstart.serving.server.processes.channel import Channel
@@ -282,7 +283,8 @@ def supervise(
             held = reserved.enter_context(ReservedPort(options["host"], options["grpc_port"], "--grpc-port"))
             options["grpc_port"] = held.port
         if options["threads"] is None:
-            options["threads"] = max(1, len(os.sched_getaffinity(0)) // workers)
+            allowed = len(os.sched_getaffinity(0))
+            options["threads"] = max(1, min(allowed, cores.limit() or allowed) // workers)
 
         async def run() -> int:
             return await Supervisor(options, workers, say, on_refused).run()

@@ -62,6 +62,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._health = Health(lambda: service.ready() and not self._methods.closing)
         self._token = None if settings.token is None else token_digest(settings.token.encode())
         self._held = 0
+        self._begin = asyncio.Event()
+        self._begin.set()
         answers: dict[str, Answer] = {
             name: self._methods.infer if name == "ModelInfer" else self._methods.document(name) for name in NAMES
         }
@@ -97,6 +99,14 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._health.close()
         self._streams.close()
 
+    def hold(self) -> None:
+        """Take calls and begin none, until `release`: those in flight are answered."""
+        self._begin.clear()
+
+    def release(self) -> None:
+        """Begin the calls that were taken."""
+        self._begin.set()
+
     def _guarded(self, path: str, answer: Answer) -> Callable[[Any, Any], Awaitable[bytes]]:
         """A method that tells refusals as statuses, and names its request in the trailers."""
         longest = self._settings.body_timeout
@@ -104,6 +114,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]
         async def call(bodies: Any, context: Any) -> bytes:
             name = self._named(context)
             try:
+                await self._begin.wait()
                 async with asyncio.timeout(longest):
                     body = await _message(context)
             except TimeoutError:

@@ -9,6 +9,7 @@ It must run on uvloop or asyncio; it imports neither torch nor ray.
 """
 
 import asyncio
+import contextlib
 import logging
 import socket
 import ssl
@@ -66,6 +67,8 @@ class HttpServer:
         self._empty.set()
         self._tick = min(1.0, settings.header_timeout / 4, settings.body_timeout / 4, settings.idle_timeout / 4)
         self._listener: asyncio.Server | None = None
+        self._handshake: dict[str, Any] = {}
+        self._late: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._renewal = Renewal(settings)
         self._renewed: ssl.SSLContext | None = None
@@ -81,15 +84,15 @@ class HttpServer:
         if context is not None:
             context.sni_callback = self._choose_certificate
             bound_handshakes(context, settings.max_connections)
+            self._handshake = {
+                "ssl": context,
+                "ssl_handshake_timeout": settings.header_timeout,
+                "ssl_shutdown_timeout": settings.body_timeout,
+            }
         where = address(settings.host, settings.port)
         try:
             self._listener = await self._loop.create_server(
-                lambda: Connection(self),
-                **self._address(),
-                ssl=context,
-                backlog=_BACKLOG,
-                ssl_handshake_timeout=settings.header_timeout if context else None,
-                ssl_shutdown_timeout=settings.body_timeout if context else None,
+                lambda: Connection(self), **self._address(), backlog=_BACKLOG, **self._handshake
             )
         except OSError as error:
             raise StartError.of_port(error, settings.host, settings.port, "--port") from error
@@ -113,17 +116,37 @@ class HttpServer:
         return {"sock": listening}
 
     def close(self) -> None:
-        """Stop accepting: no new connections; each open one is closed after the request that it has begun."""
+        """Stop accepting: no new connections; each open one is closed after the request that it has begun.
+
+        So is one that the kernel has accepted for us: it would be reset with the listener, after its request was sent.
+        """
         if self.closing:
             return
         self.closing = self.routes.closing = True
         if self._listener is not None:
+            waiting = [accepted for one in self._listener.sockets for accepted in _accepted(one)]
             self._listener.close()
+            for accepted in waiting:
+                self._empty.clear()
+                self._late.add(taking := self._loop.create_task(self._take(accepted)))
+                taking.add_done_callback(self._taken)
         self.idle_timeout = min(self.idle_timeout, _GRACE)
         for connection in self._connections:
             connection.wind_down()
         self._tick = min(self._tick, _GRACE / 2)
         self._sweep()
+
+    async def _take(self, accepted: socket.socket) -> None:
+        """Serve a connection that was waiting when the listener was closed."""
+        with contextlib.suppress(OSError):  # a handshake that fails
+            _, connection = await self._loop.connect_accepted_socket(
+                lambda: Connection(self), accepted, **self._handshake
+            )
+            connection.wind_down()
+
+    def _taken(self, taking: "asyncio.Task[None]") -> None:
+        self._late.discard(taking)
+        self._settle()
 
     async def drain(self, timeout: float | None = None) -> None:
         """Wait until the requests in flight are answered.
@@ -135,6 +158,8 @@ class HttpServer:
         try:
             await asyncio.wait_for(self._empty.wait(), self.settings.drain_timeout if timeout is None else timeout)
         except TimeoutError:
+            for taking in self._late:
+                taking.cancel()
             for connection in list(self._connections):
                 connection.abort()
             await asyncio.sleep(0)
@@ -155,7 +180,10 @@ class HttpServer:
         """Forget a connection that is closed."""
         self._connections.discard(connection)
         self.routes.service.clients -= 1
-        if not self._connections:
+        self._settle()
+
+    def _settle(self) -> None:
+        if not self._connections and not self._late:
             self._empty.set()
 
     def trusts(self, authorization: bytes | None) -> bool:
@@ -185,6 +213,17 @@ class HttpServer:
         """At each handshake, also where the client names no server."""
         if self._renewed is not None:
             connection.context = self._renewed
+
+
+def _accepted(listening: socket.socket) -> list[socket.socket]:
+    """The connections that wait to be accepted, a backlog of them at most."""
+    waiting: list[socket.socket] = []
+    with socket.fromfd(listening.fileno(), listening.family, listening.type) as own, contextlib.suppress(OSError):
+        own.setblocking(False)
+        while len(waiting) <= _BACKLOG:
+            waiting.append(accepted := own.accept()[0])
+            accepted.setblocking(False)
+    return waiting
 
 
 async def serve_http(service: InferenceService, settings: HttpSettings, watch: Watch | None = None) -> HttpServer:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import select
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,11 @@ FORMATS = ("text", "json")
 FIELDS = ("worker", "request_id", "model", "version", "status", "ms", "bytes")
 """What a record may say beside its message: given as `extra`, shown where it is there."""
 
+_PATIENCE_MS = 100
+"""How long a line waits, once, for whoever reads the log."""
+_PIECE = 1024
+"""Characters, so 4 KiB at most: what fits where a pipe says that it takes more."""
+
 
 def configure(log_format: str, worker: int | None = None) -> None:
     """Write the log to stderr.
@@ -20,9 +26,48 @@ def configure(log_format: str, worker: int | None = None) -> None:
         log_format: one of `FORMATS`.
         worker: the number of this process, which each line then bears.
     """
-    handler = logging.StreamHandler()
+    handler = _Handler()
     handler.setFormatter(_JsonFormatter(worker) if log_format == "json" else _TextFormatter(worker))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+class _Handler(logging.StreamHandler[Any]):
+    """Writes to stderr, and drops lines that nobody takes: a collector that hangs must not hold up the answers.
+
+    The first line that is taken again says how many were lost.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lost = 0
+        self._torn = False  # whether the last line was cut off
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        try:
+            text = self.format(record) + self.terminator
+            if self._lost:
+                words = "%d lines of the log are lost, since nobody took them"
+                note = logging.LogRecord(__name__, logging.WARNING, "", 0, words, (self._lost,), None)
+                text = self.terminator * self._torn + self.format(note) + self.terminator + text
+            for start in range(0, len(text), _PIECE):
+                if not self._is_taken(0 if self._lost else _PATIENCE_MS):
+                    self._lost, self._torn = self._lost + 1, start > 0 or self._torn
+                    return
+                self.stream.write(text[start : start + _PIECE])
+                self.flush()
+            self._lost, self._torn = 0, False
+        except Exception:
+            self.handleError(record)
+
+    def _is_taken(self, patience_ms: int) -> bool:
+        """Whether a piece can be written without waiting, or after a while."""
+        try:
+            waiting = select.poll()
+            waiting.register(self.stream.fileno(), select.POLLOUT)
+        except (AttributeError, OSError, ValueError):  # no file: closed, or in memory
+            return True
+        return bool(waiting.poll(patience_ms))
 
 
 class _Formatter(logging.Formatter):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.serving.server.errors import ServeError, bad_request, not_found
+from headstart.serving.server.errors import ServeError, bad_request, not_found, unavailable
 from headstart.serving.server.interface import InferenceService
 from headstart.serving.server.wire.bodies import only_file
 from headstart.serving.server.wire.encoded import ENCODED
@@ -37,15 +37,23 @@ def uploaded(content_type: str, body: memoryview) -> NDArray[Any]:
 def only_model(service: InferenceService) -> str:
     """The model that a request means which names none.
 
+    One that is not ready is meant where it is the only one there is: whoever is asked for it says what is wrong.
+
     Raises:
-        ServeError: 400 where there are several, 404 where there is none.
+        ServeError: 400 where there are several, 404 where there is none, 503 while not all have been looked at.
     """
-    names = sorted({str(row["name"]) for row in service.repository_index(True)})
+    if not service.ready():
+        raise unavailable("the server is not ready; try again")
+    names = _names(service, ready=True) or _names(service, ready=False)
     if not names:
-        raise not_found("no model is ready")
+        raise not_found("there is no model; POST /v2/repository/index lists those that are")
     if len(names) > 1:
         raise bad_request(f"there are {len(names)} models: {', '.join(names)}; name one with ?model=NAME")
     return names[0]
+
+
+def _names(service: InferenceService, *, ready: bool) -> list[str]:
+    return sorted({str(row["name"]) for row in service.repository_index(ready)})
 
 
 def check(metadata: Mapping[str, Any]) -> None:

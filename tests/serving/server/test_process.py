@@ -1,5 +1,6 @@
 """A serving process from start to end: what it refuses to start with, TLS, winding down, signals."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,40 @@ def test_closing_answers_what_was_begun_and_accepts_no_more():
         running.call(running.service.gate.set)
         assert result() == (200, "close")
         wait_until(lambda: not running.server._connections)
+
+
+@pytest.mark.parametrize("drain", [30, 0], ids=["answered", "cut off"])
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+def test_what_waits_to_be_accepted_is_taken_before_the_port_closes(certificate: Path, tls: bool, drain: float):
+    settings = HttpSettings(port=0, tls_cert=certificate / "cert.pem", tls_key=certificate / "key.pem")
+    with Running(settings if tls else HttpSettings(port=0)) as running, ExitStack() as clients:
+        trusted = ssl.create_default_context(cafile=certificate / "cert.pem")
+        asked: list[RawClient] = []
+
+        def close_while_clients_connect() -> None:  # on the loop, which accepts nobody meanwhile
+            for _ in range(3):
+                asked.append(RawClient(running.server.port))
+                clients.enter_context(asked[-1].socket)
+                if not tls:
+                    asked[-1].send(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
+            running.server.close()
+            ending.append(asyncio.ensure_future(running.server.drain(drain)))
+
+        ending: list[asyncio.Future[None]] = []
+        running.call(close_while_clients_connect)
+        silent = asked.pop()
+        if drain:
+            for client in asked:
+                if tls:
+                    client.socket = trusted.wrap_socket(client.socket, server_hostname="localhost")
+                    client.send(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
+                answer = client.read()
+                assert (answer.status, answer.headers["connection"]) == (200, "close")
+                client.socket.close()
+            silent.socket.close()
+        wait_until(ending[0].done)
+        assert not running.server._connections
+        assert not running.server._late
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from headstart.serving.server.errors import StartError
 from headstart.serving.server.scratch import Scratch, sweep
 
 PROGRAM = """
@@ -57,6 +58,15 @@ def test_a_temporary_folder_that_a_cleaner_took_is_made_again(place: Path):
     with Scratch() as scratch:
         assert scratch.path.parent == place
         assert place.stat().st_mode & 0o077 == 0
+
+
+def test_where_no_temporary_folder_may_be_written_to_the_operator_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", None)  # as before the first look
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    with pytest.raises(StartError, match="name it with TMPDIR"):
+        sweep()
 
 
 def test_descriptors_are_given_back(place: Path):

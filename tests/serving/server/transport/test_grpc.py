@@ -684,6 +684,26 @@ def test_at_a_signal_http_and_grpc_drain_and_the_process_ends_with_0():
     assert "stopped" in out
 
 
+def test_calls_that_wait_to_be_taken_when_the_server_stops_are_answered():
+    body = bare(shape=(1,), raw_input_contents=[np.float32(1).tobytes()]).SerializeToString()
+    calls: list[Any] = []
+
+    def stop_while_calls_come() -> None:  # on the loop, which takes none meanwhile
+        calls.extend(infer.future(body, timeout=10) for _ in range(8))
+        time.sleep(0.3)
+        server.grpc_server.close()
+
+    with RunningGrpc(HttpSettings(grpc_port=0)) as server, grpc.insecure_channel(server.url) as channel:
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        infer(body, timeout=10)
+        server.call(stop_while_calls_come)
+        for one in calls:
+            assert service_pb2.ModelInferResponse.FromString(one.result()).raw_output_contents
+        with pytest.raises(grpc.RpcError) as caught:
+            infer(body, timeout=10)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
 @pytest.mark.parametrize("asked", [True, False], ids=["grpc", "http alone"])
 def test_without_its_libraries_grpc_is_refused_by_name_and_http_serves(tmp_path: Path, asked: bool):
     script = (

@@ -1,5 +1,6 @@
 """Names of requests, and what the log says of each: read from a served repository over HTTP and gRPC."""
 
+import fcntl
 import json
 import logging
 import os
@@ -303,6 +304,31 @@ def test_what_a_message_or_an_error_quotes_begins_no_line_of_ours(monkeypatch: p
     assert r"odd\n2026-01-01T00:00:00.000Z INFO x: forged" in first
     assert all(line.startswith("  ") and line.isprintable() for line in traceback)
     assert bool(traceback) == (log_format == "text")
+
+
+@pytest.mark.parametrize("length", [10, 3_000, 30_000])
+def test_lines_that_nobody_takes_are_dropped_and_counted(monkeypatch: pytest.MonkeyPatch, length: int):
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 1 << 14)
+    with os.fdopen(read, "rb", buffering=0) as reader, os.fdopen(write, "w", encoding="utf-8") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
+        configure("json")
+        began = time.monotonic()
+        for number in range(500):
+            logging.error("%d %s", number, "x" * length)
+        assert time.monotonic() - began < 5
+        os.set_blocking(read, False)
+        taken = reader.read()
+        logging.error("taken again")
+        whole = [line for line in (taken + reader.read()).splitlines() if line.endswith(b"}")]  # the last was cut off
+        *first, note, last = map(json.loads, whole)
+        lost = int(note["message"].split()[0])
+        assert note["message"] == f"{lost} lines of the log are lost, since nobody took them"
+        assert len(first) == 500 - lost
+        assert last["message"] == "taken again"
+        logging.error("and again")
+        assert json.loads(reader.read())["message"] == "and again"
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
