@@ -195,7 +195,7 @@ def common_centre(features: Tensor) -> Tensor:
     It only has to be near: what is subtracted is added again, or cancels in a difference.
     """
     sample = features[:: max(1, len(features) // 64)]
-    return sample.double().mean(0).to(torch.promote_types(features.dtype, torch.float32))
+    return sample.double().contiguous().mean(0).to(torch.promote_types(features.dtype, torch.float32))
 
 
 def first_nonfinite_row(features: Tensor) -> int | None:
