@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What features may be."""
@@ -222,6 +223,7 @@ def check_tensor(name: str, value: object) -> None:
 def check_alike(target: Tensor, tasks: RaggedTasks) -> None:
     """Refuse, with a ValueError, a target that cannot be compared with the tasks: [N, D], N >= 1, of their kind.
 
+    ValueError as well: a target with a tangent, which operators drop, so that forward-mode derivatives would be 0.
     TypeError: what is no tensor, or no RaggedTasks. Looks at no value, so that it can be compiled.
     """
     if not isinstance(tasks, RaggedTasks):
@@ -237,6 +239,8 @@ def check_alike(target: Tensor, tasks: RaggedTasks) -> None:
             f"target is {_describe(target)}; accepted: the dtype and device of the tasks, "
             f"{tasks.features.dtype} on {tasks.features.device}"
         )
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(target).tangent is not None:
+        raise ValueError("target has a forward-mode tangent; accepted: none, and torch.autograd.grad of the distances")
 
 
 def check_finite(target: Tensor) -> None:

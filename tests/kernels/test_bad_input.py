@@ -176,6 +176,15 @@ def test_what_is_of_another_kind_is_refused_by_name(call: Callable[..., object],
         call(rows(6, 4, 1), RaggedTasks(y, torch.tensor([0, 4, 9]), thirds(y)))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # PyTorch's own, on its first tangent
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_target_with_a_tangent_is_refused(name: str):
+    x, y = rows(6, 4, 1), rows(9, 4, 2)
+    tasks = RaggedTasks(y, torch.tensor([0, 4, 9]), thirds(y))
+    with pytest.raises(ValueError, match=r"forward-mode tangent; accepted: none, and torch\.autograd\.grad"):
+        torch.func.jvp(lambda z: FUNCTIONS[name](z, tasks), (x,), (x,))
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_memory_beyond_63_bits_is_refused(name: str):
     y = rows(9, 4, 2)
