@@ -164,6 +164,16 @@ OTHERS = "self_terms is a SelfTerms; accepted: SinkhornSelfTerms"
         (lambda x, t: mmd_distances(x, t, bandwidths=x[0, :2].to("meta")), NotImplementedError, "meta tensor; no data"),
         (lambda x, t: sinkhorn_distances(x, t, max_iterations=2**63), ValueError, r"at least 1, below 2\^63"),
         (lambda x, _: RaggedTasks.from_list([x], thirds(x)), TypeError, "labels are one tensor, .*; accepted: a list"),
+        (
+            lambda x, _: RaggedTasks.from_list(y for y in [x]),
+            TypeError,
+            "tasks are a generator; accepted: a list of tens",
+        ),
+        (
+            lambda x, _: RaggedTasks.from_list([x], {0: x}),
+            TypeError,
+            r"labels are a dict; accepted: .* tensors \[n_t\]",
+        ),
         (lambda x, _: RaggedTasks.from_list([x], [3]), TypeError, "labels of task 0 is a int; accepted: a torch"),
         (lambda x, _: RaggedTasks.from_list([x], [x[0, 0]]), ValueError, r"labels of task 0 are .*; accepted: \[n_t\]"),
         (lambda x, _: RaggedTasks.from_list([x.sign() * 3e38]).means(), ValueError, "sums overflow in torch.float32"),

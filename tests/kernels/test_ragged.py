@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from headstart.kernels.ragged import RaggedTasks, check_alike, check_labels
+from tests.kernels.cases import FUNCTIONS, thirds
 
 X = torch.arange(12.0).reshape(6, 2)
 
@@ -30,6 +31,17 @@ def test_tasks_and_means(device: str):
         found = RaggedTasks(tasks.features.to(dtype), tasks.offsets).means()
         assert found.dtype == its
         assert torch.equal(found.cpu(), expected.to(its))
+
+
+def test_offsets_and_labels_may_be_strided():
+    features = torch.randn(900, 3, generator=torch.Generator().manual_seed(1))
+    apart, labels = offsets(0, 9, 600, 9, 900, 9)[::2], thirds(features)
+    together = RaggedTasks(features, offsets(0, 600, 900), labels)
+    tasks = RaggedTasks(features, apart, labels.repeat_interleave(2)[::2])
+    assert tasks.offsets.is_contiguous()  # or searchsorted warns, once in a process
+    for function in FUNCTIONS.values():
+        for one, other in zip(function(features[:50], tasks), function(features[:50], together), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_means_survive_a_large_common_offset(device: str):
