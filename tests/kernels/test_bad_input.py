@@ -162,6 +162,16 @@ OTHERS = "self_terms is a SelfTerms; accepted: SinkhornSelfTerms"
         (lambda x, t: energy_self_terms(t, centre=x[0] + 0j), ValueError, "torch.complex64 .* floating-point"),
         (lambda x, t: energy_self_terms(t, centre=x[0].to("meta")), ValueError, "on meta; accepted: .* on cpu"),
         (lambda x, t: mmd_distances(x, t, bandwidths=x[0, :2].to("meta")), NotImplementedError, "meta tensor; no data"),
+        (
+            lambda x, t: sinkhorn_distances(x, t, tolerance=None),
+            TypeError,
+            "tolerance is None; accepted: a number of more",
+        ),
+        (
+            lambda x, t: FUNCTIONS["label-aware"](x, t, tolerance="1e-3"),
+            TypeError,
+            "tolerance is '1e-3'; accepted: a numb",
+        ),
         (lambda x, t: sinkhorn_distances(x, t, max_iterations=2**63), ValueError, r"at least 1, below 2\^63"),
         (lambda x, _: RaggedTasks.from_list([x], thirds(x)), TypeError, "labels are one tensor, .*; accepted: a list"),
         (
