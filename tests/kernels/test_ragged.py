@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from headstart.kernels import naive
 from headstart.kernels.ragged import RaggedTasks, check_alike, check_labels
 from tests.kernels.cases import FUNCTIONS, thirds
 
@@ -122,6 +123,21 @@ def test_rows_that_are_not_finite_are_named_by_task_and_row(bad: float):
     rows[4, 1] = bad
     with pytest.raises(ValueError, match=r"task 1.*row 1"):
         RaggedTasks(rows, offsets(0, 3, 6))
+
+
+def test_every_distance_has_a_definition_a_row_in_the_readme_and_the_tests_that_all_have():
+    room = Path(__file__).parents[2] / "kernels"
+    readme = (room / "README.md").read_text()
+    tested = {name for function in FUNCTIONS.values() for name in (function.__name__, *function.__code__.co_names)}
+    found = set()
+    for path in set(room.glob("*.py")) - {room / "naive.py", room / "ragged.py"}:
+        for node in (n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)):
+            if {"target", "tasks", "precision"} <= {a.arg for a in (*node.args.args[:2], *node.args.kwonlyargs)}:
+                found.add(node.name)
+                assert hasattr(naive, node.name)
+                assert node.name in tested, f"{node.name} is not in tests.kernels.cases.FUNCTIONS"
+                assert f"`{path.stem}.{node.name}`" in readme
+    assert {"energy_distances", "nearest_neighbours"} < found
 
 
 def test_this_room_and_its_tests_import_little():

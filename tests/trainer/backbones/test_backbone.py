@@ -27,6 +27,10 @@ PACKAGED = {
 }
 
 
+def test_every_packaged_source_is_tried():
+    assert set(PACKAGED) == {name for name, card in catalog().items() if not card.weights.startswith("torchvision:")}
+
+
 @pytest.fixture(scope="module")
 def photographs() -> torch.Tensor:
     return torch.from_numpy(np.stack(load_sample_images().images)[:, ::2, ::2].copy())
