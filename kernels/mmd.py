@@ -100,7 +100,10 @@ def mmd_distances(
 
 
 def _tensor(bandwidths: Tensor | Sequence[float]) -> Tensor:
-    return bandwidths if isinstance(bandwidths, Tensor) else torch.tensor(bandwidths, dtype=torch.float64)
+    if isinstance(bandwidths, Tensor) and bandwidths.is_complex():
+        raise TypeError(f"bandwidths are {bandwidths.dtype}; accepted: real numbers")
+    # Here and not in the operator: of a tensor on "meta", as torch.set_default_device may make it, its fake would run.
+    return torch.as_tensor(bandwidths, dtype=torch.float64, device="cpu")
 
 
 @torch.library.custom_op("headstart::median_bandwidths", mutates_args=())
@@ -115,10 +118,8 @@ def _(target: Tensor) -> Tensor:
 
 @torch.library.custom_op("headstart::checked_bandwidths", mutates_args=())
 def _checked(bandwidths: Tensor, kept: Tensor | None) -> Tensor:
-    """Bandwidths as [B] float64 on the CPU; ValueError where those of kept self terms are others."""
-    if bandwidths.is_complex():
-        raise TypeError(f"bandwidths are {bandwidths.dtype}; accepted: real numbers")
-    given = bandwidths.to("cpu", torch.float64, copy=True)
+    """A copy of bandwidths [B] float64 on the CPU; ValueError where those of kept self terms are others."""
+    given = bandwidths.clone()
     if given.ndim != 1 or len(given) == 0 or not bool((given.isfinite() & (given > 0)).all()):
         raise ValueError(f"bandwidths are {given.tolist()}; accepted: [B], positive and finite")
     if kept is not None and not torch.equal(given, kept.cpu()):
@@ -129,4 +130,4 @@ def _checked(bandwidths: Tensor, kept: Tensor | None) -> Tensor:
 
 @_checked.register_fake
 def _(bandwidths: Tensor, kept: Tensor | None) -> Tensor:
-    return torch.empty_like(bandwidths, dtype=torch.float64, device="cpu")
+    return torch.empty_like(bandwidths)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What features may be."""
@@ -65,8 +66,7 @@ class RaggedTasks:
     @classmethod
     def from_list(cls, tasks: Sequence[Tensor], labels: Sequence[Tensor] | None = None) -> "RaggedTasks":
         """Tasks from tensors [n_t, D] that agree in D, dtype and device; labels are tensors [n_t]."""
-        if isinstance(tasks, Tensor):
-            raise TypeError(f"tasks are one tensor, {_describe(tasks)}; accepted: a list of tensors [n_t, D]")
+        _check_list("tasks", tasks, "[n_t, D]")
         if not tasks:
             raise ValueError("no tasks were given; accepted: at least one tensor [n_t, D]")
         for t, task in enumerate(tasks):
@@ -77,8 +77,8 @@ class RaggedTasks:
                 raise ValueError(f"task {t} is {_describe(task)}; accepted: [n_t, {tasks[0].shape[1]}] as task 0")
             if _kind(task) != _kind(tasks[0]):
                 raise ValueError(f"task {t} is {_describe(task)}; accepted: as task 0, {_describe(tasks[0])}")
-        if isinstance(labels, Tensor):
-            raise TypeError(f"labels are one tensor, {_describe(labels)}; accepted: a list of tensors [n_t]")
+        if labels is not None:
+            _check_list("labels", labels, "[n_t]")
         for t, its in enumerate(() if labels is None else labels):
             check_tensor(f"labels of task {t}", its)
             if its.ndim != 1:
@@ -195,7 +195,7 @@ def common_centre(features: Tensor) -> Tensor:
     It only has to be near: what is subtracted is added again, or cancels in a difference.
     """
     sample = features[:: max(1, len(features) // 64)]
-    return sample.double().mean(0).to(torch.promote_types(features.dtype, torch.float32))
+    return sample.double().contiguous().mean(0).to(torch.promote_types(features.dtype, torch.float32))
 
 
 def first_nonfinite_row(features: Tensor) -> int | None:
@@ -222,6 +222,7 @@ def check_tensor(name: str, value: object) -> None:
 def check_alike(target: Tensor, tasks: RaggedTasks) -> None:
     """Refuse, with a ValueError, a target that cannot be compared with the tasks: [N, D], N >= 1, of their kind.
 
+    ValueError as well: a target with a tangent, which operators drop, so that forward-mode derivatives would be 0.
     TypeError: what is no tensor, or no RaggedTasks. Looks at no value, so that it can be compiled.
     """
     if not isinstance(tasks, RaggedTasks):
@@ -237,6 +238,8 @@ def check_alike(target: Tensor, tasks: RaggedTasks) -> None:
             f"target is {_describe(target)}; accepted: the dtype and device of the tasks, "
             f"{tasks.features.dtype} on {tasks.features.device}"
         )
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(target).tangent is not None:
+        raise ValueError("target has a forward-mode tangent; accepted: none, and torch.autograd.grad of the distances")
 
 
 def check_finite(target: Tensor) -> None:
@@ -285,10 +288,16 @@ def check_two_rows(target: Tensor, tasks: RaggedTasks) -> None:
         raise ValueError(f"task {task} has one row; accepted with unbiased=True: at least two a task")
 
 
+def _check_list(name: str, values: object, each: str) -> None:
+    if not isinstance(values, Sequence):
+        what = f"one tensor, {_describe(values)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise TypeError(f"{name} are {what}; accepted: a list of tensors {each}")
+
+
 def _checked_offsets(offsets: Tensor, num_rows: int) -> Tensor:
     if offsets.ndim != 1 or len(offsets) < 2 or offsets.dtype != torch.int64:
         raise ValueError(f"offsets are {_describe(offsets)}; accepted: torch.int64 [T + 1] with T >= 1")
-    offsets = offsets.cpu()
+    offsets = offsets.cpu().contiguous()  # as searchsorted wants them, which warns otherwise
     if int(offsets[0]) != 0:
         raise ValueError(f"offsets start at {int(offsets[0])}; accepted: 0")
     sizes = offsets.diff()

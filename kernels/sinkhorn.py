@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import torch
@@ -201,6 +202,8 @@ def checked_options(
     _check_p(p)
     check_whole("max_iterations", max_iterations, "a whole number, at least 1")
     precision = resolve_precision(precision, dtype)
+    if not isinstance(tolerance, Real):
+        raise TypeError(f"tolerance is {tolerance!r}; accepted: a number of more than 0 and less than 1")
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance is {tolerance}; accepted: more than 0 and less than 1, the sum of the weights")
     if max_iterations < 1:

@@ -35,7 +35,10 @@ def convert_body(name: str, model: Path, calibration: Iterable[Images]) -> tuple
 
     Raises:
         PackageError: there is no body, it has activations too large for fp16, or the tools cannot convert it.
+        ValueError: another name.
     """
+    if name not in ("fp16", "int8"):
+        raise ValueError(f"name is {name!r}; accepted: fp16, int8")
     reader = _Reader(calibration)
     large = any(model.parent.glob(f"{model.name}.*"))
     try:

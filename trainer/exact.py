@@ -1,7 +1,8 @@
-"""Float32 on a GPU as on the CPU: exact, and run after run the same bits."""
+"""Float32 that is exact on a GPU as on the CPU, and run after run the same bits."""
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -11,13 +12,19 @@ from headstart.trainer.errors import RunError
 
 @contextlib.contextmanager
 def exact_on(device: torch.device, purpose: str) -> Iterator[None]:
-    """Float32 without TF32 on `device`, whatever the process has set; on the CPU nothing else than that.
+    """Float32 without TF32, bfloat16 and autocast on `device`, whatever the process has set.
 
     Raises `RunError` where the GPU's memory is full, with `purpose` in it: "compute features".
     """
     if device.type == "cpu":
-        with exact_products(device):
-            yield
+        backend: Any = torch.backends.mkldnn
+        before = backend.conv.fp32_precision
+        try:
+            backend.conv.fp32_precision = "ieee"
+            with exact_products(device):
+                yield
+        finally:
+            backend.conv.fp32_precision = before
         return
     try:
         # From `allow_tf32` alone "none" follows, which is whatever the process has set for all of torch.

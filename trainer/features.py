@@ -119,15 +119,13 @@ def extract_features(
 def _placed(backbone: Backbone) -> Iterator[torch.device]:
     """The backbone's device, where float32 is exact and run after run gives the same bits; left as it was found."""
     device = backbone.device
-    if device.type == "cpu" or backbone.module is None:
-        yield device
-        return
     try:
         with exact_on(device, f"compute features under {backbone.name}"):
             yield device
     finally:
-        backbone.module.cpu()
-        torch.cuda.empty_cache()  # for those who fine-tune on it
+        if device.type != "cpu" and backbone.module is not None:
+            backbone.module.cpu()
+            torch.cuda.empty_cache()  # for those who fine-tune on it
 
 
 def _identity(backbone: Backbone, images: LabelledImages) -> dict[str, object]:

@@ -117,7 +117,7 @@ class HeadBank:
         self._mean, self._scale = _moments(x)
         self._initialise(x.shape[1])
         rates, decays = (
-            torch.tensor([getattr(s, name) for s in self.settings], device=self.device).view(-1, 1, 1)
+            self._weight.new_tensor([getattr(s, name) for s in self.settings]).view(-1, 1, 1)
             for name in ("learning_rate", "weight_decay")
         )
         make = OPTIMIZERS[self.optimizer]
@@ -165,7 +165,7 @@ class HeadBank:
         """Head k on the CPU as an nn.Linear on raw features: W' = W s, b' = b - W' m, folded in float64."""
         folded = self._weight[k] * self._scale.double()
         # Made on the meta device: the default initialisation would draw from the global generator for nothing.
-        linear = nn.Linear(folded.shape[1], self.num_classes, device="meta").to_empty(device="cpu")
+        linear = nn.Linear(folded.shape[1], self.num_classes, device="meta", dtype=torch.float32).to_empty(device="cpu")
         with torch.no_grad():
             linear.weight.copy_(folded)
             linear.bias.copy_(self._bias[k, :, 0] - folded @ self._mean.double())
@@ -182,9 +182,9 @@ class HeadBank:
         for setting in self.settings:
             # Drawn on the CPU whatever the device, so that a seed means the same weights everywhere.
             generator = torch.Generator().manual_seed(setting.seed)
-            drawn.append(torch.rand(self.num_classes, num_features, generator=generator))
+            drawn.append(torch.rand(self.num_classes, num_features, generator=generator, dtype=torch.float32))
         self._weight = torch.stack(drawn).mul_(2 * bound).sub_(bound).to(self.device)
-        self._bias = torch.zeros(len(self.settings), self.num_classes, 1, device=self.device)
+        self._bias = torch.zeros_like(self._weight[..., :1])
 
     def _checked(self, features: Array, labels: Array) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = as_tensor(features), as_tensor(labels)

@@ -180,7 +180,7 @@ class Export:
         _require(18 <= self.opset <= 23, "export.opset", self.opset, "18 to 23")
         _require(0 < self.tolerance <= 0.1, "export.tolerance", self.tolerance, "above 0, up to 0.1")
         distinct = len(set(self.variants)) == len(self.variants)
-        _require(distinct, "export.variants", self.variants, "fp16 and int8, each once at most")
+        _require(distinct, "export.variants", self.variants, "each once at most")
         _require(0 <= self.max_loss < 1, "export.max_loss", self.max_loss, "0 up to 1")
 
 

@@ -220,5 +220,5 @@ def centre_of(features: Tensor, cost: Cost) -> Tensor:
     """The cost's centre [D], or else a point amid rows [N, D]: exactly the row where all are equal."""
     if cost.centre is not None:
         return cost.centre
-    sample = features[:: max(1, len(features) // 64)].to(torch.promote_types(features.dtype, cost.dtype))
+    sample = features[:: max(1, len(features) // 64)].to(torch.promote_types(features.dtype, cost.dtype)).contiguous()
     return (sample - sample[0]).mean(0).add_(sample[0])

@@ -186,6 +186,7 @@ def square_error(dim: int, precision: str) -> float:
     return 2 * half + half**2 + left_out + (6 * math.sqrt(dim) + 8) * u
 
 
+@torch.no_grad()  # or numbers taken from rows that require a gradient warn
 def stated_error(
     x: Tensor, y: Tensor, distance: float, precision: str, *, num_means: int = 4, centre: Tensor | None = None
 ) -> float:

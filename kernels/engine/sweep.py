@@ -186,7 +186,7 @@ class Sweep:
 
         It only has to be near, and to follow from the rows alone. Of equal rows it is exactly the row.
         """
-        sample = rows[:: max(1, len(rows) // 16)].to(self.wide)
+        sample = rows[:: max(1, len(rows) // 16)].to(self.wide).contiguous()  # or the sum's order is that of strides
         return (sample - sample[0]).mean(0).add_(sample[0])
 
     def _panel(self, target: Tensor, centre: Tensor, start: int, keep: bool) -> Rows:

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -12,9 +12,13 @@ import torch
 import yaml
 from torch import nn
 
+from headstart.cluster.commands import runs
 from headstart.cluster.stages import export
+from headstart.serving.manifest import VARIANTS
 from headstart.serving.runtime import Predictor
+from headstart.serving.variants import PARITY_TOLERANCES
 from headstart.trainer.inputs.dataset import ImageArrays, LabelledImages
+from headstart.trainer.recipe import Export
 
 Run = Callable[..., Any]
 
@@ -121,6 +125,12 @@ def test_features_that_are_all_the_same_have_no_drift_record(headstart: Run, wri
     manifest = Predictor(tmp_path / "runs/same/package").manifest
     assert manifest.drift is None
     assert [output.name for output in manifest.outputs] == ["logits", "probabilities"]
+
+
+def test_every_room_knows_the_same_variants():
+    recipe = get_args(get_args(get_type_hints(Export)["variants"])[0])
+    option = get_args(get_args(get_args(get_type_hints(runs.export, include_extras=True)["variant"])[0])[0])
+    assert recipe == option == tuple(PARITY_TOLERANCES) == VARIANTS[1:]
 
 
 @pytest.mark.parametrize(

@@ -161,8 +161,29 @@ OTHERS = "self_terms is a SelfTerms; accepted: SinkhornSelfTerms"
         (lambda x, t: energy_self_terms(t, centre=x[0] > 0), ValueError, "centre is torch.bool .* floating-point"),
         (lambda x, t: energy_self_terms(t, centre=x[0] + 0j), ValueError, "torch.complex64 .* floating-point"),
         (lambda x, t: energy_self_terms(t, centre=x[0].to("meta")), ValueError, "on meta; accepted: .* on cpu"),
+        (lambda x, t: mmd_distances(x, t, bandwidths=x[0, :2].to("meta")), NotImplementedError, "meta tensor; no data"),
+        (
+            lambda x, t: sinkhorn_distances(x, t, tolerance=None),
+            TypeError,
+            "tolerance is None; accepted: a number of more",
+        ),
+        (
+            lambda x, t: FUNCTIONS["label-aware"](x, t, tolerance="1e-3"),
+            TypeError,
+            "tolerance is '1e-3'; accepted: a numb",
+        ),
         (lambda x, t: sinkhorn_distances(x, t, max_iterations=2**63), ValueError, r"at least 1, below 2\^63"),
         (lambda x, _: RaggedTasks.from_list([x], thirds(x)), TypeError, "labels are one tensor, .*; accepted: a list"),
+        (
+            lambda x, _: RaggedTasks.from_list(y for y in [x]),
+            TypeError,
+            "tasks are a generator; accepted: a list of tens",
+        ),
+        (
+            lambda x, _: RaggedTasks.from_list([x], {0: x}),
+            TypeError,
+            r"labels are a dict; accepted: .* tensors \[n_t\]",
+        ),
         (lambda x, _: RaggedTasks.from_list([x], [3]), TypeError, "labels of task 0 is a int; accepted: a torch"),
         (lambda x, _: RaggedTasks.from_list([x], [x[0, 0]]), ValueError, r"labels of task 0 are .*; accepted: \[n_t\]"),
         (lambda x, _: RaggedTasks.from_list([x.sign() * 3e38]).means(), ValueError, "sums overflow in torch.float32"),
@@ -173,6 +194,15 @@ def test_what_is_of_another_kind_is_refused_by_name(call: Callable[..., object],
     y = rows(9, 4, 2)
     with pytest.raises(error, match=said):
         call(rows(6, 4, 1), RaggedTasks(y, torch.tensor([0, 4, 9]), thirds(y)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # PyTorch's own, on its first tangent
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_target_with_a_tangent_is_refused(name: str):
+    x, y = rows(6, 4, 1), rows(9, 4, 2)
+    tasks = RaggedTasks(y, torch.tensor([0, 4, 9]), thirds(y))
+    with pytest.raises(ValueError, match=r"forward-mode tangent; accepted: none, and torch\.autograd\.grad"):
+        torch.func.jvp(lambda z: FUNCTIONS[name](z, tasks), (x,), (x,))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

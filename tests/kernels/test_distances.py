@@ -9,7 +9,7 @@ from headstart.kernels import naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
 from headstart.kernels.euclidean import euclidean_distances, topk
 from headstart.kernels.ragged import RaggedTasks
-from tests.kernels.cases import held
+from tests.kernels.cases import FUNCTIONS, held, thirds
 
 SIZES = (1, 2, 63, 123, 257)
 U = {"fp32": 2.0**-24, "fp64": 2.0**-53}
@@ -104,6 +104,24 @@ def test_the_distance_to_itself_is_exactly_zero(n: int, kind: str, device: str):
             assert found[0] == 0
             assert found[2] == 0
             assert found[1] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_how_rows_lie_in_memory_changes_no_bit(name: str, dtype: torch.dtype):
+    x, y = features(123, 70, 1, dtype=dtype), features(300, 70, 2, dtype=dtype)
+    offsets, labels = torch.tensor([0, 1, 180, 300]), thirds(y)
+    expected = FUNCTIONS[name](x, RaggedTasks(y, offsets, labels))
+    found = FUNCTIONS[name](x.T.contiguous().T, RaggedTasks(y.T.contiguous().T, offsets, labels))
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["mean distances", "energy", "mmd", "prototype distances"])
+def test_the_distance_to_itself_is_exactly_zero_however_its_rows_lie(name: str):
+    x = features(123, 70, 1)
+    found = FUNCTIONS[name](x, RaggedTasks(x.T.contiguous().T, torch.tensor([0, 123]), thirds(x)))
+    assert (found if isinstance(found, torch.Tensor) else found.distances).tolist() == [0.0]
 
 
 def test_the_memory_bound_changes_no_bit_and_is_refused_when_too_small(device: str):

@@ -368,4 +368,7 @@ def test_the_default_device_has_no_part_in_what_runs_outside_operators():
     with torch.device("meta"):  # as torch.set_default_device: where the tasks are does not change
         terms, kept = (make(tasks, epsilon=9.0) for make in (label_aware_self_terms, sinkhorn_self_terms))
         found = (tasks.means(), median_bandwidths(tasks.features), terms.values, kept.values)
+        mmd = mmd_distances(tasks.features[:50], tasks, bandwidths=[1.0, 2.0])
     assert all(values.device.type == "cpu" for values in found)
+    assert mmd.bandwidths.tolist() == [1.0, 2.0]
+    assert torch.equal(mmd.distances, mmd_distances(tasks.features[:50], tasks, bandwidths=[1.0, 2.0]).distances)

@@ -129,6 +129,12 @@ def test_the_error_of_rows_near_each_other_and_far_from_the_centre(precision: st
     assert off > stated_error(x, y, float(exact), precision, num_means=1)  # about their own mean
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_stated_error_is_a_number_for_a_target_that_requires_a_gradient():
+    x = features(30, 3, 1, "cpu")
+    assert stated_error(x.clone().requires_grad_(), x + 1, 1.0, "bf16") == stated_error(x, x + 1, 1.0, "bf16")
+
+
 def test_self_terms_of_another_precision_would_be_off_and_are_refused(device: str):
     x = features(300, 512, 1, device)
     tasks = RaggedTasks.from_list([features(300, 512, 2, device)])

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from headstart.kernels import naive
 from headstart.kernels.ragged import RaggedTasks, check_alike, check_labels
+from tests.kernels.cases import FUNCTIONS, thirds
 
 X = torch.arange(12.0).reshape(6, 2)
 
@@ -30,6 +32,17 @@ def test_tasks_and_means(device: str):
         found = RaggedTasks(tasks.features.to(dtype), tasks.offsets).means()
         assert found.dtype == its
         assert torch.equal(found.cpu(), expected.to(its))
+
+
+def test_offsets_and_labels_may_be_strided():
+    features = torch.randn(900, 3, generator=torch.Generator().manual_seed(1))
+    apart, labels = offsets(0, 9, 600, 9, 900, 9)[::2], thirds(features)
+    together = RaggedTasks(features, offsets(0, 600, 900), labels)
+    tasks = RaggedTasks(features, apart, labels.repeat_interleave(2)[::2])
+    assert tasks.offsets.is_contiguous()  # or searchsorted warns, once in a process
+    for function in FUNCTIONS.values():
+        for one, other in zip(function(features[:50], tasks), function(features[:50], together), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_means_survive_a_large_common_offset(device: str):
@@ -110,6 +123,21 @@ def test_rows_that_are_not_finite_are_named_by_task_and_row(bad: float):
     rows[4, 1] = bad
     with pytest.raises(ValueError, match=r"task 1.*row 1"):
         RaggedTasks(rows, offsets(0, 3, 6))
+
+
+def test_every_distance_has_a_definition_a_row_in_the_readme_and_the_tests_that_all_have():
+    room = Path(__file__).parents[2] / "kernels"
+    readme = (room / "README.md").read_text()
+    tested = {name for function in FUNCTIONS.values() for name in (function.__name__, *function.__code__.co_names)}
+    found = set()
+    for path in set(room.glob("*.py")) - {room / "naive.py", room / "ragged.py"}:
+        for node in (n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)):
+            if {"target", "tasks", "precision"} <= {a.arg for a in (*node.args.args[:2], *node.args.kwonlyargs)}:
+                found.add(node.name)
+                assert hasattr(naive, node.name)
+                assert node.name in tested, f"{node.name} is not in tests.kernels.cases.FUNCTIONS"
+                assert f"`{path.stem}.{node.name}`" in readme
+    assert {"energy_distances", "nearest_neighbours"} < found
 
 
 def test_this_room_and_its_tests_import_little():

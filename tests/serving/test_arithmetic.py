@@ -93,6 +93,11 @@ def test_what_fp16_cannot_hold_is_refused(name: str, tmp_path: Path):
         convert_body("fp16", write(tmp_path, **changes), IMAGES)
 
 
+def test_another_name_is_not_taken_for_fp16(tmp_path: Path):
+    with pytest.raises(ValueError, match="name is 'bf16'; accepted: fp16, int8"):
+        convert_body("bf16", write(tmp_path), IMAGES)
+
+
 def test_large_numbers_outside_of_the_body_stay_in_fp32(tmp_path: Path):
     before = [
         helper.make_node("Mul", ["numbers", "large"], ["far"]),

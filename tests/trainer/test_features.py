@@ -290,6 +290,22 @@ def test_whatever_the_process_has_set_there_is_no_tf32_and_the_setting_stays(set
         backends.fp32_precision = before
 
 
+@pytest.mark.parametrize("setting", ["bf16", "none"])
+def test_features_are_kept_as_exact_as_their_key_says_whatever_holds_outside(tmp_path: Path, setting: str):
+    data, conv = images(40), torch.backends.mkldnn.conv
+    exact_ones = extract_features(backbone(), data, tmp_path / "one").tensor()
+    before = conv.fp32_precision
+    conv.fp32_precision = setting  # bfloat16 convolutions where the processor has them
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = extract_features(backbone(), data, tmp_path / "other").tensor()
+            assert torch.is_autocast_enabled("cpu")
+        assert conv.fp32_precision == setting
+    finally:
+        conv.fp32_precision = before
+    assert torch.equal(found, exact_ones)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_features_are_those_of_the_cpu_and_the_same_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if not torch.cuda.is_available():

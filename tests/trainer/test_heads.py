@@ -109,6 +109,21 @@ def test_head_is_the_banks_row_on_raw_features(blobs):
         assert all(parameter.requires_grad for parameter in head.parameters())
 
 
+def test_the_default_dtype_changes_no_bit(blobs):
+    x, y = blobs(90, 33, 4)
+    expected = fitted(SETTINGS, x, y, num_classes=4)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = fitted(SETTINGS, x, y, num_classes=4)
+        weights = [head.weight for head in (found.head(0), expected.head(0))]
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found.logits(x), expected.logits(x))
+    assert weights[0].dtype == torch.float32
+    assert torch.equal(*weights)
+
+
 def test_constant_dimension_has_no_weight_and_changes_nothing(blobs):
     x, y = blobs(60, 8, 3)
     constants = torch.tensor([0.0, 7.0, -1e4, 0.1]).expand(60, 4)

@@ -143,7 +143,7 @@ def _module_backbone(card: SourceCard, architecture: Architecture, weights: Weig
     if any(name.startswith("backbone.") for name in tensors):  # of an earlier run: `backbone.` and `head.`
         tensors = {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
     with torch.random.fork_rng(devices=[]):  # the initialisation is overwritten: it must not move the run's own draws
-        module = architecture.build().eval()
+        module = architecture.build().float().eval()  # whatever torch.set_default_dtype says
     load_tensors(module, tensors, architecture, card.weights)
     _trial(module, architecture, card.preprocessing)
     return Backbone(
@@ -158,7 +158,7 @@ def _module_backbone(card: SourceCard, architecture: Architecture, weights: Weig
 
 def _trial(module: nn.Module, architecture: Architecture, preprocessing: Preprocessing) -> None:
     """Pass one black image through: the one sure test that an architecture takes this crop."""
-    pixels = torch.zeros(1, preprocessing.channels, preprocessing.crop, preprocessing.crop)
+    pixels = torch.zeros(1, preprocessing.channels, preprocessing.crop, preprocessing.crop, dtype=torch.float32)
     try:
         with torch.no_grad():
             features = module(pixels)

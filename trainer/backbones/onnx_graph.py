@@ -169,7 +169,7 @@ def _rank(cut: "onnx.ModelProto", tensor: str) -> int:
 
 def _trial(graph: OnnxGraph, preprocessing: Preprocessing, path: Path) -> int:
     """Run two black images and return D; two, because a graph may be fixed to one in its inside."""
-    pixels = torch.zeros(2, preprocessing.channels, preprocessing.crop, preprocessing.crop)
+    pixels = torch.zeros(2, preprocessing.channels, preprocessing.crop, preprocessing.crop, dtype=torch.float32)
     try:
         features = graph(pixels)
     except Exception as error:  # ONNX Runtime's errors have no public base

@@ -62,8 +62,8 @@ class Preprocess(nn.Module):
         self.preprocessing = preprocessing
         shape = (preprocessing.channels, 1, 1)
         # Not persistent: a backbone's state dict stays the same with and without its preprocessing.
-        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(shape), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocessing.std).view(shape), persistent=False)
+        for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(shape), persistent=False)
         self.mean: torch.Tensor
         self.std: torch.Tensor
 

@@ -27,6 +27,10 @@ PACKAGED = {
 }
 
 
+def test_every_packaged_source_is_tried():
+    assert set(PACKAGED) == {name for name, card in catalog().items() if not card.weights.startswith("torchvision:")}
+
+
 @pytest.fixture(scope="module")
 def photographs() -> torch.Tensor:
     return torch.from_numpy(np.stack(load_sample_images().images)[:, ::2, ::2].copy())
@@ -61,6 +65,20 @@ def test_imagenet_features_still_know_what_they_see(name, cache, photographs):
     assert int(logits[0].argmax()) == 698
     # The flower's crop is all petals: botanical and hive classes come first, buildings nowhere.
     assert {985, 309, 599, 947, 996} & set(logits[1].topk(5).indices.tolist())
+
+
+@pytest.mark.parametrize("name", ["mtcnn-onet", "document-orientation"])
+def test_the_default_dtype_changes_neither_fingerprint_nor_features(name, cache, photographs):
+    expected = load_backbone(catalog()[name], cache)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = load_backbone(catalog()[name], cache)
+        features = found.features(found.preprocess(photographs))
+    finally:
+        torch.set_default_dtype(before)
+    assert found.fingerprint == expected.fingerprint
+    assert torch.equal(features, expected.features(expected.preprocess(photographs)))
 
 
 def test_loading_leaves_the_runs_own_draws_alone(cache):
