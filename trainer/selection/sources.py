@@ -22,6 +22,7 @@ from headstart.trainer.backbones.card import SourceCard, card_from_yaml, card_to
 from headstart.trainer.backbones.tensors import tensors_fingerprint
 from headstart.trainer.backbones.weights import locked
 from headstart.trainer.errors import RunError, SourceError
+from headstart.trainer.files import ASK_OWNER, is_there
 from headstart.trainer.selection.source_folder import (
     CARD,
     SKETCH_PRECISION,
@@ -98,8 +99,16 @@ def catalog() -> dict[str, SourceCard]:
 
 
 def registered(cache: Path) -> dict[str, Path]:
-    """Return the folders of the finished runs in `cache`, by name; what is in them has not been read."""
-    return {path.parent.name: path.parent for path in sorted((cache / "sources").glob(f"[!.]*/{CARD}"))}
+    """Return the folders of the finished runs in `cache`, by name; what is in them has not been read.
+
+    With those that this user may not read: no glob, which would leave out such a one and all that come after it.
+    """
+    folder = cache / "sources"
+    try:
+        entries = sorted(folder.iterdir()) if is_there(folder) else []
+    except OSError as error:
+        raise RunError(f"cannot list the sources in {folder}: {error}; {ASK_OWNER}") from error
+    return {path.name: path for path in entries if not path.name.startswith(".") and is_there(path / CARD)}
 
 
 def registered_name(name: str, data_fingerprint: str, cache: Path) -> str:
@@ -111,7 +120,7 @@ def registered_name(name: str, data_fingerprint: str, cache: Path) -> str:
     folder = cache / "sources" / name
     if name not in catalog():
         try:
-            if not folder.exists() or _same_data(_registered_card(folder), data_fingerprint):
+            if not is_there(folder) or _same_data(_registered_card(folder), data_fingerprint):
                 return name
         except SourceError:
             pass  # nobody knows whose it is
@@ -150,7 +159,8 @@ def register(source: Path, cache: Path) -> Path:
                     shutil.rmtree(old)
     except OSError as error:
         raise RunError(
-            f"cannot register {card.name} in {entry.parent}: {error}; free space there and run again"
+            f"cannot register {card.name} in {entry.parent}: {error}; free space there, mend its permissions, or set "
+            "HEADSTART_CACHE to a folder on a file system with locks and symbolic links, and run again"
         ) from error
     return entry
 
@@ -255,7 +265,7 @@ def _named(spec: str, cache: Path) -> tuple[SourceCard, Path | None]:
     if spec in cards:
         return cards[spec], None
     folder = cache / "sources" / spec
-    if (folder / CARD).is_file() and os.sep not in spec:
+    if is_there(folder / CARD) and os.sep not in spec:
         return _registered_card(folder), folder
     names = [*cards, *registered(cache)]
     near = difflib.get_close_matches(spec, names, n=3, cutoff=0.5)

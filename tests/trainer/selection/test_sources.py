@@ -246,6 +246,42 @@ def test_a_damaged_entry_is_passed_over_with_all_and_refused_by_name(damage, mes
         resolve(("brokenn",), cache)
 
 
+@pytest.mark.parametrize("closed", [".aa", "aa/card.yaml", "aa/sketch.safetensors", "aa/seen.bin"])
+@pytest.mark.usefixtures("unprivileged")
+def test_an_entry_that_another_user_keeps_closed_is_passed_over_alone(closed, finished, tmp_path):
+    cache = tmp_path / "cache"
+    for name in ("aa", "bb"):
+        register(finished(name, seen=IMAGES) / "source", cache)
+    path = cache / "sources" / closed
+    path.chmod(0)
+    try:
+        candidates, passed_over = survey("all", cache, judged_on=["12" * 32])
+        assert [c.card.name for c in candidates] == [*catalog(), "bb"]
+        assert re.search(f"{path.name.removeprefix('.')}.* cannot be read.*chmod", passed_over.pop("aa"))
+        assert not passed_over
+        assert closed != ".aa" or registered_name("aa", OTHERS, cache) == "aa-cdcdcdcd"
+        with pytest.raises(SourceError, match=r"cannot be read.*chmod"):
+            survey(("aa",), cache, judged_on=["12" * 32])
+    finally:
+        path.chmod(0o700)
+
+
+@pytest.mark.usefixtures("unprivileged")
+def test_weights_that_another_user_keeps_closed_make_a_source_unavailable(finished, tmp_path):
+    entry = register(finished("aa") / "source", tmp_path)
+    (entry / "weights.safetensors").chmod(0)
+    (candidate,) = resolve(("aa",), tmp_path)
+    with pytest.raises(SourceError, match=r"source aa cannot be used: .*weights\.safetensors.*chmod"):
+        candidate.load(tmp_path)
+
+
+@pytest.mark.usefixtures("unprivileged")
+def test_a_closed_list_of_sources_is_told_and_not_taken_for_an_empty_one(tmp_path):
+    (tmp_path / "sources").mkdir(mode=0o300)
+    with pytest.raises(RunError, match=r"cannot list the sources in .*chmod"):
+        registered(tmp_path)
+
+
 def test_an_entry_whose_card_cannot_be_read_keeps_its_name(finished, tmp_path):
     cache = tmp_path / "cache"
     register(finished("mine", data=MINE) / "source", cache)
