@@ -51,6 +51,7 @@ __all__ = [
     "write_source",
 ]
 
+_REPLACED = "another run was registered under its name meanwhile; run the same command again"
 _SPECS = "torchvision:ARCH, file:PATH#ARCH, onnx:PATH, source:PATH"
 
 
@@ -80,7 +81,14 @@ class Candidate:
         try:
             return load_backbone(self.card, cache, base=self.base, unreachable=self.unreachable, progress=progress)
         except SourceError as error:
-            raise SourceError(f"source {self.card.name} cannot be used: {error}") from error
+            reason = _REPLACED if self._is_replaced() else error
+            raise SourceError(f"source {self.card.name} cannot be used: {reason}") from error
+
+    def _is_replaced(self) -> bool:
+        """Whether the folder has another card by now, so that its weights are not those of this one."""
+        with contextlib.suppress(SourceError):
+            return self.base is not None and read_card(self.base) != self.card
+        return False
 
     def sketch(self) -> Sketch | None:
         """Return the task's sketch, under whichever probe it was made; None where it has none."""
@@ -130,8 +138,8 @@ def registered_name(name: str, data_fingerprint: str, cache: Path) -> str:
 def register(source: Path, cache: Path) -> Path:
     """Copy a run's `source/` folder into the registry under its card's name, and return the copy.
 
-    An earlier one of that name is replaced in one step: a reader, or a kill, finds the old or the new one
-    whole.
+    An earlier one of that name is replaced in one step: a reader, or a kill, finds the old or the new one whole. One
+    of other data is not: `RunError`. The copy has the permissions that the registry gives, and not the run's.
     """
     card = read_card(source)
     if card.name in catalog():
@@ -142,9 +150,12 @@ def register(source: Path, cache: Path) -> Path:
     free = (str(number) for number in itertools.count() if not (versions / str(number)).exists())
     try:
         with locked(entry):
+            _check_own(entry, card)
             shutil.rmtree(part, ignore_errors=True)
             try:
-                shutil.copytree(source, part)
+                part.mkdir(parents=True)
+                for file in source.iterdir():
+                    shutil.copyfile(file, part / file.name)
                 version = next(free)
                 link.unlink(missing_ok=True)
                 link.symlink_to(Path(versions.name) / version)
@@ -156,13 +167,23 @@ def register(source: Path, cache: Path) -> Path:
                 shutil.rmtree(part, ignore_errors=True)
             for old in versions.iterdir():
                 if old.name != version:
-                    shutil.rmtree(old)
+                    shutil.rmtree(old, ignore_errors=True)  # another user's, or one that is being read over NFS
     except OSError as error:
         raise RunError(
             f"cannot register {card.name} in {entry.parent}: {error}; free space there, mend its permissions, or set "
             "HEADSTART_CACHE to a folder on a file system with locks and symbolic links, and run again"
         ) from error
     return entry
+
+
+def _check_own(entry: Path, card: SourceCard) -> None:
+    """Refuse to replace the source of other data, which came since `registered_name` found the name free."""
+    with contextlib.suppress(SourceError):  # there is none, or nobody knows whose it is
+        if _registered_card(entry).data_fingerprint != card.data_fingerprint:
+            raise RunError(
+                f"{entry} was made by another run, of other data, a moment ago; run the same command again, which "
+                "takes another name"
+            )
 
 
 def resolve(sources: Literal["all"] | tuple[str, ...], cache: Path) -> list[Candidate]:

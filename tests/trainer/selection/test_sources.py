@@ -1,8 +1,10 @@
 """Which sources a recipe gets: the catalog, finished runs, and everything it can name."""
 
 import hashlib
+import os
 import re
 import shutil
+import stat
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -138,6 +140,49 @@ def test_what_cannot_be_registered_leaves_the_earlier_one_and_no_copy(finished, 
             register(finished("mine", seed=1) / "source", tmp_path / "cache")
     assert read_card(entry).sha256 == first
     assert sorted(path.name for path in versions.iterdir()) == ["0", "link"]
+
+
+def test_a_name_that_another_run_took_meanwhile_is_not_taken_from_it(finished, tmp_path):
+    cache = tmp_path / "cache"
+    assert registered_name("mine", MINE, cache) == registered_name("mine", OTHERS, cache) == "mine"
+    entry = register(finished("mine", data=OTHERS) / "source", cache)
+    with pytest.raises(RunError, match=r"mine was made by another run, of other data.* run the same command again"):
+        register(finished("mine", data=MINE, seed=1) / "source", cache)
+    assert read_card(entry).data_fingerprint == OTHERS
+    assert registered_name("mine", MINE, cache) == "mine-abababab"
+
+
+def test_a_source_that_was_registered_anew_since_it_was_found_is_told(finished, tmp_path):
+    register(finished("mine") / "source", tmp_path)
+    (candidate,) = resolve(("mine",), tmp_path)
+    register(finished("mine", seed=1) / "source", tmp_path)
+    with pytest.raises(SourceError, match="mine cannot be used: another run was registered under its name meanwhile"):
+        candidate.load(tmp_path)
+
+
+def test_a_registered_source_has_the_permissions_of_the_registry(finished, tmp_path):
+    run = finished("mine")
+    for path in (run / "source", *(run / "source").iterdir()):
+        path.chmod(0o700)
+    before = os.umask(0o002)
+    try:
+        entry = register(run / "source", tmp_path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o775
+    assert {stat.S_IMODE(path.stat().st_mode) for path in entry.iterdir()} == {0o664}
+
+
+@pytest.mark.usefixtures("unprivileged")
+def test_an_earlier_copy_that_cannot_be_removed_is_left(finished, tmp_path):
+    old = register(finished("mine") / "source", tmp_path).resolve()
+    old.chmod(0o500)
+    try:
+        entry = register(finished("mine", seed=1) / "source", tmp_path)
+    finally:
+        old.chmod(0o700)
+    assert read_card(entry) == read_card(finished("mine", seed=1) / "source")
+    assert entry.resolve() != old
 
 
 def test_a_folder_without_a_card_keeps_its_name(tmp_path):
