@@ -109,13 +109,17 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._lock.close()
+        self.close()
         if isinstance(error, OSError) and error.errno in _NO_PLACE:
             raise RunError(
                 f"cannot go on in {self.path}: {error}. Free space there, mend its permissions, or give another folder "
                 "(--out for the run, HEADSTART_CACHE for the cache), and run the same command again: what is finished "
                 "is kept"
             ) from error
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        self._lock.close()
 
     def stage(
         self,

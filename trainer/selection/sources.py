@@ -8,9 +8,7 @@ The registry is the folder `<cache>/sources/`; NAME there is a copy of a run's `
 
 import contextlib
 import difflib
-import itertools
 import os
-import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -20,7 +18,6 @@ from typing import Literal
 from headstart.trainer.backbones.backbone import Backbone, load_backbone
 from headstart.trainer.backbones.card import SourceCard, card_from_yaml, card_to_yaml
 from headstart.trainer.backbones.tensors import tensors_fingerprint
-from headstart.trainer.backbones.weights import locked
 from headstart.trainer.errors import RunError, SourceError
 from headstart.trainer.files import ASK_OWNER, is_there
 from headstart.trainer.selection.source_folder import (
@@ -43,10 +40,10 @@ __all__ = [
     "catalog",
     "find_source",
     "image_id",
-    "register",
     "registered",
-    "registered_name",
+    "registered_card",
     "resolve",
+    "same_data",
     "survey",
     "write_source",
 ]
@@ -119,73 +116,6 @@ def registered(cache: Path) -> dict[str, Path]:
     return {path.name: path for path in entries if not path.name.startswith(".") and is_there(path / CARD)}
 
 
-def registered_name(name: str, data_fingerprint: str, cache: Path) -> str:
-    """Return the name under which a run is registered: its own, or with a suffix where another task has that
-    one.
-
-    A run of the same name on the same data replaces the earlier one; a folder whose card cannot be read is left.
-    """
-    folder = cache / "sources" / name
-    if name not in catalog():
-        try:
-            if not is_there(folder) or _same_data(_registered_card(folder), data_fingerprint):
-                return name
-        except SourceError:
-            pass  # nobody knows whose it is
-    return f"{name}-{data_fingerprint[:8]}"
-
-
-def register(source: Path, cache: Path) -> Path:
-    """Copy a run's `source/` folder into the registry under its card's name, and return the copy.
-
-    An earlier one of that name is replaced in one step: a reader, or a kill, finds the old or the new one whole. One
-    of other data is not: `RunError`. The copy has the permissions that the registry gives, and not the run's.
-    """
-    card = read_card(source)
-    if card.name in catalog():
-        raise SourceError(f"a source cannot be registered as {card.name!r}, which the catalog has; take another name")
-    entry = cache / "sources" / card.name
-    versions = entry.parent / f".{card.name}"
-    part, link = versions / "part", versions / "link"
-    free = (str(number) for number in itertools.count() if not (versions / str(number)).exists())
-    try:
-        with locked(entry):
-            _check_own(entry, card)
-            shutil.rmtree(part, ignore_errors=True)
-            try:
-                part.mkdir(parents=True)
-                for file in source.iterdir():
-                    shutil.copyfile(file, part / file.name)
-                version = next(free)
-                link.unlink(missing_ok=True)
-                link.symlink_to(Path(versions.name) / version)
-                if entry.is_dir() and not entry.is_symlink():  # copied here by hand, or with its cache by `cp -rL`
-                    entry.replace(versions / next(free))
-                part.replace(versions / version)
-                link.replace(entry)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-            for old in versions.iterdir():
-                if old.name != version:
-                    shutil.rmtree(old, ignore_errors=True)  # another user's, or one that is being read over NFS
-    except OSError as error:
-        raise RunError(
-            f"cannot register {card.name} in {entry.parent}: {error}; free space there, mend its permissions, or set "
-            "HEADSTART_CACHE to a folder on a file system with locks and symbolic links, and run again"
-        ) from error
-    return entry
-
-
-def _check_own(entry: Path, card: SourceCard) -> None:
-    """Refuse to replace the source of other data, which came since `registered_name` found the name free."""
-    with contextlib.suppress(SourceError):  # there is none, or nobody knows whose it is
-        if _registered_card(entry).data_fingerprint != card.data_fingerprint:
-            raise RunError(
-                f"{entry} was made by another run, of other data, a moment ago; run the same command again, which "
-                "takes another name"
-            )
-
-
 def resolve(sources: Literal["all"] | tuple[str, ...], cache: Path) -> list[Candidate]:
     """Return the candidates of a recipe's `sources`, none of them loaded; `survey` has the rules."""
     return survey(sources, cache)[0]
@@ -207,8 +137,8 @@ def survey(
         passed_over: dict[str, str] = {}
         for name, folder in registered(cache).items():
             try:
-                candidate = Candidate(card=_registered_card(folder), base=folder, unreachable=unreachable)
-                if _same_data(candidate.card, exclude_data):
+                candidate = Candidate(card=registered_card(folder), base=folder, unreachable=unreachable)
+                if same_data(candidate.card, exclude_data):
                     continue
                 candidate.sketch()  # a damaged one is told here
                 if leak := _leak(candidate, judged_on):
@@ -223,7 +153,7 @@ def survey(
     for spec in dict.fromkeys(sources):
         card, base = _named(spec, cache)
         candidate = Candidate(card=card, base=base, unreachable=unreachable)
-        if _same_data(card, exclude_data):
+        if same_data(card, exclude_data):
             raise SourceError(f"source {spec} was made from this run's own data; take it out of `sources`")
         if named.setdefault(card.name, spec) != spec:
             raise SourceError(f"{named[card.name]} and {spec} are both called {card.name}; take one out of `sources`")
@@ -243,7 +173,7 @@ def find_source(name: str, sources: Literal["all"] | tuple[str, ...], cache: Pat
         if name in (cards := catalog()):
             return Candidate(card=cards[name])
         if name in (folders := registered(cache)):
-            return Candidate(card=_registered_card(folders[name]), base=folders[name])
+            return Candidate(card=registered_card(folders[name]), base=folders[name])
     else:
         for spec in sources:
             with contextlib.suppress(SourceError):  # of another, which has gone
@@ -253,7 +183,7 @@ def find_source(name: str, sources: Literal["all"] | tuple[str, ...], cache: Pat
     raise SourceError(f"there is no source {name!r} among the recipe's; `headstart sources list` shows them all")
 
 
-def _registered_card(folder: Path) -> SourceCard:
+def registered_card(folder: Path) -> SourceCard:
     """Return the card of a folder in the registry, which goes by its name: of two of one name a run would take one."""
     card = read_card(folder)
     if card.name != folder.name:
@@ -261,7 +191,8 @@ def _registered_card(folder: Path) -> SourceCard:
     return card
 
 
-def _same_data(card: SourceCard, fingerprint: str) -> bool:
+def same_data(card: SourceCard, fingerprint: str) -> bool:
+    """Say whether a source was made from the data of that fingerprint; that of others' models is not known."""
     return fingerprint != "" and card.data_fingerprint == fingerprint
 
 
@@ -287,7 +218,7 @@ def _named(spec: str, cache: Path) -> tuple[SourceCard, Path | None]:
         return cards[spec], None
     folder = cache / "sources" / spec
     if is_there(folder / CARD) and os.sep not in spec:
-        return _registered_card(folder), folder
+        return registered_card(folder), folder
     names = [*cards, *registered(cache)]
     near = difflib.get_close_matches(spec, names, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"accepted: {', '.join(names)}"
