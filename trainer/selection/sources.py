@@ -20,6 +20,7 @@ from headstart.trainer.backbones.card import SourceCard, card_from_yaml, card_to
 from headstart.trainer.backbones.tensors import tensors_fingerprint
 from headstart.trainer.errors import RunError, SourceError
 from headstart.trainer.files import ASK_OWNER, is_there
+from headstart.trainer.inputs.dataset import some
 from headstart.trainer.selection.source_folder import (
     CARD,
     SKETCH_PRECISION,
@@ -221,5 +222,5 @@ def _named(spec: str, cache: Path) -> tuple[SourceCard, Path | None]:
         return registered_card(folder), folder
     names = [*cards, *registered(cache)]
     near = difflib.get_close_matches(spec, names, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"accepted: {', '.join(names)}"
+    hint = f"did you mean {', '.join(near)}?" if near else f"accepted: {some(names, 20)}"
     raise SourceError(f"there is no source {spec!r}; {hint} (also accepted: {_SPECS})")

@@ -257,6 +257,15 @@ def test_unknown_sources(spec, message, tmp_path):
         resolve((spec,), tmp_path)
 
 
+def test_of_many_sources_the_first_are_named(tmp_path):
+    for number in range(300):
+        (tmp_path / "sources" / f"mine-{number}").mkdir(parents=True)
+        (tmp_path / "sources" / f"mine-{number}" / "card.yaml").touch()
+    with pytest.raises(SourceError, match=rf"accepted: .*mtcnn-onet.*\({300 + len(catalog())} in all\)") as told:
+        resolve(("????",), tmp_path)
+    assert len(str(told.value)) < 1000
+
+
 def test_a_host_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):
     asked = []
 
