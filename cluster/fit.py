@@ -6,6 +6,7 @@ the last checkpoint, and the driver's, after which the same call goes on from th
 What a restart would meet again, an error of the data or the code, ends it at once.
 """
 
+import contextlib
 import json
 import math
 import pickle
@@ -28,6 +29,8 @@ from headstart.trainer.transfer import Classifier
 
 # How often Ray Train waits its 60 s for a group of workers to start: half an hour, of a cluster that others use too.
 _NUM_WAITS = 30
+# Seconds until it is told that the workers wait for a place.
+_PATIENCE = 10.0
 # What a file that is not there, or not whole, is to json and to torch.load.
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError)
 
@@ -57,13 +60,14 @@ def fit(
     connection: Connection,
     storage: Path,
     on_epoch: Callable[[Row, int], None] | None = None,
+    on_wait: Callable[[], None] | None = None,
 ) -> Fitted:
     """Train `model` on `task` at each of `learning_rates` and return the best.
 
     `storage` holds the checkpoints; on a cluster it must be a folder that every worker sees. It is emptied by the
-    caller once the result is stored. `on_epoch(row, total)` is called after each epoch. Raises `RunError` when there
-    are too few CPUs, when a worker meets a `LastingError`, or when the workers fail, or find no place to start, more
-    often than Ray Train is allowed to restart them.
+    caller once the result is stored. `on_epoch(row, total)` is called after each epoch, `on_wait()` when the workers
+    find no place. Raises `RunError` when there are too few CPUs, when a worker meets a `LastingError`, or when the
+    workers fail, or find no place to start, more often than Ray Train is allowed to restart them.
     """
     ray = connection.ray(num_workers=settings.workers)
     import ray.train.torch as ray_train_torch  # only once the connection has set Ray's environment
@@ -92,7 +96,7 @@ def fit(
             callbacks=[_no_restart_for_lasting_errors()],
         ),
     )
-    _run(trainer, attempt / "rows.jsonl", on_epoch, settings.epochs * len(learning_rates), resume)
+    _run(trainer, attempt / "rows.jsonl", on_epoch, on_wait, settings.epochs * len(learning_rates), resume)
     state = latest_state(storage)
     if state is None or state["best"] is None or state["position"] < len(learning_rates):
         raise RunError(f"Ray Train ended without a finished checkpoint in {attempt}; run the same command again")
@@ -144,12 +148,14 @@ def _run(
     trainer: Any,
     rows_file: Path,
     on_epoch: Callable[[Row, int], None] | None,
+    on_wait: Callable[[], None] | None,
     total: int,
     resume: dict[str, Any] | None,
 ) -> None:
     """Run the trainer in a thread and report its epochs from this one.
 
-    In a thread Ray Train leaves SIGINT alone; its own handler would end the process with exit code 0.
+    In a thread Ray Train leaves SIGINT alone; its own handler would end the process with exit code 0. Where the
+    workers wait for a place, `on_wait` is called once, and again when they wait after another epoch.
     """
     failures: list[BaseException] = []
 
@@ -161,7 +167,7 @@ def _run(
 
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
-    seen = 0
+    seen, told, look = 0, False, time.monotonic() + _PATIENCE
     if on_epoch is not None and resume is not None:
         for row in resume["rows"]:
             on_epoch(row, total)
@@ -171,17 +177,34 @@ def _run(
         for line in lines[seen:]:
             if not line.endswith("\n"):
                 break
-            seen += 1
+            seen, told = seen + 1, False
             if on_epoch is not None:
                 on_epoch(json.loads(line), total)
         if not alive:
             break
+        if on_wait is not None and not told and time.monotonic() > look:
+            look = time.monotonic() + _PATIENCE
+            if told := _has_no_place():
+                on_wait()
         time.sleep(0.1)
     if failures:
         raise RunError(
             f"fine-tuning failed: {_root_cause(failures[0])}. The finished epochs are kept: mend the cause and run "
             "the same command again"
         ) from failures[0]
+
+
+def _has_no_place() -> bool:
+    """Say whether a group of workers of this process waits for a place: the id of a group ends with its job's."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.util import placement_group_table
+
+    with contextlib.suppress(RayError):  # the head does not answer: Ray Train will tell
+        job = ray.get_runtime_context().get_job_id()
+        groups = placement_group_table().items()
+        return any(name.endswith(job) and group["state"] == "PENDING" for name, group in groups)
+    return False
 
 
 def _no_restart_for_lasting_errors() -> Any:

@@ -46,10 +46,11 @@ def submit(recipe: Recipe, address: str, out: Path) -> dict[str, Any]:
             "RAY_AUTH_TOKEN=... ray start --head`, give its dashboard's address, and set the same RAY_AUTH_TOKEN here"
         ) from error
     try:
-        found = _follow(client, job)
-    except KeyboardInterrupt:
-        client.stop_job(job)
-        raise
+        try:
+            found = _follow(client, job)
+        except KeyboardInterrupt:
+            client.stop_job(job)
+            raise
     except refusals as error:
         raise RunError(
             f"lost sight of job {job} at {address}: {_first_line(error)}. It may still run there, and leaves what it "

@@ -27,6 +27,7 @@ from headstart.trainer.inputs.readers import load_images
 from headstart.trainer.inputs.split import split_images
 from headstart.trainer.recipe import Recipe
 from headstart.trainer.selection.ranking import Target
+from headstart.trainer.selection.registry import check_registry
 from headstart.trainer.selection.sources import survey
 
 Until = Literal["rank", "fit", "evaluate", "export", "register"]
@@ -52,6 +53,11 @@ class Outcome:
     """By name: `manifest`, the document of package-NAME/manifest.json, or None and why it was `refused`."""
 
 
+def open_run(recipe: Recipe, out: Path) -> RunDirectory:
+    """Open `out` as the run directory of `recipe`; raises `RunError` where it cannot be."""
+    return RunDirectory(out, {"name": recipe.name, "data": recipe.data.path})
+
+
 def run(
     recipe: Recipe,
     out: Path,
@@ -70,7 +76,9 @@ def run(
     step; what is finished stays and is not done again, and data or sources that cannot be alter nothing.
     """
     cache, reporter = cache or cache_root(), reporter or Reporter()
-    with RunDirectory(out, {"name": recipe.name, "data": recipe.data.path}) as directory:
+    with open_run(recipe, out) as directory:
+        if until == "register":
+            check_registry(cache)
         summary, written, text = directory.path / SUMMARY, directory.path / "recipe.yaml", recipe_yaml(recipe).encode()
         summarised = summary.exists()
         target = _read(recipe, cache, reporter, settled=settled)

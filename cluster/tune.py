@@ -15,12 +15,13 @@ import torch
 from rich.console import Console
 
 from headstart.cluster.connect import Connection
+from headstart.cluster.pipeline import open_run
 from headstart.cluster.recipe_file import recipe_document
 from headstart.cluster.report.sources import print_unavailable
 from headstart.cluster.report.table import print_table, stdout_console
 from headstart.cluster.stages.context import Reporter, cache_root
 from headstart.cluster.stages.rank import no_source
-from headstart.cluster.stages.run_directory import RunDirectory, write_json
+from headstart.cluster.stages.run_directory import write_json
 from headstart.trainer.audition import audition, head_settings
 from headstart.trainer.errors import RecipeError, RunError, SourceError
 from headstart.trainer.features import extract_features
@@ -43,7 +44,7 @@ def tune_heads(recipe: Recipe, out: Path, *, connection: Connection, cache: Path
     """
     cache = cache or cache_root()
     # The folder is held as a run holds it, so that a run of the same recipe can follow in it, and no other's is used.
-    with RunDirectory(out, {"name": recipe.name, "data": recipe.data.path}) as directory:
+    with open_run(recipe, out) as directory:
         images = load_images(recipe.data, cache)
         target = Target(images=images, parts=split_images(images, recipe.data.split, recipe.seed))
         storage = directory.private / "tune"

@@ -1,9 +1,10 @@
 """What the tests are given: a cache of their own with the shared weights, the command line, and real small data."""
 
+import ctypes
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,20 @@ def cache(tmp_path: Path, shared_weights: Path, monkeypatch: pytest.MonkeyPatch)
     (folder / "weights").symlink_to(shared_weights)
     monkeypatch.setenv("HEADSTART_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[None]:
+    """Holds the test to the permissions of files, as any user but root is: there the capabilities are laid down."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # of this thread, in two sets of effective, permitted, inheritable
+    held = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, held) == 0
+    dac_override, dac_read_search = 1 << 1, 1 << 2
+    less = (ctypes.c_uint32 * 6)(held[0] & ~(dac_override | dac_read_search), *held[1:])
+    assert libc.capset(header, less) == 0
+    yield
+    assert libc.capset(header, held) == 0
 
 
 @pytest.fixture(scope="session")

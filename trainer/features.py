@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -26,7 +27,7 @@ from headstart.trainer.backbones.backbone import Backbone
 from headstart.trainer.backbones.tensors import tensors_fingerprint
 from headstart.trainer.errors import RunError, SourceError
 from headstart.trainer.exact import exact_on
-from headstart.trainer.files import write_atomically
+from headstart.trainer.files import ASK_OWNER, write_atomically
 from headstart.trainer.inputs.batches import pixel_batches
 from headstart.trainer.inputs.dataset import LabelledImages
 
@@ -52,7 +53,7 @@ class CachedFeatures:
         """Return all features [N, D] float32; with one shard, the file's own memory map."""
         shards = []
         for index in range(_num_shards(self.num_samples)):
-            with safe_open(_shard(self.directory, index), framework="pt") as shard:
+            with self._open(index) as shard:
                 shards.append(shard.get_tensor("features"))
         features = shards[0] if len(shards) == 1 else torch.cat(shards)
         if tuple(features.shape) != (self.num_samples, self.num_features):
@@ -66,10 +67,20 @@ class CachedFeatures:
         """Count the images that the extraction called `tag` passed through the backbone."""
         computed = 0
         for index in range(_num_shards(self.num_samples)):
-            with safe_open(_shard(self.directory, index), framework="pt") as shard:
+            with self._open(index) as shard:
                 if shard.metadata()["tag"] == tag:
                     computed += shard.get_slice("features").get_shape()[0]
         return computed
+
+    def _open(self, index: int) -> Any:
+        path = _shard(self.directory, index)
+        try:
+            return safe_open(path, framework="pt")
+        except (FileNotFoundError, SafetensorError) as error:  # both sound a moment ago
+            raise RunError(
+                f"{path} was deleted or altered while this run used it ({error}); run the same command again: what "
+                "is finished is kept"
+            ) from error
 
 
 def feature_key(backbone: Backbone, images: LabelledImages) -> str:
@@ -160,7 +171,12 @@ def _prepare(directory: Path, identity: dict[str, object]) -> None:
     """Make the folder, or refuse one whose manifest describes other features."""
     manifest = directory / "manifest.json"
     with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged one is written anew: the key implies it
-        found = json.loads(manifest.read_text())
+        try:
+            found = json.loads(manifest.read_text())
+        except PermissionError as error:
+            raise RunError(
+                f"cannot read features that are kept: {error}; {ASK_OWNER}. Or set HEADSTART_CACHE to another folder"
+            ) from error
         if _canonical(found) != _canonical(identity):
             raise RunError(f"{manifest} describes other features than its name; delete {directory} and run again")
         return
@@ -203,6 +219,6 @@ def _write_shard(directory: Path, index: int, features: Tensor, tag: str) -> Non
 
 def _no_room(directory: Path, error: OSError) -> RunError:
     return RunError(
-        f"cannot write features under {directory}: {error}. Free space there, or set HEADSTART_CACHE to a folder on "
-        "another disk, and run the same command again: what is finished is kept"
+        f"cannot write features under {directory}: {error}. Free space there, mend its permissions, or set "
+        "HEADSTART_CACHE to another folder, and run the same command again: what is finished is kept"
     )

@@ -1,8 +1,11 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and files of other users."""
 
 import os
 import secrets
 from pathlib import Path
+
+ASK_OWNER = "whoever made it can make it readable: chmod -R a+rX"
+"""The next step where a file may not be read."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -18,3 +21,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def is_there(path: Path) -> bool:
+    """Say whether there is such a path, be it one that this user may not look at."""
+    try:
+        path.stat()
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True

@@ -26,19 +26,25 @@ if TYPE_CHECKING:
 def demo(out: Out = None, fresh: Fresh = False, as_json: Json = False) -> None:
     """Two source tasks made, eight sources ranked, one model fine-tuned, judged, packaged: on real digits."""
     from headstart.cluster.connect import Connection
+    from headstart.cluster.pipeline import open_run
     from headstart.cluster.pipeline import run as run_pipeline
     from headstart.cluster.recipe_file import load_recipe
     from headstart.cluster.stages.context import Reporter
 
     target = out or Path("runs/demo")
+    says = {
+        "demo-digits": "Making the source task demo-digits",
+        "demo-photographs": "Making the source task demo-photographs",
+        "demo": "The target: 300 labelled digits",
+    }
+    folders = {name: target.parent / name.replace("demo", target.name, 1) for name in says}
+    for name, folder in reversed(folders.items()):  # one that cannot be used is told before any work is done
+        open_run(load_recipe(name), folder).close()
     reporter = Reporter()
     with Connection() as connection:
-        for name in ("demo-digits", "demo-photographs"):
-            reporter.say(f"[bold]Making the source task {name}[/bold]")
-            beside = target.parent / f"{target.name}-{name.removeprefix('demo-')}"
-            run_pipeline(load_recipe(name), beside, connection=connection, reporter=reporter, fresh=fresh)
-        reporter.say("[bold]The target: 300 labelled digits[/bold]")
-        outcome = run_pipeline(load_recipe("demo"), target, connection=connection, reporter=reporter, fresh=fresh)
+        for name, folder in folders.items():
+            reporter.say(f"[bold]{says[name]}[/bold]")
+            outcome = run_pipeline(load_recipe(name), folder, connection=connection, reporter=reporter, fresh=fresh)
     _show(outcome, as_json)
 
 
@@ -118,6 +124,8 @@ def tune(
 
     loaded, target = _recipe_and_directory(recipe, overrides, out)
     with Connection(address) as connection:
+        if address is not None:
+            connection.ray()  # as of `run`
         trials = tune_heads(loaded, target, connection=connection)
     print_found(trials, as_json, print_trials)
 

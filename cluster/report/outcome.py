@@ -111,7 +111,9 @@ def _print_package(outcome: Outcome, console: Console) -> None:
     assert outcome.manifest is not None
     parity, latency = outcome.manifest["parity"], outcome.manifest["latency"]
     path = outcome.path.relative_to(Path.cwd()) if outcome.path.is_relative_to(Path.cwd()) else outcome.path
-    console.print(f"\n[bold]Package: {path / 'package'}[/bold] (licence: {escape(outcome.manifest['licence'])})")
+    console.print(
+        f"\n[bold]Package: {_shown(path / 'package')}[/bold] (licence: {escape(outcome.manifest['licence'])})"
+    )
     worst = max(parity["rows"], key=lambda row: row["relative_difference"])
     batches = ", ".join(str(row["batch"]) for row in parity["rows"])
     agreement = min(row["top1_agreement"] for row in parity["rows"])
@@ -127,7 +129,7 @@ def _print_package(outcome: Outcome, console: Console) -> None:
         )
     for name, result in outcome.variants.items():
         _print_variant(path / f"package-{name}", name, result, console)
-    console.print(f"Source: {path / 'source'}. Summary: {path / 'summary.json'}")
+    console.print(f"Source: {_shown(path / 'source')}. Summary: {_shown(path / 'summary.json')}")
 
 
 def _print_variant(path: Path, name: str, result: dict[str, Any], console: Console) -> None:
@@ -137,10 +139,16 @@ def _print_variant(path: Path, name: str, result: dict[str, Any], console: Conso
     variant, parity = result["manifest"]["variant"], result["manifest"]["parity"]
     agreement = min(row["top1_agreement"] for row in parity["rows"])
     console.print(
-        f"[bold]{name}: {path}[/bold]: accuracy {variant['accuracy']:.4f} on {variant['num_images']} validation images "
-        f"(fp32 {variant['fp32_accuracy']:.4f}, {variant['max_loss']:g} may be lost), top-1 agreement {agreement:.4f}; "
-        f"p50 {variant['latency_ms']:.3f} ms (fp32 {variant['fp32_latency_ms']:.3f} ms, in turns)."
+        f"[bold]{name}: {_shown(path)}[/bold]: accuracy {variant['accuracy']:.4f} on {variant['num_images']} "
+        f"validation images (fp32 {variant['fp32_accuracy']:.4f}, {variant['max_loss']:g} may be lost), top-1 "
+        f"agreement {agreement:.4f}; p50 {variant['latency_ms']:.3f} ms "
+        f"(fp32 {variant['fp32_latency_ms']:.3f} ms, in turns)."
     )
+
+
+def _shown(path: Path) -> str:
+    """A path as Rich is given it, to which `[/x]` is a command."""
+    return escape(str(path))
 
 
 def _share(value: float | None) -> str:

@@ -78,6 +78,12 @@ def _fit_stage(context: Context, name: str, mode: Mode, source: str, rates: Sequ
                 done[0] += 1
                 progress(done[0], total)
 
+            def on_wait() -> None:
+                context.reporter.say(
+                    "the training waits for a place in Ray: others have its CPUs or GPUs, or a machine of it is gone. "
+                    "Half an hour at the most; Ctrl-C keeps what is finished"
+                )
+
             fitted = fit(
                 model,
                 task,
@@ -87,6 +93,7 @@ def _fit_stage(context: Context, name: str, mode: Mode, source: str, rates: Sequ
                 connection=context.connection,
                 storage=storage,
                 on_epoch=on_epoch,
+                on_wait=on_wait,
             )
         if fitted.diverged and not (mode == "finetune" and context.recipe.mode == "auto"):  # which has another model
             field = "scratch_learning_rates" if mode == "scratch" else "learning_rate"

@@ -31,13 +31,8 @@ from headstart.trainer.inputs.near_copies import near_copies
 from headstart.trainer.inputs.preprocessing import Preprocess, Preprocessing
 from headstart.trainer.inputs.split import duplicates_between, num_contents_of_several_classes, num_repeats
 from headstart.trainer.selection.ranking import make_sketch, sketched
-from headstart.trainer.selection.sources import (
-    SourceCard,
-    image_id,
-    register,
-    registered_name,
-    write_source,
-)
+from headstart.trainer.selection.registry import register, registered_name
+from headstart.trainer.selection.sources import SourceCard, image_id, write_source
 
 RAW_SIDE = 16
 EVALUATION_SCHEMA = 6

@@ -5,6 +5,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from headstart.cluster.recipe_file import recipe_document
 from headstart.cluster.stages.context import Context
 from headstart.cluster.stages.model import save_head
@@ -181,7 +183,7 @@ def _add_distances(
     try:
         probe = load_probe(context)
     except SourceError as error:
-        context.reporter.say(f"no task distances: {error}")
+        context.reporter.say(escape(f"no task distances: {error}"))
         return
     mine, cached = make_sketch(probe, sketched(context.target, context.recipe.seed), context.cache, tag=context.tag)
     used.append(cached)

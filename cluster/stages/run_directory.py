@@ -86,14 +86,17 @@ class RunDirectory:
         self._check_folder()
         try:
             self.private.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.private / "lock").open("w")
+            self._lock = (lock := self.private / "lock").open("w")
         except OSError as error:
             raise RunError(f"cannot write to {self.path}: {error}. Give --out a folder that can be written") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.close()
             raise RunError(f"another headstart is at work in {self.path}; wait for it, or give --out") from error
+        except OSError as error:
+            self._lock.close()
+            raise RunError(f"cannot lock {lock}: {error}. Give --out a folder on a file system with locks") from error
         try:  # under the lock: until it is free, the other run may yet make something
             self._check_identity(identity)
         except RunError:
@@ -106,12 +109,17 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._lock.close()
+        self.close()
         if isinstance(error, OSError) and error.errno in _NO_PLACE:
             raise RunError(
-                f"cannot go on in {self.path}: {error}. Free space there, mend its permissions, or give --out "
-                "another folder, and run the same command again: what is finished is kept"
+                f"cannot go on in {self.path}: {error}. Free space there, mend its permissions, or give another folder "
+                "(--out for the run, HEADSTART_CACHE for the cache), and run the same command again: what is finished "
+                "is kept"
             ) from error
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        self._lock.close()
 
     def stage(
         self,

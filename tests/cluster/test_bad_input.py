@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from headstart.cluster import pipeline
 from headstart.cluster.stages import model, run_directory
 from headstart.trainer import features, files
+from headstart.trainer.selection.registry import register
 
 Run = Callable[..., Any]
 SOURCE = "sources=[mtcnn-onet]"
@@ -163,6 +164,31 @@ def test_a_full_disk_under_the_run_directory(headstart: Run, folder: Path, monke
     assert rank(headstart, folder).code == 0
 
 
+@pytest.mark.parametrize("taken", ["mine", "mine-photographs"])
+def test_a_folder_that_the_demo_cannot_have_is_told_before_its_first_run(headstart: Run, tmp_path: Path, taken: str):
+    (tmp_path / taken).write_text("a file")
+    ended = headstart("demo", "--out", tmp_path / "mine")
+    refused(ended, f"{taken} exists and is no run directory", "--out")
+    assert ended.stderr.startswith("error: ")  # no bar, no line of progress
+
+
+@pytest.mark.usefixtures("unprivileged")
+def test_a_list_of_sources_that_takes_none_is_told_before_a_run(headstart: Run, folder: Path, cache: Path):
+    (cache / "sources").mkdir(mode=0o500)
+    ended = headstart("run", "folder", "--set", f"data.path={folder}", "--set", SOURCE)
+    refused(ended, "cannot register a source", "HEADSTART_CACHE")
+    assert ended.stderr.startswith("error: ")
+    assert rank(headstart, folder).code == 0  # which registers nothing
+
+
+def test_a_search_at_an_address_where_nobody_answers_is_told_before_its_features(headstart: Run, folder: Path):
+    arguments = ("folder", "--set", f"data.path={folder}", "--set", SOURCE, "--address", "127.0.0.1:1")
+    for command in ("tune", "fit"):
+        ended = headstart(command, *arguments)
+        refused(ended, "cannot connect to Ray at 127.0.0.1:1")
+        assert ended.stderr.startswith("error: ")
+
+
 def test_the_run_directory_of_another_recipe(headstart: Run, folder: Path, tmp_path: Path, write_digits: Run):
     assert rank(headstart, folder).code == 0
     before = (tmp_path / "runs/folder/ranking.json").read_bytes()
@@ -221,10 +247,10 @@ def test_a_source_of_an_earlier_version_is_used_and_told(headstart: Run, folder:
     )
     card = replace(sources.catalog()["mtcnn-onet"], name="old")
     sources.write_source(tmp_path / "source", card, None, {"bias": torch.zeros(2)}, sketch)
-    sources.register(tmp_path / "source", cache)
+    register(tmp_path / "source", cache)
     child = replace(card, name="child", seen_lacks="old")
     sources.write_source(tmp_path / "child", child, None, {"bias": torch.zeros(2)}, sketch, seen={bytes(16)})
-    sources.register(tmp_path / "child", cache)
+    register(tmp_path / "child", cache)
     ended = headstart("rank", "folder", "--set", f"data.path={folder}", "--set", "sources=[old, child]", "--json")
     assert ended.code == 0, ended.stderr
     assert ended.json()["ranking"][0]["available"]

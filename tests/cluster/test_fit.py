@@ -84,6 +84,7 @@ def run(connection: Connection, storage: Path, kill: str = "", settings: Train =
     fitted = fit(
         model, task(), settings, learning_rates=RATES, seed=3, connection=connection, storage=storage,
         on_epoch=lambda row, total: rows.append(row | {"total": total}),
+        on_wait=lambda: pytest.fail("nobody else has CPUs here"),
     )  # fmt: skip
     return fitted, rows
 
@@ -129,8 +130,10 @@ def test_too_few_cpus_are_told_and_not_waited_for(num_cpus: int, accepted: str):
 def test_cpus_that_others_keep_are_not_waited_for_without_end(
     connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "0.1")
-    monkeypatch.setattr("headstart.cluster.fit._NUM_WAITS", 2)
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "0.5")
+    monkeypatch.setattr("headstart.cluster.fit._NUM_WAITS", 8)
+    monkeypatch.setattr("headstart.cluster.fit._PATIENCE", 0.1)
+    told: list[bool] = []
     ray = connection.ray()
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -139,7 +142,11 @@ def test_cpus_that_others_keep_are_not_waited_for_without_end(
     model = Classifier(Network(), nn.Linear(288, 10))
     try:
         with pytest.raises(RunError, match=r"fine-tuning failed: .*timed out"):
-            fit(model, task(), ALONE, learning_rates=(1e-3,), seed=0, connection=connection, storage=tmp_path / "taken")
+            fit(
+                model, task(), ALONE, learning_rates=(1e-3,), seed=0, connection=connection,
+                storage=tmp_path / "taken", on_wait=lambda: told.append(True),
+            )  # fmt: skip
+        assert told == [True]
     finally:
         remove_placement_group(taken)
 

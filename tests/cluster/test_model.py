@@ -15,7 +15,8 @@ from headstart.trainer.backbones.architectures import build_architecture
 from headstart.trainer.errors import SourceError
 from headstart.trainer.inputs.readers import load_images
 from headstart.trainer.selection.ranking import Target
-from headstart.trainer.selection.sources import Sketch, catalog, find_source, register, resolve, write_source
+from headstart.trainer.selection.registry import register
+from headstart.trainer.selection.sources import Sketch, catalog, find_source, resolve, write_source
 
 
 def test_a_source_that_is_altered_during_the_run_is_told(tmp_path: Path):

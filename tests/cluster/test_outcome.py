@@ -21,7 +21,7 @@ def told(
     """What is printed of a run, in one line."""
     console = Console(file=io.StringIO(), record=True, width=width)
     outcome = Outcome(
-        path=Path("runs/mine"),
+        path=Path("runs/[/x]/[y] mine"),
         summary={"name": "mine"},
         ranking={"ranking": ranking, "probe": "probe"},
         choice=choice,
@@ -129,10 +129,12 @@ def test_of_parity_the_worst_batch_is_told_and_of_latency_each_at_its_place():
     assert "at batches 1, 16: logits within 3e-06 of the largest, top-1 agreement 0.9375." in text
     assert "Prediction p50 0.500 ms, bare session.run 0.400 ms (ratio 1.250), one 1x8x8x3 image, CPU." in text
     assert (
-        "int8: runs/mine/package-int8: accuracy 0.9000 on 60 validation images (fp32 0.9100, 0.02 may be lost), top-1 "
-        "agreement 0.9375; p50 0.200 ms (fp32 0.300 ms, in turns)."
+        "int8: runs/[/x]/[y] mine/package-int8: accuracy 0.9000 on 60 validation images (fp32 0.9100, 0.02 may be "
+        "lost), top-1 agreement 0.9375; p50 0.200 ms (fp32 0.300 ms, in turns)."
     ) in text
     assert "No fp16 package: 0.5 is lost" in text
+    assert "Package: runs/[/x]/[y] mine/package (licence: MIT)" in text
+    assert "Source: runs/[/x]/[y] mine/source. Summary: runs/[/x]/[y] mine/summary.json" in text
 
 
 def test_a_source_that_is_passed_over_is_told_with_its_reason():

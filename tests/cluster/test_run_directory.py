@@ -1,6 +1,7 @@
 """Stages: skipped when nothing changed, done again when something did, whole after being killed."""
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -187,6 +188,15 @@ def test_a_path_that_is_not_utf8_is_kept(tmp_path: Path):
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path):
     with RunDirectory(tmp_path / "run", IDENTITY), pytest.raises(RunError, match="at work in"):
+        RunDirectory(tmp_path / "run", IDENTITY)
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_locks(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(RunError, match=r"cannot lock .*lock: .*No locks available.*--out"):
         RunDirectory(tmp_path / "run", IDENTITY)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -362,3 +363,23 @@ def test_batches_come_in_order_and_threads_end_with_the_generator():
     expected = to_pixels([data.image(i) for i in order], net.preprocess)
     assert torch.equal(found, expected)
     assert features.DTYPE == "float32"
+
+
+@pytest.mark.usefixtures("unprivileged")
+def test_features_that_another_user_keeps_closed_are_told(tmp_path: Path):
+    cached = extract_features(backbone(), images(5), tmp_path)
+    cached.directory.chmod(0)
+    try:
+        with pytest.raises(RunError, match=r"cannot read features.*manifest\.json.*chmod.*HEADSTART_CACHE"):
+            extract_features(backbone(), images(5), tmp_path)
+    finally:
+        cached.directory.chmod(0o700)
+
+
+def test_features_that_are_deleted_while_they_are_used_are_told(tmp_path: Path):
+    cached = extract_features(backbone(), images(5), tmp_path, tag="mine")
+    shutil.rmtree(cached.directory)
+    for use in (cached.tensor, lambda: cached.num_computed("mine")):
+        with pytest.raises(RunError, match=r"00000\.safetensors was deleted or altered.*run the same command again"):
+            use()
+    assert extract_features(backbone(), images(5), tmp_path).tensor().shape == (5, 54)

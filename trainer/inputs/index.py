@@ -127,18 +127,15 @@ def _opened(file: Path) -> Iterator[sqlite3.Connection]:
             yield index
     except sqlite3.Error as error:
         raise RunError(
-            f"the index of checked images {file} cannot be used: {error}; free some space, make its folder "
-            "writable, or set HEADSTART_CACHE to another folder (the index may be deleted: it is built anew)"
+            f"the index of checked images {file} cannot be used: {error}; free some space, make it and its "
+            "folder writable, or set HEADSTART_CACHE to another folder (the index may be deleted: it is built anew)"
         ) from error
 
 
 def _connect(file: Path) -> sqlite3.Connection:
     """Open the index, beginning a new one where the file is no database: all in it can be found again."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"the cache {file.parent} cannot be made: {error.strerror}; set HEADSTART_CACHE") from error
     for attempt in (1, 2):
+        _make(file)
         # Two processes wait for each other's short transactions, and for a slow network disk, up to a minute.
         index = sqlite3.connect(file, timeout=60)
         try:
@@ -153,3 +150,13 @@ def _connect(file: Path) -> sqlite3.Connection:
                 raise
             file.replace(file.with_suffix(".damaged"))
     raise AssertionError("unreachable")
+
+
+def _make(file: Path) -> None:
+    """Make an empty index where there is none: SQLite would, 0644 under any umask, which no group can share."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            file.touch()
+    except OSError as error:
+        raise RunError(f"the cache {file.parent} cannot be used: {error.strerror}; set HEADSTART_CACHE") from error

@@ -19,7 +19,7 @@ from torch import Tensor
 from headstart.trainer.backbones.card import SourceCard, card_from_yaml, card_to_yaml
 from headstart.trainer.backbones.weights import fetch_weights, file_sha256
 from headstart.trainer.errors import RunError, SourceError
-from headstart.trainer.files import write_atomically
+from headstart.trainer.files import ASK_OWNER, is_there, write_atomically
 
 CARD = "card.yaml"
 WEIGHTS = "weights.safetensors"
@@ -110,10 +110,12 @@ def write_source(
 def read_card(directory: Path) -> SourceCard:
     """Return the card of a source folder; raises `SourceError` where there is none that can be read."""
     path = directory / CARD
-    if not path.is_file():
+    if not is_there(path):
         raise SourceError(f"{directory} has no {CARD}; name the source/ folder of a finished run, or the run's own")
     try:
         return card_from_yaml(path.read_text(encoding="utf-8"), path)
+    except PermissionError as error:
+        raise SourceError(f"the source card {path} cannot be read: {error}; {ASK_OWNER}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(
             f"the source card {path} cannot be read: {error}; remove {directory} and run its recipe again"
@@ -144,6 +146,8 @@ def read_seen(directory: Path, card: SourceCard) -> frozenset[bytes] | None:
     path = directory / SEEN
     try:
         content = path.read_bytes()
+    except PermissionError as error:
+        raise SourceError(f"{path} cannot be read: {error}; {ASK_OWNER}") from error
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error}; run its recipe again with --fresh") from error
     if hashlib.sha256(content).hexdigest() != card.seen_sha256:
@@ -154,13 +158,15 @@ def read_seen(directory: Path, card: SourceCard) -> frozenset[bytes] | None:
 def read_sketch(directory: Path, *, probe: str = "") -> Sketch | None:
     """Return the sketch of a source folder, None where it has none.
 
-    Raises `SourceError` where the sketch is damaged, or was made under another probe than the fingerprint
-    `probe`, if one is given.
+    Raises `SourceError` where the sketch is damaged, may not be read, or was made under another probe than the
+    fingerprint `probe`, if one is given.
     """
     path = directory / SKETCH
-    if not path.is_file():
+    if not is_there(path):
         return None
     try:
+        with path.open("rb"):  # safetensors says of one that may not be read that it is not there
+            pass
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         tensors = load_file(path)
@@ -172,6 +178,8 @@ def read_sketch(directory: Path, *, probe: str = "") -> Sketch | None:
             precision=metadata["precision"],
             centre=metadata["centre"],
         )
+    except PermissionError as error:
+        raise SourceError(f"{path} cannot be read: {error}; {ASK_OWNER}") from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise SourceError(f"{path} is no sketch ({error}); run its recipe again with --fresh") from error
     if probe and sketch.probe != probe:

@@ -8,9 +8,7 @@ The registry is the folder `<cache>/sources/`; NAME there is a copy of a run's `
 
 import contextlib
 import difflib
-import itertools
 import os
-import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -20,8 +18,9 @@ from typing import Literal
 from headstart.trainer.backbones.backbone import Backbone, load_backbone
 from headstart.trainer.backbones.card import SourceCard, card_from_yaml, card_to_yaml
 from headstart.trainer.backbones.tensors import tensors_fingerprint
-from headstart.trainer.backbones.weights import locked
 from headstart.trainer.errors import RunError, SourceError
+from headstart.trainer.files import ASK_OWNER, is_there
+from headstart.trainer.inputs.dataset import some
 from headstart.trainer.selection.source_folder import (
     CARD,
     SKETCH_PRECISION,
@@ -42,14 +41,15 @@ __all__ = [
     "catalog",
     "find_source",
     "image_id",
-    "register",
     "registered",
-    "registered_name",
+    "registered_card",
     "resolve",
+    "same_data",
     "survey",
     "write_source",
 ]
 
+_REPLACED = "another run was registered under its name meanwhile; run the same command again"
 _SPECS = "torchvision:ARCH, file:PATH#ARCH, onnx:PATH, source:PATH"
 
 
@@ -79,7 +79,14 @@ class Candidate:
         try:
             return load_backbone(self.card, cache, base=self.base, unreachable=self.unreachable, progress=progress)
         except SourceError as error:
-            raise SourceError(f"source {self.card.name} cannot be used: {error}") from error
+            reason = _REPLACED if self._is_replaced() else error
+            raise SourceError(f"source {self.card.name} cannot be used: {reason}") from error
+
+    def _is_replaced(self) -> bool:
+        """Whether the folder has another card by now, so that its weights are not those of this one."""
+        with contextlib.suppress(SourceError):
+            return self.base is not None and read_card(self.base) != self.card
+        return False
 
     def sketch(self) -> Sketch | None:
         """Return the task's sketch, under whichever probe it was made; None where it has none."""
@@ -98,61 +105,16 @@ def catalog() -> dict[str, SourceCard]:
 
 
 def registered(cache: Path) -> dict[str, Path]:
-    """Return the folders of the finished runs in `cache`, by name; what is in them has not been read."""
-    return {path.parent.name: path.parent for path in sorted((cache / "sources").glob(f"[!.]*/{CARD}"))}
+    """Return the folders of the finished runs in `cache`, by name; what is in them has not been read.
 
-
-def registered_name(name: str, data_fingerprint: str, cache: Path) -> str:
-    """Return the name under which a run is registered: its own, or with a suffix where another task has that
-    one.
-
-    A run of the same name on the same data replaces the earlier one; a folder whose card cannot be read is left.
+    With those that this user may not read: no glob, which would leave out such a one and all that come after it.
     """
-    folder = cache / "sources" / name
-    if name not in catalog():
-        try:
-            if not folder.exists() or _same_data(_registered_card(folder), data_fingerprint):
-                return name
-        except SourceError:
-            pass  # nobody knows whose it is
-    return f"{name}-{data_fingerprint[:8]}"
-
-
-def register(source: Path, cache: Path) -> Path:
-    """Copy a run's `source/` folder into the registry under its card's name, and return the copy.
-
-    An earlier one of that name is replaced in one step: a reader, or a kill, finds the old or the new one
-    whole.
-    """
-    card = read_card(source)
-    if card.name in catalog():
-        raise SourceError(f"a source cannot be registered as {card.name!r}, which the catalog has; take another name")
-    entry = cache / "sources" / card.name
-    versions = entry.parent / f".{card.name}"
-    part, link = versions / "part", versions / "link"
-    free = (str(number) for number in itertools.count() if not (versions / str(number)).exists())
+    folder = cache / "sources"
     try:
-        with locked(entry):
-            shutil.rmtree(part, ignore_errors=True)
-            try:
-                shutil.copytree(source, part)
-                version = next(free)
-                link.unlink(missing_ok=True)
-                link.symlink_to(Path(versions.name) / version)
-                if entry.is_dir() and not entry.is_symlink():  # copied here by hand, or with its cache by `cp -rL`
-                    entry.replace(versions / next(free))
-                part.replace(versions / version)
-                link.replace(entry)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-            for old in versions.iterdir():
-                if old.name != version:
-                    shutil.rmtree(old)
+        entries = sorted(folder.iterdir()) if is_there(folder) else []
     except OSError as error:
-        raise RunError(
-            f"cannot register {card.name} in {entry.parent}: {error}; free space there and run again"
-        ) from error
-    return entry
+        raise RunError(f"cannot list the sources in {folder}: {error}; {ASK_OWNER}") from error
+    return {path.name: path for path in entries if not path.name.startswith(".") and is_there(path / CARD)}
 
 
 def resolve(sources: Literal["all"] | tuple[str, ...], cache: Path) -> list[Candidate]:
@@ -176,8 +138,8 @@ def survey(
         passed_over: dict[str, str] = {}
         for name, folder in registered(cache).items():
             try:
-                candidate = Candidate(card=_registered_card(folder), base=folder, unreachable=unreachable)
-                if _same_data(candidate.card, exclude_data):
+                candidate = Candidate(card=registered_card(folder), base=folder, unreachable=unreachable)
+                if same_data(candidate.card, exclude_data):
                     continue
                 candidate.sketch()  # a damaged one is told here
                 if leak := _leak(candidate, judged_on):
@@ -192,7 +154,7 @@ def survey(
     for spec in dict.fromkeys(sources):
         card, base = _named(spec, cache)
         candidate = Candidate(card=card, base=base, unreachable=unreachable)
-        if _same_data(card, exclude_data):
+        if same_data(card, exclude_data):
             raise SourceError(f"source {spec} was made from this run's own data; take it out of `sources`")
         if named.setdefault(card.name, spec) != spec:
             raise SourceError(f"{named[card.name]} and {spec} are both called {card.name}; take one out of `sources`")
@@ -212,7 +174,7 @@ def find_source(name: str, sources: Literal["all"] | tuple[str, ...], cache: Pat
         if name in (cards := catalog()):
             return Candidate(card=cards[name])
         if name in (folders := registered(cache)):
-            return Candidate(card=_registered_card(folders[name]), base=folders[name])
+            return Candidate(card=registered_card(folders[name]), base=folders[name])
     else:
         for spec in sources:
             with contextlib.suppress(SourceError):  # of another, which has gone
@@ -222,7 +184,7 @@ def find_source(name: str, sources: Literal["all"] | tuple[str, ...], cache: Pat
     raise SourceError(f"there is no source {name!r} among the recipe's; `headstart sources list` shows them all")
 
 
-def _registered_card(folder: Path) -> SourceCard:
+def registered_card(folder: Path) -> SourceCard:
     """Return the card of a folder in the registry, which goes by its name: of two of one name a run would take one."""
     card = read_card(folder)
     if card.name != folder.name:
@@ -230,7 +192,8 @@ def _registered_card(folder: Path) -> SourceCard:
     return card
 
 
-def _same_data(card: SourceCard, fingerprint: str) -> bool:
+def same_data(card: SourceCard, fingerprint: str) -> bool:
+    """Say whether a source was made from the data of that fingerprint; that of others' models is not known."""
     return fingerprint != "" and card.data_fingerprint == fingerprint
 
 
@@ -255,9 +218,9 @@ def _named(spec: str, cache: Path) -> tuple[SourceCard, Path | None]:
     if spec in cards:
         return cards[spec], None
     folder = cache / "sources" / spec
-    if (folder / CARD).is_file() and os.sep not in spec:
-        return _registered_card(folder), folder
+    if is_there(folder / CARD) and os.sep not in spec:
+        return registered_card(folder), folder
     names = [*cards, *registered(cache)]
     near = difflib.get_close_matches(spec, names, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"accepted: {', '.join(names)}"
+    hint = f"did you mean {', '.join(near)}?" if near else f"accepted: {some(names, 20)}"
     raise SourceError(f"there is no source {spec!r}; {hint} (also accepted: {_SPECS})")

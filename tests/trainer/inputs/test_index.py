@@ -1,6 +1,7 @@
 import errno
 import os
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
@@ -126,6 +127,36 @@ def test_a_damaged_index_is_built_anew(tmp_path, paths):
     (tmp_path / "images.sqlite").write_bytes(b"damaged" * 1000)
     assert check_images(paths, tmp_path) == first
     assert check_images(paths, tmp_path) == first
+
+
+@pytest.mark.parametrize("content", [None, b"this is no database" * 200], ids=["new", "damaged"])
+def test_a_group_that_shares_a_cache_shares_its_index(tmp_path, paths, content):
+    index = tmp_path / "cache" / "images.sqlite"
+    before = os.umask(0o002)
+    try:
+        if content is not None:
+            index.parent.mkdir()
+            index.write_bytes(content)
+            index.chmod(0o600)
+        check_images(paths, tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(index.stat().st_mode) == 0o664
+
+
+@pytest.mark.usefixtures("unprivileged")
+def test_an_index_that_may_only_be_read_is_enough_for_known_images(tmp_path, paths):
+    known = check_images(paths[:-1], tmp_path)
+    for path in (tmp_path, tmp_path / "images.sqlite"):
+        path.chmod(path.stat().st_mode & ~0o222)
+    try:
+        assert check_images(paths[:-1], tmp_path) == known
+        with pytest.raises(
+            RunError, match=r"images\.sqlite cannot be used: .*readonly.* make it and its folder writable"
+        ):
+            check_images(paths, tmp_path)
+    finally:
+        tmp_path.chmod(0o700)
 
 
 def test_a_full_disk_is_said(tmp_path, paths, monkeypatch):

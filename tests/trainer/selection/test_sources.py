@@ -2,8 +2,6 @@
 
 import hashlib
 import re
-import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 
@@ -15,39 +13,17 @@ from safetensors.torch import save_file
 from headstart.trainer.backbones import weights
 from headstart.trainer.backbones.architectures import build_architecture, find_architecture
 from headstart.trainer.errors import RunError, SourceError
-from headstart.trainer.selection.source_folder import read_card
+from headstart.trainer.selection.registry import register, registered_name
 from headstart.trainer.selection.sources import (
-    Sketch,
     catalog,
     find_source,
     image_id,
-    register,
     registered,
-    registered_name,
     resolve,
     survey,
-    write_source,
 )
 
 MINE, OTHERS = "ab" * 32, "cd" * 32
-
-
-@pytest.fixture
-def finished(tmp_path):
-    """Writes a run's source/ folder and returns the run's."""
-
-    def make(name: str, data: str = OTHERS, seed: int = 0, seen: Sequence[str] = ()):
-        torch.manual_seed(seed)
-        module, _ = build_architecture("headstart:mtcnn-onet")
-        card = replace(catalog()["mtcnn-onet"], name=name, data_fingerprint=data)
-        sketch = Sketch(features=torch.randn(4, 2), labels=torch.arange(4), mean=torch.zeros(2), probe=MINE)
-        write_source(
-            tmp_path / f"run-{name}-{seed}" / "source", card, module.state_dict(), {"bias": torch.zeros(2)}, sketch,
-            seen=frozenset(map(image_id, seen)),
-        )  # fmt: skip
-        return tmp_path / f"run-{name}-{seed}"
-
-    return make
 
 
 def test_catalog_is_sound():
@@ -81,88 +57,6 @@ def test_torchvision_cards_resize_as_torchvision_does():
         256,
         224,
     )
-
-
-def test_registry(finished, tmp_path):
-    cache = tmp_path / "cache"
-    assert registered(cache) == {}
-    entry = register(finished("mine") / "source", cache)
-    assert entry == cache / "sources" / "mine"
-    assert {path.name for path in entry.iterdir()} == {"card.yaml", "weights.safetensors", "sketch.safetensors"}
-    first = read_card(registered(cache)["mine"])
-    register(finished("mine", seed=1) / "source", cache)
-    assert read_card(registered(cache)["mine"]).sha256 != first.sha256
-    assert sorted(registered(cache)) == ["mine"]
-    assert (
-        len([p for p in (cache / "sources").rglob("card.yaml") if not p.parent.is_symlink()]) == 1
-    )  # the old one is gone
-    (candidate,) = resolve(("mine",), cache)
-    assert candidate.load(cache).num_features == 1152
-    sketch = candidate.sketch()
-    assert sketch is not None
-    assert sketch.probe == MINE
-
-
-def test_registering_again_when_killed_before(finished, tmp_path):
-    cache, run = tmp_path / "cache", finished("mine")
-    left = cache / "sources" / ".mine"
-    (left / "part").mkdir(parents=True)
-    (left / "part" / "card.yaml").write_text("half")
-    (left / "0").mkdir()
-    (left / "link").symlink_to("0")
-    assert registered(cache) == {}
-    register(run / "source", cache)
-    assert read_card(registered(cache)["mine"]).data_fingerprint == OTHERS
-    assert len(list(left.iterdir())) == 1
-
-
-def test_an_entry_that_is_a_folder_and_no_link_is_replaced_too(finished, tmp_path):
-    cache, run = tmp_path / "cache", finished("mine", seed=1)
-    entry = register(finished("mine") / "source", cache)
-    shutil.copytree(entry, tmp_path / "real")
-    shutil.rmtree(cache / "sources")
-    entry.parent.mkdir()
-    (tmp_path / "real").rename(entry)
-    register(run / "source", cache)
-    assert read_card(registered(cache)["mine"]).sha256 == read_card(run / "source").sha256
-    assert entry.is_symlink()
-    assert len(list((cache / "sources" / ".mine").iterdir())) == 1
-
-
-def test_what_cannot_be_registered_leaves_the_earlier_one_and_no_copy(finished, tmp_path):
-    entry = register(finished("mine") / "source", tmp_path / "cache")
-    (versions := entry.with_name(".mine")).joinpath("link").mkdir()  # where the new link has to go
-    first = read_card(entry).sha256
-    for _ in range(2):
-        with pytest.raises(RunError, match="cannot register mine"):
-            register(finished("mine", seed=1) / "source", tmp_path / "cache")
-    assert read_card(entry).sha256 == first
-    assert sorted(path.name for path in versions.iterdir()) == ["0", "link"]
-
-
-def test_a_folder_without_a_card_keeps_its_name(tmp_path):
-    (tmp_path / "sources" / "mine").mkdir(parents=True)
-    assert registered_name("mine", MINE, tmp_path) == "mine-abababab"
-
-
-@pytest.mark.parametrize(
-    ("name", "said"), [("english-g2", "cannot be registered"), *((n, "name is") for n in ("a/b", "..", ".hidden"))]
-)
-def test_names_that_cannot_be_registered(name, said, finished, tmp_path):
-    run = finished("x")
-    card = (run / "source" / "card.yaml").read_text().replace("name: x", f"name: {name!r}")
-    (run / "source" / "card.yaml").write_text(card)
-    with pytest.raises(SourceError, match=said):
-        register(run / "source", tmp_path / "cache")
-
-
-def test_registered_name_gives_way_to_other_tasks(finished, tmp_path):
-    cache = tmp_path / "cache"
-    assert registered_name("mine", MINE, cache) == "mine"
-    register(finished("mine", data=OTHERS) / "source", cache)
-    assert registered_name("mine", OTHERS, cache) == "mine"
-    assert registered_name("mine", MINE, cache) == "mine-abababab"
-    assert registered_name("english-g2", MINE, cache) == "english-g2-abababab"
 
 
 def test_all_leaves_out_what_was_made_from_the_same_data(finished, tmp_path):
@@ -246,14 +140,40 @@ def test_a_damaged_entry_is_passed_over_with_all_and_refused_by_name(damage, mes
         resolve(("brokenn",), cache)
 
 
-def test_an_entry_whose_card_cannot_be_read_keeps_its_name(finished, tmp_path):
+@pytest.mark.parametrize("closed", [".aa", "aa/card.yaml", "aa/sketch.safetensors", "aa/seen.bin"])
+@pytest.mark.usefixtures("unprivileged")
+def test_an_entry_that_another_user_keeps_closed_is_passed_over_alone(closed, finished, tmp_path):
     cache = tmp_path / "cache"
-    register(finished("mine", data=MINE) / "source", cache)
-    (cache / "sources" / "mine" / "card.yaml").write_bytes(b"\xff")
-    assert registered_name("mine", MINE, cache) == "mine-abababab"
-    register(finished("yours", data=OTHERS) / "source", cache)
-    (cache / "sources" / "yours").rename(cache / "sources" / "old-yours")
-    assert registered_name("old-yours", OTHERS, cache) == "old-yours-cdcdcdcd"
+    for name in ("aa", "bb"):
+        register(finished(name, seen=IMAGES) / "source", cache)
+    path = cache / "sources" / closed
+    path.chmod(0)
+    try:
+        candidates, passed_over = survey("all", cache, judged_on=["12" * 32])
+        assert [c.card.name for c in candidates] == [*catalog(), "bb"]
+        assert re.search(f"{path.name.removeprefix('.')}.* cannot be read.*chmod", passed_over.pop("aa"))
+        assert not passed_over
+        assert closed != ".aa" or registered_name("aa", OTHERS, cache) == "aa-cdcdcdcd"
+        with pytest.raises(SourceError, match=r"cannot be read.*chmod"):
+            survey(("aa",), cache, judged_on=["12" * 32])
+    finally:
+        path.chmod(0o700)
+
+
+@pytest.mark.usefixtures("unprivileged")
+def test_weights_that_another_user_keeps_closed_make_a_source_unavailable(finished, tmp_path):
+    entry = register(finished("aa") / "source", tmp_path)
+    (entry / "weights.safetensors").chmod(0)
+    (candidate,) = resolve(("aa",), tmp_path)
+    with pytest.raises(SourceError, match=r"source aa cannot be used: .*weights\.safetensors.*chmod"):
+        candidate.load(tmp_path)
+
+
+@pytest.mark.usefixtures("unprivileged")
+def test_a_closed_list_of_sources_is_told_and_not_taken_for_an_empty_one(tmp_path):
+    (tmp_path / "sources").mkdir(mode=0o300)
+    with pytest.raises(RunError, match=r"cannot list the sources in .*chmod"):
+        registered(tmp_path)
 
 
 def test_earlier_runs_by_path(finished, tmp_path):
@@ -335,6 +255,15 @@ def test_torchvision_by_name(tmp_path):
 def test_unknown_sources(spec, message, tmp_path):
     with pytest.raises(SourceError, match=message):
         resolve((spec,), tmp_path)
+
+
+def test_of_many_sources_the_first_are_named(tmp_path):
+    for number in range(300):
+        (tmp_path / "sources" / f"mine-{number}").mkdir(parents=True)
+        (tmp_path / "sources" / f"mine-{number}" / "card.yaml").touch()
+    with pytest.raises(SourceError, match=rf"accepted: .*mtcnn-onet.*\({300 + len(catalog())} in all\)") as told:
+        resolve(("????",), tmp_path)
+    assert len(str(told.value)) < 1000
 
 
 def test_a_host_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):
