@@ -57,7 +57,7 @@ class _Handler(logging.StreamHandler[Any]):
                 self.stream.write(text[start : start + _PIECE])
                 self.flush()
             self._lost, self._torn = 0, False
-        except Exception:
+        except Exception:  # as in every handler of logging: what cannot be written must not stop who logs it
             self.handleError(record)
 
     def _is_taken(self, patience_ms: int) -> bool:
