@@ -19,8 +19,8 @@ PROBE = "mobilenet-v2-imagenet"
 Distances = dict[str, dict[str, float]]
 """By source, the `energy` and the `euclidean` distance of its task to the target."""
 
-_AT_ONCE = 64
-"""Sketches that are in memory together: 330 MB of the largest."""
+_AT_ONCE = 32
+"""Sketches that are in memory together: 330 MB of the largest, with the copy that the distances are taken from."""
 
 
 def load_probe(cache: Path) -> Backbone:
