@@ -20,6 +20,7 @@ from headstart.cluster.recipe_file import recipe_document
 from headstart.cluster.report.sources import print_unavailable
 from headstart.cluster.report.table import print_table, stdout_console
 from headstart.cluster.stages.context import Reporter, cache_root
+from headstart.cluster.stages.distances import is_long, task_distances, too_far, why_too_far
 from headstart.cluster.stages.rank import no_source
 from headstart.cluster.stages.run_directory import write_json
 from headstart.trainer.audition import audition, head_settings
@@ -73,8 +74,14 @@ def source_features(recipe: Recipe, target: Target, cache: Path) -> tuple[dict[s
     candidates, unavailable = survey(
         recipe.sources, cache, exclude_data=target.images.fingerprint, judged_on=target.judged_on
     )
+    far: set[str] = set()
+    if is_long(recipe, candidates):
+        far = too_far(recipe, candidates, task_distances(recipe, target, candidates, cache, reporter)[0])
+        unavailable |= dict.fromkeys(sorted(far), why_too_far(recipe))
     for candidate in candidates:
         name = candidate.card.name
+        if name in far:
+            continue
         try:
             with reporter.bar(f"features {name}") as progress:
                 backbone = candidate.load(cache)

@@ -195,6 +195,8 @@ class Recipe:
     data: Data
     sources: Literal["all"] | tuple[str, ...] = "all"
     """`all`, or names and specs: NAME, torchvision:ARCH, file:PATH#ARCH, onnx:PATH, source:PATH."""
+    shortlist: int = 50
+    """With `all`, how many finished runs get an audition at most: those nearest by energy distance."""
     seed: int = 0
     """Decides splits, initialisations, orders and resamples."""
     mode: Mode = "auto"
@@ -208,4 +210,5 @@ class Recipe:
         legal = self.name[:1].isalnum() and all(c.isalnum() or c in "._-" for c in self.name) and len(self.name) <= 100
         _require(legal and self.name.isascii(), "name", self.name, accepted)
         _require(self.sources == "all" or len(self.sources) >= 1, "sources", self.sources, "all, or at least one")
+        _require(self.shortlist >= 0, "shortlist", self.shortlist, "0 or more")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")

@@ -67,9 +67,10 @@ def print_sources(found: list[Description], console: Console | None = None) -> N
 
 
 def print_unavailable(reasons: Mapping[str, str], console: Console) -> None:
-    """Print why sources cannot be used, by their names."""
-    for name, reason in reasons.items():
-        console.print(f"unavailable: [bold]{name}[/bold]: {escape(reason)}")
+    """Print why sources cannot be used, by their names; those of one reason together."""
+    for reason in dict.fromkeys(reasons.values()):
+        names = some([name for name, why in reasons.items() if why == reason])
+        console.print(f"unavailable: [bold]{escape(names)}[/bold]: {escape(reason)}")
 
 
 def print_source(found: Description) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from headstart.cluster.report.plots import plot_confusion, plot_learning
 from headstart.cluster.stages.choose import fitted_model, validation_logits
 from headstart.cluster.stages.context import Context
+from headstart.cluster.stages.distances import load_probe
 from headstart.cluster.stages.model import Model, ranked_source
-from headstart.cluster.stages.rank import load_probe
 from headstart.cluster.stages.run_directory import Result, Stage, write_json
 from headstart.trainer.backbones.weights import fetch_weights, is_fetchable
 from headstart.trainer.errors import SourceError
@@ -211,7 +211,7 @@ def register_source(context: Context, model: Model, chosen: Stage) -> Stage:
 
     def make() -> tuple[Result, list[CachedFeatures]]:
         try:
-            probe = load_probe(context)
+            probe = load_probe(context.cache)
         except SourceError as error:
             raise SourceError(f"the run is finished, but cannot become a source without the probe: {error}") from error
         with context.reporter.bar("sketch") as progress:

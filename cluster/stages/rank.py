@@ -1,29 +1,19 @@
-"""The stage that ranks the sources: an audition of each, and its distance where it has a sketch."""
+"""The stage that ranks the sources: an audition of each that is near enough, and its distance where it has a sketch."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from headstart.cluster.recipe_file import recipe_document
 from headstart.cluster.stages.context import Context
+from headstart.cluster.stages.distances import PROBE, is_long, task_distances, too_far, why_too_far
 from headstart.cluster.stages.model import save_head
 from headstart.cluster.stages.run_directory import Result, Stage, write_json
-from headstart.trainer.backbones.backbone import Backbone
 from headstart.trainer.errors import RecipeError, SourceError
 from headstart.trainer.features import CachedFeatures
-from headstart.trainer.selection.ranking import assess, make_sketch, sketch_distances, sketched
-from headstart.trainer.selection.sources import Candidate, SourceCard, catalog, survey
-
-PROBE = "mobilenet-v2-imagenet"
-"""The one backbone under which tasks are compared: small, packaged, and of a broad source task."""
-
-
-def load_probe(context: Context) -> Backbone:
-    """Return the probe backbone, or raise `SourceError` when its weights are not to be had."""
-    return Candidate(card=catalog()[PROBE]).load(context.cache)
+from headstart.trainer.selection.ranking import assess
+from headstart.trainer.selection.sources import Candidate, SourceCard, survey
 
 
 def rank(context: Context) -> Stage:
@@ -34,6 +24,10 @@ def rank(context: Context) -> Stage:
     # `ranked_source`. Earlier versions did not write of which their ranking is.
     look = cache(partial(_survey, context, ranked))
     sources = ranked["sources"] if ranked is not None and "sources" in ranked else _identities(*look())
+    if ranked is not None:
+        shortlist = ranked.get("shortlist")
+    else:  # an input only where it leaves something out
+        shortlist = recipe.shortlist if is_long(recipe, look()[0]) else None
     document = recipe_document(recipe)
     inputs = {
         "data": context.data_key,
@@ -41,18 +35,31 @@ def rank(context: Context) -> Stage:
         "search": document["search"],
         "optimizer": recipe.train.optimizer,
         "seed": recipe.seed,
+        **({} if shortlist is None else {"shortlist": shortlist}),
     }
     heads = context.run.private / "heads"
 
     def make() -> tuple[Result, list[CachedFeatures]]:
         candidates, passed_over = look()
         _tell_unknown(context, candidates)
-        used: list[CachedFeatures] = []
-        entries = [_audition(context, candidate, heads, used) for candidate in candidates]
+        distances, mine = task_distances(
+            recipe, context.target, candidates, context.cache, context.reporter, tag=context.tag
+        )
+        used = [] if mine is None else [mine]
+        far = too_far(recipe, candidates, distances)
+        entries = [
+            _entry(candidate.card.name, candidate.card, why_too_far(recipe)) | {"shortlisted": False}
+            if candidate.card.name in far
+            else _audition(context, candidate, heads, used)
+            for candidate in candidates
+        ]
         entries += [_entry(name, None, reason) for name, reason in passed_over.items()]
         if not any(entry["available"] for entry in entries):
-            raise no_source({entry["source"]: entry["reason"] for entry in entries})
-        _add_distances(context, candidates, entries, used)
+            raise no_source({entry["source"]: entry["reason"] for entry in entries if entry["shortlisted"]})
+        for entry in entries:
+            if entry["source"] in distances:
+                entry["distances"] = distances[entry["source"]]
+                entry["distance"] = entry["distances"]["energy"]
         # The best audition first; a tie goes to the better score, then to the order of the recipe.
         entries.sort(key=lambda e: (not e["available"], -(e["audition_accuracy"] or 0), -(e["score"] or 0)))
         result = {
@@ -61,6 +68,7 @@ def rank(context: Context) -> Stage:
             "probe": PROBE,
             "ranking": entries,
             "sources": _identities(candidates, passed_over),
+            "shortlist": shortlist,
         }
         write_json(context.run.path / "ranking.json", result)
         return result, used
@@ -69,7 +77,8 @@ def rank(context: Context) -> Stage:
         if context.settled:
             return True
         candidates, _ = look()
-        lacking = {entry["source"] for entry in result["ranking"] if not entry["loaded"]}
+        tried = (entry for entry in result["ranking"] if entry.get("shortlisted", True))
+        lacking = {entry["source"] for entry in tried if not entry["loaded"]}
         return not any(_loads(context, candidate) for candidate in candidates if candidate.card.name in lacking)
 
     return context.run.stage(
@@ -131,6 +140,7 @@ def _entry(name: str, card: SourceCard | None, reason: str | None = None) -> dic
         "task": card.task if card else None,
         "licence": card.licence if card else None,
         "architecture": card.architecture if card else None,
+        "shortlisted": True,
         "loaded": False,
         "available": False,
         "tunable": False,
@@ -168,31 +178,6 @@ def _audition(context: Context, candidate: Candidate, heads: Path, used: list[Ca
         "audition_accuracy": found.audition_accuracy,
         "seconds": round(found.seconds, 3),
     }
-
-
-def _add_distances(
-    context: Context,
-    candidates: Sequence[Candidate],
-    entries: list[dict[str, Any]],
-    used: list[CachedFeatures],
-) -> None:
-    """Measure the distance to the sources that have a sketch, where there are any and the probe is to be had."""
-    sketches = {c.card.name: sketch for c in candidates if (sketch := c.sketch()) is not None}
-    if not sketches:
-        return
-    try:
-        probe = load_probe(context)
-    except SourceError as error:
-        context.reporter.say(escape(f"no task distances: {error}"))
-        return
-    mine, cached = make_sketch(probe, sketched(context.target, context.recipe.seed), context.cache, tag=context.tag)
-    used.append(cached)
-    comparable = {name: sketch for name, sketch in sketches.items() if sketch.probe == mine.probe}
-    distances = dict(zip(comparable, sketch_distances(mine, list(comparable.values())), strict=True))
-    for entry in entries:
-        if entry["source"] in distances:
-            entry["distances"] = distances[entry["source"]]
-            entry["distance"] = entry["distances"]["energy"]
 
 
 def tunable_source(ranking: Result) -> dict[str, Any] | None:

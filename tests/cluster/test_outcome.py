@@ -9,6 +9,7 @@ from rich.console import Console
 
 from headstart.cluster.pipeline import Outcome
 from headstart.cluster.report.outcome import print_outcome
+from headstart.trainer.inputs.dataset import some
 
 
 def told(
@@ -183,3 +184,12 @@ def test_a_ranking_says_what_a_dash_in_the_place_of_a_distance_means():
     text = told([ENTRY])
     assert "│ - │" in text
     assert "- where a source has no sketch: finished runs have one" in text
+
+
+def test_sources_that_are_unavailable_for_one_reason_are_told_in_one_line():
+    far = [ENTRY | {"source": f"run-{number}", "available": False, "reason": "too far"} for number in range(300)]
+    gone = ENTRY | {"source": "gone", "available": False, "reason": "no network"}
+    text = told([ENTRY, *far, gone])
+    assert text.count("too far") == 1
+    assert f"unavailable: {some([one['source'] for one in far])}: too far" in text
+    assert "unavailable: gone: no network" in text

@@ -12,28 +12,35 @@ from headstart.cluster.stages import rank as stage
 from headstart.cluster.stages.context import Context
 from headstart.cluster.stages.run_directory import Stage
 from headstart.trainer.errors import RecipeError, SourceError
-from headstart.trainer.selection.sources import Candidate, Sketch, catalog
+from headstart.trainer.selection.sources import Candidate, catalog
 
 CARD = catalog()["mtcnn-onet"]
 
 
-def ranked(context: Context, monkeypatch: pytest.MonkeyPatch, accuracies: dict[str, Any], **more: float) -> Stage:
-    """The ranking where these sources are there, as a command of its own; `more` are scores by name."""
+def ranked(
+    context: Context,
+    monkeypatch: pytest.MonkeyPatch,
+    accuracies: dict[str, Any],
+    *,
+    runs: tuple[str, ...] = (),
+    **more: float,
+) -> Stage:
+    """The ranking where these sources are there, `runs` as finished runs, a command of its own; `more` are scores."""
 
     def audition(context: Context, candidate: Candidate, heads: Path, used: list[Any]) -> dict[str, Any]:
         name = candidate.card.name
         found = {"loaded": True, "available": True, "audition_accuracy": accuracies[name], "score": more.get(name)}
         return stage._entry(name, candidate.card) | (found if accuracies[name] is not None else {})
 
-    there = [candidate(name) for name in accuracies]
+    there = [candidate(name, Path(name) if name in runs else None) for name in accuracies]
     monkeypatch.setattr(stage, "survey", lambda *arguments, **more: (there, {}))
     monkeypatch.setattr(stage, "_audition", audition)
     context.run.attempt += "+"
     return stage.rank(context)
 
 
-def candidate(name: str) -> Candidate:
-    return Candidate(card=dataclasses.replace(CARD, name=name))
+def candidate(name: str, base: Path | None = None) -> Candidate:
+    return Candidate(card=dataclasses.replace(CARD, name=name), base=base)
 
 
 def gone(*_: object) -> NoReturn:
@@ -83,32 +90,38 @@ def test_a_ranking_is_made_anew_for_other_data_another_search_or_another_seed(
     assert len(set(keys)) == 5
 
 
-def test_each_source_has_its_own_distance_and_none_where_its_sketch_is_of_another_probe(
-    context: Context, monkeypatch: pytest.MonkeyPatch
+def test_of_more_runs_than_the_shortlist_has_the_nearest_get_an_audition(
+    context: Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    def sketch(moved: float, probe: str = "ours") -> Sketch:
-        features = torch.full((4, 4), moved)
-        return Sketch(features=features, labels=torch.zeros(4).long(), mean=features.mean(0), probe=probe)
+    def ranking(shortlist: int, energies: dict[str, float]) -> Stage:
+        monkeypatch.setattr(stage, "task_distances", lambda *_, **more: (distances(energies), None))
+        one = dataclasses.replace(context, recipe=dataclasses.replace(context.recipe, shortlist=shortlist))
+        return ranked(one, monkeypatch, accuracies, runs=tuple(energies))
 
-    sketches = {"far": sketch(3.0), "other": sketch(0.0, "another"), "none": None, "near": sketch(0.5)}
-    there: Any = [
-        SimpleNamespace(card=SimpleNamespace(name=n), sketch=lambda one=one: one) for n, one in sketches.items()
-    ]
-    monkeypatch.setattr(stage, "load_probe", lambda context: None)
-    monkeypatch.setattr(stage, "make_sketch", lambda *arguments, **more: (sketch(0.0), None))
-    entries = [stage._entry(name, None) for name in ("near", "none", "other", "far")]
-    stage._add_distances(context, there, entries, [])
-    near, none, other, far = entries
-    assert near["distances"]["euclidean"] == pytest.approx(1)  # 0.5 in each of four dimensions
-    assert far["distances"]["euclidean"] == pytest.approx(6)
-    assert near["distance"] == near["distances"]["energy"] != near["distances"]["euclidean"]
-    assert (none["distance"], other["distance"]) == (None, None)
+    def distances(energies: dict[str, float]) -> dict[str, dict[str, float]]:
+        return {name: {"energy": energy, "euclidean": 0.0} for name, energy in energies.items()}
 
-    def absent(context: Context) -> Any:
-        raise SourceError("its weights are not to be had")
-
-    monkeypatch.setattr(stage, "load_probe", absent)
-    stage._add_distances(context, there, [], [])  # a ranking needs no distances
+    accuracies = {"packaged": 0.5, "far": 1.0, "near": 0.7, "nearer": 0.8}
+    energies = {"far": 3.0, "near": 2.0, "nearer": 1.0}
+    all_three = ranking(3, energies)
+    assert [entry["source"] for entry in all_three.result["ranking"]] == ["far", "nearer", "near", "packaged"]
+    assert all_three.result["shortlist"] is None
+    two = ranking(2, energies)
+    assert [(each["source"], each["shortlisted"], each["distance"]) for each in two.result["ranking"]] == [
+        ("nearer", True, 1.0), ("near", True, 2.0), ("packaged", True, None), ("far", False, 3.0)
+    ]  # fmt: skip
+    assert two.result["shortlist"] == 2
+    assert two.result["ranking"][-1]["reason"] == "no audition: not among the 2 nearest finished runs (`shortlist`)"
+    monkeypatch.setattr(stage, "_loads", lambda *_: True)
+    assert ranking(2, energies).skipped  # what was left out is not looked at again
+    assert ranking(3, energies).key == ranking(50, energies).key == all_three.key != two.key
+    settled = dataclasses.replace(context, settled=True)
+    ranking(2, energies)
+    assert ranked(settled, monkeypatch, accuracies, runs=tuple(energies)).result["shortlist"] == 2
+    monkeypatch.setattr(stage, "_audition", lambda context, one, *_: stage._entry(one.card.name, None, "is gone"))
+    with pytest.raises(SourceError) as told:
+        stage.rank(dataclasses.replace(context, recipe=dataclasses.replace(context.recipe, shortlist=0)))
+    assert str(told.value) == "no source can be used here:\n  packaged: is gone"
 
 
 def test_a_source_whose_heads_all_diverge_is_unavailable_with_all_and_an_error_by_name(

@@ -84,6 +84,7 @@ def test_overrides(tmp_path: Path, override: str, field: tuple[str, ...], value:
         ),
         (MINIMAL | {"mode": "linear"}, "mode: Input should be"),
         (MINIMAL | {"sources": []}, "sources is ()"),
+        (MINIMAL | {"shortlist": -1}, "shortlist is -1; accepted: 0 or more"),
         (MINIMAL | {"sources": "mobilenet"}, "sources: Input should be 'all'"),
         (MINIMAL | {"sources": "mobilenet"}, "sources: Input should be a list, such as [mobilenet]; found 'mobilenet'"),
         (MINIMAL | {"export": {"variants": "fp16"}}, "export.variants: Input should be a list, such as [fp16]"),

@@ -160,6 +160,20 @@ def test_sources_that_cannot_be_used_are_told_with_their_reasons(
         source_features(every, target_of(every, cache), cache)
 
 
+def test_runs_beyond_the_shortlist_have_no_trial(recipe: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    card = sources.catalog()["mtcnn-onet"]
+    there = [sources.Candidate(card=replace(card, name=name), base=Path(name)) for name in ("far", "near")]
+    monkeypatch.setattr(tune, "survey", lambda *_, **more: (there, {}))
+    far_and_near = {name: {"energy": energy} for name, energy in (("far", 2.0), ("near", 1.0))}
+    monkeypatch.setattr(tune, "task_distances", lambda *_: (far_and_near, None))
+    one = replace(load_recipe(str(recipe)), sources="all", shortlist=1)
+    features, unavailable = source_features(one, target_of(one, cache), cache)
+    assert list(features) == ["near"]
+    assert unavailable == {"far": "no audition: not among the 1 nearest finished runs (`shortlist`)"}
+    features, unavailable = source_features(replace(one, shortlist=2), target_of(one, cache), cache)
+    assert (list(features), unavailable) == (["far", "near"], {})
+
+
 def test_the_folder_of_another_recipe_is_refused(headstart: Callable[..., Any], recipe: Path, tmp_path: Path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").write_text("not a run")
