@@ -30,6 +30,7 @@ def serve(
     open_health: bool = False,
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
+    idle_timeout: float = 75.0,
     provider: str = CPU,
     threads: int | None = None,
     max_queue: int = 256,
@@ -58,6 +59,7 @@ def serve(
         token_file: holds what every request must bring as `Authorization: Bearer TOKEN`.
         open_health: whether liveness and readiness answer without the token, for probes that cannot hold a secret.
         tls_cert, tls_key: PEM files; with them the server speaks HTTPS alone, and gRPC over TLS.
+        idle_timeout: seconds that a connection may wait between requests; more than a proxy in front keeps its own.
         provider: ONNX Runtime's execution provider that must run every model.
         threads: threads within an operator; None is one per core.
         max_queue: requests of one model that may wait; one more is told 429.
@@ -88,7 +90,7 @@ def serve(
     try:
         settings = HttpSettings(
             host=host, port=port, grpc_port=grpc_port, token=token, open_health=open_health,
-            tls_cert=tls_cert, tls_key=tls_key,
+            tls_cert=tls_cert, tls_key=tls_key, idle_timeout=idle_timeout,
         )  # fmt: skip
     except ValueError as error:
         raise PackageError(str(error)) from error

@@ -80,8 +80,8 @@ class HttpSettings:
         if self.max_held_bytes < self.max_body_bytes:
             raise ValueError(f"max_held_bytes is {self.max_held_bytes}; accepted: max_body_bytes or more")
         for name in ("header_timeout", "body_timeout", "idle_timeout", "drain_timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted: seconds above 0")
+            if not 0 < getattr(self, name) <= 86400:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: seconds above 0, up to 86400")
 
     @property
     def is_local(self) -> bool:

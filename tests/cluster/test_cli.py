@@ -32,6 +32,7 @@ FLAGS = {
         "open-health",
         "tls-cert",
         "tls-key",
+        "idle-timeout",
         "provider",
         "threads",
         "max-queue",

@@ -40,6 +40,7 @@ class Connection(RequestReader):
         self._choose_id, self._watch = server.request_ids.choose, server.watch
         self._exchange: Exchange | None = None
         self._flushing = False
+        self._client = ""
         self._latest = NEVER  # when what a connection that closes has not sent yet is given up
 
     # What asyncio calls.
@@ -47,6 +48,8 @@ class Connection(RequestReader):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has connected."""
         self._transport = cast(asyncio.Transport, transport)
+        if self._watch is not None and (peer := transport.get_extra_info("peername")):
+            self._client = peer[0]
         self.deadline = self._server.clock() + self._settings.header_timeout
         if self._server.add(self):
             return
@@ -134,7 +137,7 @@ class Connection(RequestReader):
                 done.exception()  # asked for, or asyncio would complain that nobody did
             if self._watch is not None:
                 head = exchange.head
-                self._watch.ended(exchange, Outcome(head.method, head.path, CLIENT_GONE, 0, head.texts))
+                self._watch.ended(exchange, Outcome(head.method, head.path, CLIENT_GONE, 0, head.texts, self._client))
             return
         try:
             response = later.finish(done.result())
@@ -174,7 +177,8 @@ class Connection(RequestReader):
         else:
             self._linger()
         if self._watch is not None:
-            self._watch.ended(exchange, Outcome(head.method, head.path, response.status, length, head.texts))
+            outcome = Outcome(head.method, head.path, response.status, length, head.texts, self._client)
+            self._watch.ended(exchange, outcome)
 
     def _refuse(self, error: ServeError, head: Head | None = None) -> None:
         """Answer what cannot be read any further, and close; `head` is what was read of the request's, where let in."""
@@ -189,7 +193,7 @@ class Connection(RequestReader):
         self._linger()
         if self._watch is not None:
             method, path, headers = (head.method, head.path, head.texts) if head else ("-", "-", dict)
-            outcome = Outcome(method, path, error.status, len(body), headers)
+            outcome = Outcome(method, path, error.status, len(body), headers, self._client)
             self._watch.ended(Seen(request_id, perf_counter_ns()), outcome)
 
     def _linger(self) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
 from time import perf_counter_ns
 from typing import Any
+from urllib.parse import unquote
 
 import grpc  # type: ignore[import-untyped]
 import grpc.aio  # type: ignore[import-untyped]
@@ -208,7 +209,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]
         def metadata() -> dict[str, str]:
             return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
 
-        self._watch.ended(seen, Outcome(path[1:], "", status, num_bytes, metadata))
+        self._watch.ended(seen, Outcome(path[1:], "", status, num_bytes, metadata, _client(context)))
 
     async def _check(self, body: bytes, context: Any, seen: Seen) -> bytes:
         return self._health.check(body)
@@ -250,6 +251,12 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._service.refused(error)
         self._tell(Seen(name, perf_counter_ns()), path, error.grpc, 0, context)
         await _abort(context, error, name)
+
+
+def _client(context: Any) -> str:
+    """The address of a call's client, of which grpc says `ipv4:127.0.0.1:4000` or `ipv6:%5B::1%5D:4000`."""
+    kind, _, where = unquote(context.peer()).partition(":")
+    return where.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else ""
 
 
 def _unknown() -> ServeError:

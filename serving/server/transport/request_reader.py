@@ -24,6 +24,7 @@ EMPTY = memoryview(b"")
 NEVER = float("inf")
 _ALIGNMENT = 16
 """Where the first tensor of a body starts; memory that is asked for starts so."""
+_TLS_HANDSHAKE = 22  # the first byte of a client that speaks TLS, and of no request
 _SPARE = 1
 """Bytes of room after a body's end. What fills its room makes libuv read again at once: a client that is quick to ask
 again would be served up to 32 times in a row, and nothing else in that time."""
@@ -145,6 +146,8 @@ class RequestReader(asyncio.BufferedProtocol, ABC):
             if len(self._buffer) == self._buffer.size:
                 self._admission.look(self._buffer.unread().tobytes())
                 self._refuse(too_many_headers(f"more than {self._buffer.size} bytes"), self._admission.head)
+            elif self._buffer and self._buffer.unread()[0] == _TLS_HANDSHAKE:
+                self._refuse(bad_request("the client speaks TLS, this port does not; ask for http://"))
             elif self._buffer and self.deadline > (latest := self._server.clock() + self._settings.header_timeout):
                 self.deadline = latest
             return False

@@ -10,7 +10,7 @@ from typing import Any
 from headstart.serving.errors import printable
 
 FORMATS = ("text", "json")
-FIELDS = ("worker", "request_id", "model", "version", "status", "ms", "bytes")
+FIELDS = ("worker", "client", "request_id", "model", "version", "status", "ms", "bytes")
 """What a record may say beside its message: given as `extra`, shown where it is there."""
 
 _PATIENCE_MS = 100

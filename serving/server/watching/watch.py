@@ -74,6 +74,8 @@ class Outcome(NamedTuple):
     """Of the answer's body."""
     headers: Callable[[], Mapping[str, str]]
     """Gives the request's headers, or metadata, in lower case."""
+    client: str = ""
+    """The address that the request came from, a proxy's where there is one; empty where it has none."""
 
     @property
     def failed(self) -> bool:
@@ -120,6 +122,8 @@ class AccessLog:
             "ms": round((perf_counter_ns() - seen.began) * 1e-6, 3),
             "bytes": outcome.num_bytes,
         }
+        if outcome.client:
+            extra["client"] = outcome.client
         if seen.request is not None:
             extra["model"] = seen.request.model
             if version := seen.response.version if seen.response is not None else seen.request.version:

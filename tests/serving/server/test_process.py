@@ -1,6 +1,7 @@
 """A serving process from start to end: what it refuses to start with, TLS, winding down, signals."""
 
 import asyncio
+import math
 import os
 import re
 import shutil
@@ -191,6 +192,8 @@ def test_a_port_in_use_and_a_strange_address_are_named():
         {"max_header_bytes": 10},
         {"max_held_bytes": 5},
         {"idle_timeout": 0},
+        {"idle_timeout": math.inf},
+        {"header_timeout": math.nan},
     ],
     ids=str,
 )

@@ -395,11 +395,12 @@ def test_every_option_reaches_what_it_is_for(root: Path, tmp_path: Path, monkeyp
     code = serve(
         root, host="localhost", port=4001, grpc_port=4002, token_file=tmp_path / "token", threads=1, max_queue=7,
         max_batch=3, max_delay_ms=250, policy=["pinned:4", "demo=pinned:2"], public_key=tmp_path / "key", drift=0.5,
-        max_memory="3M", access_log=True, open_health=True,
+        max_memory="3M", access_log=True, open_health=True, idle_timeout=310.5,
     )  # fmt: skip
     assert code == 5
     settings = given["settings"]
     assert settings.open_health
+    assert (settings.idle_timeout, HttpSettings().idle_timeout) == (310.5, 75)
     assert not HttpSettings().open_health
     assert (settings.host, settings.port, settings.grpc_port, settings.token) == ("localhost", 4001, 4002, "secret")
     assert not settings.reuse_port

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -23,6 +24,7 @@ from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 from headstart.serving.server.command import serve
 from headstart.serving.server.errors import ServeError, StartError
 from headstart.serving.server.settings import HttpSettings
+from headstart.serving.server.transport import grpc_calls
 from headstart.serving.server.transport.grpc import GrpcServer, serve_grpc
 from headstart.serving.server.watching.watch import Outcome, Seen, Watch
 from headstart.serving.server.wire.grpc_codec import GrpcDecoder
@@ -725,3 +727,11 @@ def test_an_option_that_cannot_be_is_refused_before_anything_loads(tmp_path: Pat
     with pytest.raises(Exception, match="grpc_port is 70000") as caught:
         serve(tmp_path, grpc_port=70000)
     assert getattr(caught.value, "exit_code", None) == 2
+
+
+@pytest.mark.parametrize(
+    ("peer", "client"),
+    [("ipv4:203.0.113.7:4000", "203.0.113.7"), ("ipv6:%5B2001:db8::7%5D:4000", "2001:db8::7"), ("unix:", "")],
+)
+def test_the_address_of_a_client_is_read_from_what_grpc_calls_its_peer(peer: str, client: str):
+    assert grpc_calls._client(SimpleNamespace(peer=lambda: peer)) == client

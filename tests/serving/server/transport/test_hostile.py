@@ -555,3 +555,11 @@ def test_noise_on_the_wire_does_no_harm(running: Running, pieces: list[bytes]):
         except ConnectionError:
             pass
     still_serves(running)
+
+
+def test_a_client_that_speaks_tls_to_the_plain_port_is_told_at_once(running: Running, guarded: Running):
+    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
+    answer = told(running, hello)
+    assert (answer.status, "the client speaks TLS" in answer.json()["error"]) == (400, True)
+    assert told(guarded, hello).status == 401  # who brings no token learns nothing
+    still_serves(running)
