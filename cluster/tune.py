@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from headstart.cluster.report.table import print_table, stdout_console
 from headstart.cluster.stages.context import Reporter, cache_root
 from headstart.cluster.stages.distances import is_long, task_distances, too_far, why_too_far
 from headstart.cluster.stages.rank import no_source
-from headstart.cluster.stages.run_directory import write_json
+from headstart.cluster.stages.run_directory import fingerprint, read_json, write_json
 from headstart.trainer.audition import audition, head_settings
+from headstart.trainer.backbones.tensors import tensors_fingerprint
 from headstart.trainer.errors import RecipeError, RunError, SourceError
 from headstart.trainer.features import extract_features
 from headstart.trainer.inputs.readers import load_images
@@ -40,7 +42,8 @@ _FIGURES = ("accuracy", "loss", "learning_rate", "weight_decay", "seed", "num_he
 def tune_heads(recipe: Recipe, out: Path, *, connection: Connection, cache: Path | None = None) -> Trials:
     """Run one trial a source and return them, the best first; the document is written to `out`/tune.json.
 
-    Features are computed here, once, before the trials start. Raises `SourceError` when no source is available and
+    Features are computed here, once, before the trials start. Each trial that has finished is kept in `out`, and not
+    run again while the recipe and the features are the same. Raises `SourceError` when no source is available and
     `RunError` when a trial fails.
     """
     cache = cache or cache_root()
@@ -48,11 +51,8 @@ def tune_heads(recipe: Recipe, out: Path, *, connection: Connection, cache: Path
     with open_run(recipe, out) as directory:
         images = load_images(recipe.data, cache)
         target = Target(images=images, parts=split_images(images, recipe.data.split, recipe.seed))
-        storage = directory.private / "tune"
-        shutil.rmtree(storage, ignore_errors=True)
         features, unavailable = source_features(recipe, target, cache)
-        trials = _run_trials(recipe, target, features, storage, connection, unavailable)
-        shutil.rmtree(storage, ignore_errors=True)
+        trials = _trials(recipe, target, features, directory.private, connection, unavailable)
         document = {
             "schema": 1,
             "name": recipe.name,
@@ -95,20 +95,70 @@ def source_features(recipe: Recipe, target: Target, cache: Path) -> tuple[dict[s
     return features, unavailable
 
 
-def _run_trials(
+def _trials(
     recipe: Recipe,
     target: Target,
     features: dict[str, torch.Tensor],
-    storage: Path,
+    private: Path,
     connection: Connection,
     unavailable: dict[str, str],
 ) -> list[dict[str, Any]]:
-    """Run a trial a source and return the figures of their banks; `unavailable` gets why some have none."""
+    """Return the figures of each source's bank; `unavailable` gets why some have none.
+
+    Those of trials that an earlier command finished are read from `private`/trials.
+    """
+    labels = torch.from_numpy(target.known().labels)
+    settings = recipe_document(recipe)
+    asked = fingerprint([settings["search"], settings["train"]["optimizer"], recipe.seed, len(target.parts["train"])])
+    keys = {
+        name: tensors_fingerprint({"features": tensor, "labels": labels}, asked) for name, tensor in features.items()
+    }
+    kept = {name: private / "trials" / f"{name}.json" for name in features}
+
+    def finished() -> dict[str, dict[str, Any]]:
+        found = {name: read_json(path) for name, path in kept.items()}
+        return {name: one["figures"] for name, one in found.items() if one is not None and one["key"] == keys[name]}
+
+    def keep(figures: dict[str, Any]) -> None:
+        name = figures["config"]["source"]
+        there = {figure: figures[figure] for figure in (*_FIGURES, "reason") if figure in figures}
+        write_json(kept[name], {"key": keys[name], "figures": there})
+
+    before = finished()
+    if before:
+        Reporter().say(f"{len(before)} of {len(features)} trials were finished by an earlier command")
+    if missing := {name: tensor for name, tensor in features.items() if name not in before}:
+        (private / "trials").mkdir(exist_ok=True)
+        storage = private / "tune"
+        shutil.rmtree(storage, ignore_errors=True)
+        _run(recipe, target, missing, labels, storage, connection, keep)
+        shutil.rmtree(storage, ignore_errors=True)
+    all_figures = finished()
+    unavailable |= {name: figures["reason"] for name, figures in all_figures.items() if "reason" in figures}
+    trials = [{"source": name, **all_figures[name]} for name in features if "reason" not in all_figures[name]]
+    if not trials:
+        raise no_source(unavailable)
+    return trials
+
+
+def _run(
+    recipe: Recipe,
+    target: Target,
+    features: dict[str, torch.Tensor],
+    labels: torch.Tensor,
+    storage: Path,
+    connection: Connection,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """Run a trial a source; `keep` is given what each comes to, when it has finished."""
     # Tune's trials leak their resources when it runs without Ray's dashboard.
     ray = connection.ray(num_workers=1, dashboard=True)
     from ray import tune
 
-    labels = torch.from_numpy(target.known().labels)
+    class Keeper(tune.Callback):
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            keep(trial.last_result)
+
     stored = {name: ray.put((tensor.clone(), labels)) for name, tensor in features.items()}
     trial = tune.with_parameters(
         _trial,
@@ -122,7 +172,7 @@ def _run_trials(
         tune.with_resources(trial, resources),
         param_space={"source": tune.grid_search(sorted(features))},
         tune_config=tune.TuneConfig(metric="accuracy", mode="max"),
-        run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0),
+        run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0, callbacks=[Keeper()]),
     )
     # Tune's own handler of SIGINT would return half the trials as if they were all.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -135,17 +185,6 @@ def _run_trials(
         raise RunError(
             f"{len(results.errors)} of {len(results)} trials failed, the first with {reason}"
         ) from results.errors[0]
-    trials: list[dict[str, Any]] = []
-    for position in range(len(results)):
-        figures = results[position].metrics or {}
-        source = figures["config"]["source"]
-        if "reason" in figures:
-            unavailable[source] = figures["reason"]
-        else:
-            trials.append({"source": source, **{name: figures[name] for name in _FIGURES}})
-    if not trials:
-        raise no_source(unavailable)
-    return trials
 
 
 def print_trials(document: Trials, console: Console | None = None) -> None:

@@ -137,7 +137,7 @@ class RunDirectory:
         interrupt.check()
         key = fingerprint({"stage": name, **inputs})
         record_path = self.private / f"{name}.json"
-        record = _read_json(record_path)
+        record = read_json(record_path)
         holds = record is not None and record["key"] == key and still_true(record["result"])
         if record is not None and not holds:
             self.remove_summary()
@@ -171,14 +171,14 @@ class RunDirectory:
 
     def result(self, name: str) -> Result | None:
         """Return what a stage came to when it was last run; None where it never was."""
-        record = _read_json(self.private / f"{name}.json")
+        record = read_json(self.private / f"{name}.json")
         return None if record is None else record["result"]
 
     def num_backbone_images(self) -> int:
         """Count the images that this attempt's stages passed through a backbone."""
         images: dict[str, int] = {}
         for name in self.stages:
-            record = _read_json(self.private / f"{name}.json")
+            record = read_json(self.private / f"{name}.json")
             if record is not None and record["attempt"] == self.attempt:
                 images |= record["images"]
         return sum(images.values())
@@ -193,7 +193,7 @@ class RunDirectory:
         return all(path.is_file() and file_digest(path) == digest for path, digest in paths.items())
 
     def _open_attempt(self) -> str:
-        found = _read_json(self.private / "attempt.json")
+        found = read_json(self.private / "attempt.json")
         if found is not None and not found["finished"]:
             return str(found["id"])
         attempt = uuid.uuid4().hex
@@ -208,7 +208,7 @@ class RunDirectory:
             raise RunError(f"{self.path} exists and is no run directory; give --out a new or empty folder")
 
     def _check_identity(self, identity: Mapping[str, object]) -> None:
-        found = _read_json(self.private / "identity.json") or identity
+        found = read_json(self.private / "identity.json") or identity
         differences = [key for key in identity if found.get(key) != identity[key]]
         if differences and not self._is_bare():
             told = ", ".join(f"{key} {found.get(key)!r} there, {identity[key]!r} here" for key in differences)
@@ -223,7 +223,8 @@ class RunDirectory:
         return all(path.name in names for folder, names in known for path in folder.iterdir())
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Return a JSON document that `write_json` wrote, None where there is none; raises `RunError` for a damaged one."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

@@ -19,7 +19,7 @@ from headstart.cluster.recipe_file import load_recipe
 from headstart.cluster.tune import print_trials, source_features
 from headstart.trainer.audition import audition
 from headstart.trainer.backbones.backbone import Backbone
-from headstart.trainer.errors import RecipeError, SourceError
+from headstart.trainer.errors import RecipeError, RunError, SourceError
 from headstart.trainer.features import extract_features
 from headstart.trainer.inputs.readers import load_images
 from headstart.trainer.inputs.split import split_images
@@ -82,16 +82,22 @@ def auditioned(recipe: Recipe, source: str, cache: Path) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_trial_is_the_whole_bank_of_one_source(recipe: Path, tmp_path: Path, cache: Path):
-    mark, out = uuid.uuid4().hex, tmp_path / "run"
-    try:
-        ended = subprocess.run(
-            [sys.executable, "-m", "headstart.cluster.cli", "tune", str(recipe), "--out", str(out), "--json"],
-            capture_output=True, text=True, timeout=800, env=os.environ | {MARK: mark}, cwd=tmp_path, check=False,
-        )  # fmt: skip
-        assert gone(mark), "Ray's processes live on after the command"
-    finally:
-        kill(mark)
-    assert ended.returncode == 0, ended.stderr
+    out = tmp_path / "run"
+
+    def tuned() -> "subprocess.CompletedProcess[str]":
+        mark = uuid.uuid4().hex
+        try:
+            ended = subprocess.run(
+                [sys.executable, "-m", "headstart.cluster.cli", "tune", str(recipe), "--out", str(out), "--json"],
+                capture_output=True, text=True, timeout=400, env=os.environ | {MARK: mark}, cwd=tmp_path, check=False,
+            )  # fmt: skip
+            assert gone(mark), "Ray's processes live on after the command"
+        finally:
+            kill(mark)
+        assert ended.returncode == 0, ended.stderr
+        return ended
+
+    ended = tuned()
     document = json.loads(ended.stdout)
     assert document["schema"] == 1
     assert document["search"] == SEARCH
@@ -103,6 +109,52 @@ def test_every_trial_is_the_whole_bank_of_one_source(recipe: Path, tmp_path: Pat
     assert document["trials"] == sorted(expected, key=lambda trial: -trial["accuracy"])
     assert document["trials"][0]["accuracy"] > document["trials"][1]["accuracy"]
     assert not (out / ".stages" / "tune").exists()
+
+    (out / "tune.json").unlink()  # as if it had been killed when one had finished
+    (out / ".stages" / "trials" / f"{SOURCES[0]}.json").unlink()
+    again = tuned()
+    assert "1 of 2 trials were finished by an earlier command" in again.stderr
+    assert json.loads(again.stdout) == json.loads((out / "tune.json").read_text()) == document
+
+
+def test_trials_that_have_finished_are_not_run_again(
+    recipe: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ran: list[str] = []
+    ends = [True]
+
+    def run(*arguments: Any) -> None:
+        features, keep = arguments[2], arguments[-1]
+        for name in features:
+            if name == "ended" and ends.pop():
+                raise RunError("ended")
+            ran.append(name)
+            keep({"config": {"source": name}, "accuracy": 0.5 + len(ran), "time_total_s": 1.0})
+
+    monkeypatch.setattr(tune, "_run", run)
+    one = load_recipe(str(recipe))
+    target = target_of(one, cache)
+    features = {name: torch.full((130, 2), float(number)) for number, name in enumerate(("whole", "ended"))}
+
+    def trials(recipe: Recipe = one) -> list[dict[str, Any]]:
+        ran.clear()
+        connection: Any = None  # `run` needs none
+        return tune._trials(recipe, target, features, tmp_path, connection, {})
+
+    monkeypatch.setattr(tune, "_FIGURES", ("accuracy",))
+    with pytest.raises(RunError, match="ended"):
+        trials()
+    ends += [False] * 5
+    assert trials() == [{"source": "whole", "accuracy": 1.5}, {"source": "ended", "accuracy": 1.5}]
+    assert ran == ["ended"]
+    assert len(trials()) == 2
+    assert ran == []
+    features["whole"] = features["whole"] + 1
+    trials()
+    assert ran == ["whole"]
+    for other in (replace(one, seed=5), replace(one, search=replace(one.search, epochs=1))):
+        trials(other)
+        assert ran == ["whole", "ended"]
 
 
 def features_but_of(source: str) -> Callable[..., Any]:
