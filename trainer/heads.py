@@ -191,6 +191,8 @@ class HeadBank:
         if x.ndim != 2 or y.shape != x.shape[:1] or not len(x):
             shapes = f"features {tuple(x.shape)} and labels {tuple(y.shape)}"
             raise ValueError(f"{shapes} do not fit; accepted: [N, D] and [N] with N at least 1")
+        if y.is_floating_point() and bool((odd := y != y.round()).any()):
+            raise ValueError(f"labels hold {float(y[odd][0])}; accepted: whole numbers, 0 to {self.num_classes - 1}")
         if int(y.min()) < 0 or int(y.max()) >= self.num_classes:
             raise ValueError(f"labels go from {int(y.min())} to {int(y.max())}; accepted: 0 to {self.num_classes - 1}")
         return x.to(self.device), y.to(self.device, torch.int64)

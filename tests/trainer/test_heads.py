@@ -184,6 +184,9 @@ def test_what_does_not_fit_is_refused(blobs):
     x, y = blobs(20, 4, 2)
     with pytest.raises(ValueError, match=r"labels go from 0 to 1; accepted: 0 to 0"):
         fitted(SETTINGS, x, y, num_classes=1)
+    for odd in (0.5, math.nan):
+        with pytest.raises(ValueError, match=rf"labels hold {odd}; accepted: whole numbers, 0 to 1"):
+            fitted(SETTINGS, x, torch.where(y == 1, odd, 0.0), num_classes=2)
     with pytest.raises(ValueError, match=r"labels go from -1 to 0; accepted: 0 to 1"):
         fitted(SETTINGS, x, y - 1, num_classes=2)
     with pytest.raises(ValueError, match=r"\(20, 4\) and labels \(19,\) do not fit"):

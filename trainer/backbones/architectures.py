@@ -90,14 +90,19 @@ def find_architecture(name: str) -> Architecture:
 
 
 def build_architecture(name: str) -> tuple[nn.Module, int]:
-    """Return a randomly initialised module [N, C, S, S] -> [N, D], and D.
+    """Return a randomly initialised float32 module [N, C, S, S] -> [N, D], and D.
 
         module, num_features = build_architecture("torchvision:resnet50")
 
     Draws from torch's global generator: seed it first. Raises `SourceError` for an unknown architecture.
     """
     architecture = find_architecture(name)
-    return architecture.build(), architecture.num_features
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # in another dtype other numbers would be drawn
+    try:
+        return architecture.build(), architecture.num_features
+    finally:
+        torch.set_default_dtype(before)
 
 
 @functools.cache

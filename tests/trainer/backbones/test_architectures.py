@@ -132,3 +132,19 @@ def test_channels_are_checked():
 def test_every_torchvision_model_is_described():
     for name in architecture_names():
         assert find_architecture(name).num_features > 0
+
+
+def test_the_default_dtype_changes_no_number_that_is_drawn():
+    def drawn() -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        return build_architecture("headstart:mtcnn-onet")[0].state_dict()
+
+    expected = drawn()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = drawn()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
