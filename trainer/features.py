@@ -27,7 +27,7 @@ from headstart.trainer.backbones.backbone import Backbone
 from headstart.trainer.backbones.tensors import tensors_fingerprint
 from headstart.trainer.errors import RunError, SourceError
 from headstart.trainer.exact import exact_on
-from headstart.trainer.files import ASK_OWNER, write_atomically
+from headstart.trainer.files import ASK_OWNER, sweep, write_atomically
 from headstart.trainer.inputs.batches import pixel_batches
 from headstart.trainer.inputs.dataset import LabelledImages
 
@@ -36,6 +36,8 @@ Progress = Callable[[int, int], None]
 BATCH_SIZE = 32
 SHARD_SIZE = 256
 DTYPE = "float32"
+_AT_WORK = 3600.0
+"""Seconds after which nobody is writing a shard any more."""
 SCHEMA = 2
 """2: a dark PGM of 16 bits is decoded as such."""
 
@@ -168,7 +170,7 @@ def _shard(directory: Path, index: int) -> Path:
 
 
 def _prepare(directory: Path, identity: dict[str, object]) -> None:
-    """Make the folder, or refuse one whose manifest describes other features."""
+    """Make the folder, or refuse one whose manifest describes other features; tidy one that is there."""
     manifest = directory / "manifest.json"
     with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged one is written anew: the key implies it
         try:
@@ -179,6 +181,7 @@ def _prepare(directory: Path, identity: dict[str, object]) -> None:
             ) from error
         if _canonical(found) != _canonical(identity):
             raise RunError(f"{manifest} describes other features than its name; delete {directory} and run again")
+        sweep(directory, _AT_WORK)
         return
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,16 @@
 """Files that are whole or not there, and files of other users."""
 
+import contextlib
 import os
+import re
 import secrets
+import time
 from pathlib import Path
 
 ASK_OWNER = "whoever made it can make it readable: chmod -R a+rX"
 """The next step where a file may not be read."""
+
+_LEFT = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -21,6 +26,17 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sweep(folder: Path, seconds: float) -> None:
+    """Remove what writes in `folder` have left that were killed; younger than `seconds` may be another's at work."""
+    left: list[Path] = []
+    with contextlib.suppress(OSError):  # not ours to list
+        left += (path for path in folder.iterdir() if _LEFT.fullmatch(path.name))
+    for path in left:
+        with contextlib.suppress(OSError):  # it has just become its file, or is not ours to remove
+            if path.stat().st_mtime <= time.time() - seconds:
+                path.unlink()
 
 
 def is_there(path: Path) -> bool:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from headstart.cluster import interrupt
 from headstart.trainer.errors import RunError
 from headstart.trainer.features import CachedFeatures
-from headstart.trainer.files import write_atomically
+from headstart.trainer.files import sweep, write_atomically
 
 SUMMARY = "summary.json"
 # What a run that has finished no stage leaves behind: in its folder, and in `.stages/` there.
@@ -97,6 +97,8 @@ class RunDirectory:
         except OSError as error:
             self._lock.close()
             raise RunError(f"cannot lock {lock}: {error}. Give --out a folder on a file system with locks") from error
+        for folder in (self.path, self.private):
+            sweep(folder, 0)
         try:  # under the lock: until it is free, the other run may yet make something
             self._check_identity(identity)
         except RunError:

@@ -221,3 +221,22 @@ def test_a_number_that_json_does_not_have_is_not_written(tmp_path: Path, number:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "x.json", {"figure": number})
     assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_writes_left_in_the_folder_goes_when_the_next_command_opens_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    work = Work(tmp_path)
+    do(tmp_path, work, {"epochs": 1})
+
+    def killed(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", killed)
+        for folder in (tmp_path, tmp_path / ".stages"):
+            with pytest.raises(KeyboardInterrupt):
+                write_json(folder / "ranking.json", {})
+    assert len(list(tmp_path.rglob("*.tmp"))) == 2
+    do(tmp_path, work, {"epochs": 1})
+    assert list(tmp_path.rglob("*.tmp")) == []

@@ -274,6 +274,13 @@ def test_a_killed_extraction_goes_on_at_the_first_missing_shard(tmp_path: Path):
     undisturbed = extract_features(backbone(), images(3 * SHARD_SIZE), tmp_path / "other")
     assert torch.equal(resumed.tensor(), undisturbed.tensor())
 
+    old, young = (resumed.directory / f".0000{n}.safetensors.0123456789abcdef.tmp" for n in (1, 2))
+    for half in (old, young):  # as of a write that was killed
+        half.touch()
+    os.utime(old, (1e9, 1e9))
+    extract_features(net, images(3 * SHARD_SIZE), tmp_path)
+    assert (old.exists(), young.exists()) == (False, True)  # the younger may be another process's, at work
+
 
 @pytest.mark.parametrize("setting", ["none", "tf32", "ieee"])
 def test_whatever_the_process_has_set_there_is_no_tf32_and_the_setting_stays(setting: str):
