@@ -1,9 +1,12 @@
 """What the rounded precisions cost, and that an order of tasks survives them."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from headstart.kernels import naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
@@ -38,6 +41,27 @@ def test_an_operand_is_as_near_as_its_precision_says(precision: str, device: str
     low = 0 if operand.low is None else operand.low.double()
     products = (operand.high.double() * (operand.high.double() + 2 * low)).sum(1)
     torch.testing.assert_close(operand.squares.double(), products, rtol=1e-6, atol=0)
+
+
+class AddedAsOnCuda(TorchFunctionMode):
+    """What CUDA's reductions do: the numbers of a row are added in another order where there are fewer than 16 rows."""
+
+    def __torch_function__(self, function: Any, types: Any, given: tuple[Any, ...] = (), named: Any = None) -> Any:
+        if function in (torch.linalg.vector_norm, torch.Tensor.sum) and len(given[0]) < 16:
+            given = (given[0].flip(1), *given[1:])
+        return function(*given, **(named or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", *HALF_STEP])
+def test_the_squares_of_a_few_rows_are_those_that_they_have_among_others(precision: str, device: str):
+    rows = features(40, 300, 1, device)
+    centre = rows.mean(0)
+    with nullcontext() if device == "cuda" else AddedAsOnCuda():
+        squares = make_operand(rows, centre, precision, 320).squares
+        for n in (1, 2, 5, 15):
+            few = make_operand(rows[:n], centre, precision, 320)
+            assert len(few.high) == n
+            assert torch.equal(few.squares, squares[:n])
 
 
 def test_tf32_rounds_to_nearest_even():
