@@ -18,6 +18,7 @@ from collections import defaultdict
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PRECISIONS = {
@@ -157,6 +158,15 @@ _LEAST_ROWS = 16
 """Rows that are summed together at least. Of fewer CUDA lets more threads share a row and adds it in another order
 (`setReduceConfig` in PyTorch's Reduce.cuh), so that a set of few rows would not have the own sum that it has among
 others."""
+
+
+def summed_alike(rows: Tensor) -> Tensor:
+    """Rows [P, D] with zeros beside and below them, so that the sum of each follows from its numbers alone.
+
+    Above D = 128 CUDA's order follows from where a row begins, too: all begin on four numbers then.
+    """
+    beside, below = -rows.shape[1] % 4, max(0, _LEAST_ROWS - len(rows))
+    return F.pad(rows, (0, beside, 0, below)) if beside or below else rows
 
 
 def make_operand(rows: Tensor, centre: Tensor, precision: str, pitch: int) -> Operand:

@@ -2,11 +2,9 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from headstart.kernels import naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
@@ -19,7 +17,7 @@ from headstart.kernels.engine.precision import (
 )
 from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.ragged import RaggedTasks, common_centre
-from tests.kernels.cases import FUNCTIONS, HALF_STEP, double, rounding_error, thirds
+from tests.kernels.cases import FUNCTIONS, HALF_STEP, AddedAsOnCuda, double, rounding_error, thirds
 
 
 def features(n: int, d: int, seed: int, device: str) -> torch.Tensor:
@@ -41,15 +39,6 @@ def test_an_operand_is_as_near_as_its_precision_says(precision: str, device: str
     low = 0 if operand.low is None else operand.low.double()
     products = (operand.high.double() * (operand.high.double() + 2 * low)).sum(1)
     torch.testing.assert_close(operand.squares.double(), products, rtol=1e-6, atol=0)
-
-
-class AddedAsOnCuda(TorchFunctionMode):
-    """What CUDA's reductions do: the numbers of a row are added in another order where there are fewer than 16 rows."""
-
-    def __torch_function__(self, function: Any, types: Any, given: tuple[Any, ...] = (), named: Any = None) -> Any:
-        if function in (torch.linalg.vector_norm, torch.Tensor.sum) and len(given[0]) < 16:
-            given = (given[0].flip(1), *given[1:])
-        return function(*given, **(named or {}))
 
 
 @pytest.mark.parametrize("precision", ["fp32", *HALF_STEP])

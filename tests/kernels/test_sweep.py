@@ -2,6 +2,7 @@
 
 import gc
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from headstart.kernels.engine.tile import Value
 from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.mmd import mmd_distances
 from headstart.kernels.ragged import RaggedTasks
-from tests.kernels.cases import HALF_STEP, held
+from tests.kernels.cases import HALF_STEP, AddedAsOnCuda, held
 
 U = {"fp32": 2.0**-24, "fp64": 2.0**-53}
 
@@ -105,6 +106,17 @@ def test_cross_and_self_terms_of_the_same_rows_agree_in_every_bit(n: int, dtype:
     own = own_sums(tasks.features, tasks.offsets, None, NONE, "distance", precision, None)
     alone = own_sums(x, torch.tensor([0, n]), None, NONE, "distance", precision, None)
     assert len({float(value) for value in (*cross[[0, 2, 4]], *own[[0, 2, 4]], *itself, *alone)}) == 1
+
+
+def test_own_sums_with_near_pairs_follow_from_the_rows_alone(device: str):
+    """Whatever other near pairs are computed again beside them."""
+    x, y = (rows(1, 333, n, device) + 1e-2 * rows(n, 333, n + 1, device) for n in (4, 8))
+    tasks = RaggedTasks.from_list([y, x])
+    with nullcontext() if device == "cuda" else AddedAsOnCuda():
+        engine = Sweep(tasks.features, 16, Value("distance"), "fp32", None, torch.zeros(333, device=device))
+        own = sums.own_sums(engine, tasks.features, tasks.offsets)
+        alone = sums.own_sums(engine, x, torch.tensor([0, len(x)]))
+    assert own[1] == alone[0]
 
 
 def test_a_task_that_begins_as_the_target_does_is_not_taken_for_it(device: str):
