@@ -215,6 +215,9 @@ def test_rows_so_far_out_that_squares_overflow_are_refused():
     for call in (lambda: euclidean_distances(x, far, form="pairs"), lambda: nearest_neighbours(x, far)):
         with pytest.raises(ValueError, match="so far that squares overflow"):
             call()
+    near = RaggedTasks(tasks.features * 1e16, tasks.offsets)
+    expected = naive.euclidean_distances(x.double(), double(near), form="pairs")
+    torch.testing.assert_close(euclidean_distances(x, near, form="pairs").double(), expected, rtol=1e-5, atol=0)
 
 
 def test_self_terms_of_another_path_are_refused(path: str):

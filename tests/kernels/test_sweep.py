@@ -135,7 +135,9 @@ def test_a_distance_follows_from_its_own_task_alone(device: str):
     torch.testing.assert_close(together, alone, rtol=0, atol=8 * U["fp32"] * 100**0.5 * 15)
 
 
-@pytest.mark.parametrize("kind", ["plain", "near and equal rows", "half precision", "tf32", "float64 in float32"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "near and equal rows", "half precision", "tf32", "float64 in float32", "mixture"]
+)
 def test_memory_is_held_to(kind: str):
     d, precision = (400 if kind in ("tf32", "float64 in float32") else 40), ("tf32" if kind == "tf32" else "fp32")
     x, tasks = rows(1030, d, 1), [rows(n, d, n) for n in (1100, 1, *[300] * 10)]
@@ -147,14 +149,21 @@ def test_memory_is_held_to(kind: str):
     if kind == "float64 in float32":
         x, tasks = x.double(), [y.double() for y in tasks]
     ragged = RaggedTasks.from_list(tasks)
-    plain = energy_distances(x, ragged, precision=precision)
+    sigma = torch.tensor([1.0, 3.0, 9.0])
+
+    def call(memory: int | None) -> torch.Tensor:
+        if kind == "mixture":
+            return mmd_distances(x, ragged, bandwidths=sigma, memory=memory).distances
+        return energy_distances(x, ragged, precision=precision, memory=memory)
+
+    plain = call(None)
     whole = len(x) * len(ragged.features) * 4
     with pytest.raises(ValueError, match="at least") as refused:
-        energy_distances(x, ragged, precision=precision, memory=1)
+        call(1)
     least = int(re.search(r"at least (\d+)", str(refused.value))[1])
-    assert d > 40 or least < whole / 2
+    assert d > 40 or least < whole * (2 if kind == "mixture" else 1) / 2  # of which a mixture takes four arrays
     for memory in (least, 2 * least):
-        found, most = held(lambda memory=memory: energy_distances(x, ragged, precision=precision, memory=memory))
+        found, most = held(lambda memory=memory: call(memory))
         assert torch.equal(found, plain)
         assert most <= memory
 
