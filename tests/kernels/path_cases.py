@@ -212,7 +212,11 @@ def test_softmins_that_the_programs_have_not_are_eager(path: str):
 def test_rows_so_far_out_that_squares_overflow_are_refused():
     x, tasks = problem(20)
     far = RaggedTasks(tasks.features * 1e20, tasks.offsets)
-    for call in (lambda: euclidean_distances(x, far, form="pairs"), lambda: nearest_neighbours(x, far)):
+    for call in (
+        lambda: euclidean_distances(x, far, form="pairs"),
+        lambda: euclidean_distances(x * 1e20, tasks, form="pairs"),
+        lambda: nearest_neighbours(x, far),
+    ):
         with pytest.raises(ValueError, match="so far that squares overflow"):
             call()
     near = RaggedTasks(tasks.features * 1e16, tasks.offsets)
