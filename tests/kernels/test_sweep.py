@@ -11,6 +11,7 @@ from headstart.kernels import naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
 from headstart.kernels.engine import sums
 from headstart.kernels.engine.pairs import own_sums, pair_sums
+from headstart.kernels.engine.precision import square_error
 from headstart.kernels.engine.sweep import Sweep
 from headstart.kernels.engine.terms import NONE
 from headstart.kernels.engine.tile import Value
@@ -216,6 +217,20 @@ def test_half_of_the_pairs_are_all_of_them(stripe: int, monkeypatch: pytest.Monk
     x = rows(2100, 3, 1, device, torch.float64)
     found = own_sums(x, torch.tensor([0, len(x)]), None, NONE, "distance", "fp64", None)
     assert float(found[0]) == pytest.approx(float(naive.pairwise(x, x).sum()), rel=1e-13)
+
+
+@pytest.mark.parametrize("precision", HALF_STEP)
+def test_pairs_of_rows_with_themselves_are_as_near_as_the_precision_says(precision: str):
+    x, first = rows(600, 64, 1), 0  # three stripes
+    exact, norms = naive.pairwise(x.double(), x.double()).square(), x.double().norm(dim=1)
+    allowed = square_error(64, precision) * (norms[:, None] + norms).square()
+    engine = Sweep(x, len(x), Value("squared"), precision, None, torch.zeros(64))
+    for squares, size in engine.own_tiles(x):
+        part = slice(first, first + size), slice(first, None)
+        off = (squares - exact[part]).abs().fill_diagonal_(0)  # where each row is at `far` from itself
+        assert bool((off <= allowed[part]).all())
+        first += size
+    assert first == len(x)
 
 
 def test_products_stay_in_float32_whatever_the_process_has_set(device: str):
