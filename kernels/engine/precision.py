@@ -18,6 +18,7 @@ from collections import defaultdict
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PRECISIONS = {
@@ -153,6 +154,21 @@ class Operand(NamedTuple):
     """Squared norms of the rounded rows as the products have them, [M] float32 (float64 for fp64)."""
 
 
+_LEAST_ROWS = 16
+"""Rows that are summed together at least. Of fewer CUDA lets more threads share a row and adds it in another order
+(`setReduceConfig` in PyTorch's Reduce.cuh), so that a set of few rows would not have the own sum that it has among
+others."""
+
+
+def summed_alike(rows: Tensor) -> Tensor:
+    """Rows [P, D] with zeros beside and below them, so that the sum of each follows from its numbers alone.
+
+    Above D = 128 CUDA's order follows from where a row begins, too: all begin on four numbers then.
+    """
+    beside, below = -rows.shape[1] % 4, max(0, _LEAST_ROWS - len(rows))
+    return F.pad(rows, (0, beside, 0, below)) if beside or below else rows
+
+
 def make_operand(rows: Tensor, centre: Tensor, precision: str, pitch: int) -> Operand:
     """Rows [M, D] less a centre [D] as an operand with rows of `pitch` >= D numbers."""
     dtype = PRECISIONS[precision]
@@ -160,16 +176,17 @@ def make_operand(rows: Tensor, centre: Tensor, precision: str, pitch: int) -> Op
     num_rows, dim = rows.shape
     # Rounded as they are written: on a GPU this is bound by what it reads and writes, 8 bytes a number in bfloat16.
     held = torch.bfloat16 if precision == "bf16" else dtype
-    centred = torch.empty(num_rows, pitch, dtype=held, device=rows.device)
-    centred[:, dim:] = 0
-    torch.sub(rows.to(wide), centre.to(wide), out=centred[:, :dim])
+    centred = torch.empty(max(num_rows, _LEAST_ROWS), pitch, dtype=held, device=rows.device)
+    centred[num_rows:], centred[:, dim:] = 0, 0
+    torch.sub(rows.to(wide), centre.to(wide), out=centred[:num_rows, :dim])
     if precision == "bf16x3":
         high, low = split_bf16(centred)
         squares = (high.float() * (high.float() + 2 * low.float())).sum(1)
-        return Operand(high, low, squares)
+        return Operand(high[:num_rows], low[:num_rows], squares[:num_rows])
     if precision == "tf32":
         centred = round_tf32(centred)
-    return Operand(centred, None, torch.linalg.vector_norm(centred, dim=1, dtype=dtype).square_())
+    squares = torch.linalg.vector_norm(centred, dim=1, dtype=dtype).square_()
+    return Operand(centred[:num_rows], None, squares[:num_rows])
 
 
 _HALF_STEP = {"bf16": 2.0**-8, "tf32": 2.0**-11, "bf16x3": 2.0**-17, "fp32": 2.0**-24, "fp64": 2.0**-53}

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from headstart.kernels.engine.memory import fit_memory
-from headstart.kernels.engine.precision import PRECISIONS, ROUNDED, exact_products, nearer_rows, round_tf32
+from headstart.kernels.engine.precision import (
+    PRECISIONS,
+    ROUNDED,
+    exact_products,
+    nearer_rows,
+    round_tf32,
+    summed_alike,
+)
 from headstart.kernels.engine.tile import Panels, Rows, Scratch, Take, Tile, Value
 
 PANEL = 1024
@@ -299,7 +306,8 @@ class Sweep:
             ):
                 difference = self._differences(y, x, which_, row_, column_)
                 if take is None:
-                    tiles[which_, row_, column_] = difference.square_().sum(1).to(self.dtype)
+                    squares = summed_alike(difference.square_()).sum(1)[: len(difference)]
+                    tiles[which_, row_, column_] = squares.to(self.dtype)
                 else:
                     take(y.starts[0] + row_, x.starts[0] + column_, difference)
                     tiles[which_, row_, column_] = math.inf

@@ -58,9 +58,11 @@ def test_energy_and_pairs(d: int, precision: str):
         assert bool((off <= torch.tensor([rounding_error(x, y, precision, slope) for y in sources])).all())
 
 
+@pytest.mark.parametrize("n", [5, 20], ids="N{}".format)
 @pytest.mark.parametrize("precision", ["fp32", *ROUNDED])
-def test_the_distance_to_itself_is_exactly_zero(precision: str):
+def test_the_distance_to_itself_is_exactly_zero(precision: str, n: int):
     x, tasks = problem(20)
+    x = x[:n]
     among = RaggedTasks.from_list([tasks.task(1), x.clone(), tasks.task(2)])
     assert energy_distances(x, among, precision=precision)[1] == 0
     assert mmd_distances(x, among, precision=precision).distances[1] == 0
@@ -210,9 +212,16 @@ def test_softmins_that_the_programs_have_not_are_eager(path: str):
 def test_rows_so_far_out_that_squares_overflow_are_refused():
     x, tasks = problem(20)
     far = RaggedTasks(tasks.features * 1e20, tasks.offsets)
-    for call in (lambda: euclidean_distances(x, far, form="pairs"), lambda: nearest_neighbours(x, far)):
+    for call in (
+        lambda: euclidean_distances(x, far, form="pairs"),
+        lambda: euclidean_distances(x * 1e20, tasks, form="pairs"),
+        lambda: nearest_neighbours(x, far),
+    ):
         with pytest.raises(ValueError, match="so far that squares overflow"):
             call()
+    near = RaggedTasks(tasks.features * 1e16, tasks.offsets)
+    expected = naive.euclidean_distances(x.double(), double(near), form="pairs")
+    torch.testing.assert_close(euclidean_distances(x, near, form="pairs").double(), expected, rtol=1e-5, atol=0)
 
 
 def test_self_terms_of_another_path_are_refused(path: str):

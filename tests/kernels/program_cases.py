@@ -14,6 +14,7 @@ from headstart.kernels.engine import fused, launch, streamed, units
 from headstart.kernels.engine.launch import Value
 from headstart.kernels.engine.layouts import cancellation
 from headstart.kernels.engine.precision import Operand, make_operand
+from tests.kernels.cases import held
 from tests.kernels.other_device import DEVICE
 
 # Tiles are 16 x 16 under the interpreter, and stripes of the streamed path 32 x 32; the third task is in two of these,
@@ -140,7 +141,7 @@ def test_logsumexp_over_the_rows_of_each_task(precision: str, p: int, epsilon: f
     offsets = offsets_of(SIZES)
     x, y = operand(features(N), precision), operand(features(sum(SIZES), seed=1), precision)
     generator = torch.Generator().manual_seed(3)
-    h = torch.randn(sum(SIZES), generator=generator).to(DEVICE)
+    h = torch.randn(sum(SIZES), 2, generator=generator).to(DEVICE)[:, 0]  # not one beside the other
     h[3:7] = -math.inf
     h[0] = -math.inf  # all that the first task has
     options = {"inv_epsilon": 1 / epsilon, "p": p, "precision": precision, "path": path}
@@ -255,6 +256,22 @@ def test_neither_the_memory_nor_the_order_of_tiles_changes_a_bit(kind: str, monk
     assert torch.equal(launch.own_sums(y, offsets, **options, path="fused", memory=MEMORY), own)
 
 
+def test_the_least_memory_that_is_told_holds_the_results_of_one_task():
+    """And the table of its tiles, half of the bound each."""
+    n = 5 * N
+    offsets = torch.tensor([0, n, 2 * n])
+    x, y = operand(features(N), "fp32"), operand(features(2 * n, seed=1), "fp32")
+    h = torch.zeros(2 * n, device=DEVICE)
+    options = {"inv_epsilon": 1.0, "p": 2, "precision": "fp32", "path": "fused"}
+    with pytest.raises(ValueError, match="at least") as refused:
+        launch.row_logsumexp(x, y, offsets, h, **options, memory=1)
+    least = int(str(refused.value).split()[-1])
+    found, most = held(lambda: launch.row_logsumexp(x, y, offsets, h, **options, memory=least))
+    # Of another device's memory this tells nothing.
+    assert DEVICE != "cpu" or most <= least + found.nbytes
+    assert torch.equal(found, launch.row_logsumexp(x, y, offsets, h, **options, memory=MEMORY))
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_too_little_memory_is_refused(path: str):
     x = operand(features(40), "fp32")
@@ -284,10 +301,10 @@ def test_rows_beyond_two_to_the_31_numbers(path: str):
 def test_rows_of_another_length_are_refused():
     x, y = operand(features(3), "fp32"), operand(features(3), "fp32", pitch=100)
     apart = x._replace(high=x.high.new_zeros(3, 2 * PITCH)[:, :PITCH])  # rows with others between them
-    for other in (y, operand(features(3), "fp32", pitch=192), apart):
+    for one, other in ((x, y), (x, operand(features(3), "fp32", pitch=192)), (x, apart), (y, y)):
         with pytest.raises(ValueError, match="multiple of 64"):
             launch.cross_sums(
-                x, other, torch.tensor([0, 3]), precision="fp32", value=Value("sqrt"), path="fused", memory=MEMORY
+                one, other, torch.tensor([0, 3]), precision="fp32", value=Value("sqrt"), path="fused", memory=MEMORY
             )
 
 

@@ -1,6 +1,7 @@
 """What the rounded precisions cost, and that an order of tasks survives them."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from headstart.kernels.engine.precision import (
 )
 from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.ragged import RaggedTasks, common_centre
-from tests.kernels.cases import FUNCTIONS, HALF_STEP, double, rounding_error, thirds
+from tests.kernels.cases import FUNCTIONS, HALF_STEP, AddedAsOnCuda, double, rounding_error, thirds
 
 
 def features(n: int, d: int, seed: int, device: str) -> torch.Tensor:
@@ -38,6 +39,18 @@ def test_an_operand_is_as_near_as_its_precision_says(precision: str, device: str
     low = 0 if operand.low is None else operand.low.double()
     products = (operand.high.double() * (operand.high.double() + 2 * low)).sum(1)
     torch.testing.assert_close(operand.squares.double(), products, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", *HALF_STEP])
+def test_the_squares_of_a_few_rows_are_those_that_they_have_among_others(precision: str, device: str):
+    rows = features(40, 300, 1, device)
+    centre = rows.mean(0)
+    with nullcontext() if device == "cuda" else AddedAsOnCuda():
+        squares = make_operand(rows, centre, precision, 320).squares
+        for n in (1, 2, 5, 15):
+            few = make_operand(rows[:n], centre, precision, 320)
+            assert len(few.high) == n
+            assert torch.equal(few.squares, squares[:n])
 
 
 def test_tf32_rounds_to_nearest_even():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from headstart.kernels import naive
-from headstart.kernels.ragged import RaggedTasks, check_alike, check_labels
+from headstart.kernels.ragged import RaggedTasks, check_alike, check_labels, common_centre
 from tests.kernels.cases import FUNCTIONS, thirds
 
 X = torch.arange(12.0).reshape(6, 2)
@@ -43,6 +43,13 @@ def test_offsets_and_labels_may_be_strided():
     for function in FUNCTIONS.values():
         for one, other in zip(function(features[:50], tasks), function(features[:50], together), strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("num_rows", [1, 63, 127, 1000], ids="N{}".format)
+def test_the_common_centre_is_amid_rows_that_are_in_order(num_rows: int):
+    rows = torch.arange(num_rows, dtype=torch.float64)[:, None]
+    # Of every k-th of them, from the first: at most k / 2 from the mean, k being at most a 64th.
+    assert float((common_centre(rows) - rows.mean(0)).abs()) <= num_rows / 128
 
 
 def test_means_survive_a_large_common_offset(device: str):
@@ -117,11 +124,12 @@ def test_what_is_no_tensor_is_told_from_one(make: Callable[[], object], said: st
         make()
 
 
+@pytest.mark.parametrize("row", [3, 4])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_rows_that_are_not_finite_are_named_by_task_and_row(bad: float):
+def test_rows_that_are_not_finite_are_named_by_task_and_row(bad: float, row: int):
     rows = X.clone()
-    rows[4, 1] = bad
-    with pytest.raises(ValueError, match=r"task 1.*row 1"):
+    rows[row, 1] = bad
+    with pytest.raises(ValueError, match=rf"task 1 .*row {row - 3} \(row {row} of all"):
         RaggedTasks(rows, offsets(0, 3, 6))
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ from headstart.kernels import naive
 from headstart.kernels.energy import energy_distances, energy_self_terms
 from headstart.kernels.engine import sums
 from headstart.kernels.engine.pairs import own_sums, pair_sums
+from headstart.kernels.engine.precision import square_error
 from headstart.kernels.engine.sweep import Sweep
 from headstart.kernels.engine.terms import NONE
 from headstart.kernels.engine.tile import Value
 from headstart.kernels.euclidean import euclidean_distances
 from headstart.kernels.mmd import mmd_distances
 from headstart.kernels.ragged import RaggedTasks
-from tests.kernels.cases import HALF_STEP, held
+from tests.kernels.cases import HALF_STEP, AddedAsOnCuda, held
 
 U = {"fp32": 2.0**-24, "fp64": 2.0**-53}
 
@@ -107,6 +109,17 @@ def test_cross_and_self_terms_of_the_same_rows_agree_in_every_bit(n: int, dtype:
     assert len({float(value) for value in (*cross[[0, 2, 4]], *own[[0, 2, 4]], *itself, *alone)}) == 1
 
 
+def test_own_sums_with_near_pairs_follow_from_the_rows_alone(device: str):
+    """Whatever other near pairs are computed again beside them."""
+    x, y = (rows(1, 333, n, device) + 1e-2 * rows(n, 333, n + 1, device) for n in (4, 8))
+    tasks = RaggedTasks.from_list([y, x])
+    with nullcontext() if device == "cuda" else AddedAsOnCuda():
+        engine = Sweep(tasks.features, 16, Value("distance"), "fp32", None, torch.zeros(333, device=device))
+        own = sums.own_sums(engine, tasks.features, tasks.offsets)
+        alone = sums.own_sums(engine, x, torch.tensor([0, len(x)]))
+    assert own[1] == alone[0]
+
+
 def test_a_task_that_begins_as_the_target_does_is_not_taken_for_it(device: str):
     x = rows(30, 8, 1, device)
     tasks = RaggedTasks.from_list([torch.cat([x[:29], 3 * x[29:]])])
@@ -123,7 +136,9 @@ def test_a_distance_follows_from_its_own_task_alone(device: str):
     torch.testing.assert_close(together, alone, rtol=0, atol=8 * U["fp32"] * 100**0.5 * 15)
 
 
-@pytest.mark.parametrize("kind", ["plain", "near and equal rows", "half precision", "tf32", "float64 in float32"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "near and equal rows", "half precision", "tf32", "float64 in float32", "mixture"]
+)
 def test_memory_is_held_to(kind: str):
     d, precision = (400 if kind in ("tf32", "float64 in float32") else 40), ("tf32" if kind == "tf32" else "fp32")
     x, tasks = rows(1030, d, 1), [rows(n, d, n) for n in (1100, 1, *[300] * 10)]
@@ -135,14 +150,21 @@ def test_memory_is_held_to(kind: str):
     if kind == "float64 in float32":
         x, tasks = x.double(), [y.double() for y in tasks]
     ragged = RaggedTasks.from_list(tasks)
-    plain = energy_distances(x, ragged, precision=precision)
+    sigma = torch.tensor([1.0, 3.0, 9.0])
+
+    def call(memory: int | None) -> torch.Tensor:
+        if kind == "mixture":
+            return mmd_distances(x, ragged, bandwidths=sigma, memory=memory).distances
+        return energy_distances(x, ragged, precision=precision, memory=memory)
+
+    plain = call(None)
     whole = len(x) * len(ragged.features) * 4
     with pytest.raises(ValueError, match="at least") as refused:
-        energy_distances(x, ragged, precision=precision, memory=1)
+        call(1)
     least = int(re.search(r"at least (\d+)", str(refused.value))[1])
-    assert d > 40 or least < whole / 2
+    assert d > 40 or least < whole * (2 if kind == "mixture" else 1) / 2  # of which a mixture takes four arrays
     for memory in (least, 2 * least):
-        found, most = held(lambda memory=memory: energy_distances(x, ragged, precision=precision, memory=memory))
+        found, most = held(lambda memory=memory: call(memory))
         assert torch.equal(found, plain)
         assert most <= memory
 
@@ -195,6 +217,20 @@ def test_half_of_the_pairs_are_all_of_them(stripe: int, monkeypatch: pytest.Monk
     x = rows(2100, 3, 1, device, torch.float64)
     found = own_sums(x, torch.tensor([0, len(x)]), None, NONE, "distance", "fp64", None)
     assert float(found[0]) == pytest.approx(float(naive.pairwise(x, x).sum()), rel=1e-13)
+
+
+@pytest.mark.parametrize("precision", HALF_STEP)
+def test_pairs_of_rows_with_themselves_are_as_near_as_the_precision_says(precision: str):
+    x, first = rows(600, 64, 1), 0  # three stripes
+    exact, norms = naive.pairwise(x.double(), x.double()).square(), x.double().norm(dim=1)
+    allowed = square_error(64, precision) * (norms[:, None] + norms).square()
+    engine = Sweep(x, len(x), Value("squared"), precision, None, torch.zeros(64))
+    for squares, size in engine.own_tiles(x):
+        part = slice(first, first + size), slice(first, None)
+        off = (squares - exact[part]).abs().fill_diagonal_(0)  # where each row is at `far` from itself
+        assert bool((off <= allowed[part]).all())
+        first += size
+    assert first == len(x)
 
 
 def test_products_stay_in_float32_whatever_the_process_has_set(device: str):
