@@ -48,7 +48,7 @@ def serve(
     say: Callable[[str], None] = print,
     link: "Link | None" = None,
 ) -> int:
-    """Serve a repository until SIGTERM or SIGINT; returns the exit code.
+    """Serve a repository until SIGTERM, SIGINT or SIGHUP; returns the exit code.
 
         serve(Path("models"), port=8000, policy=["latest", "demo=canary:3:10%"])
 

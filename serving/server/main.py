@@ -6,7 +6,6 @@ import gc
 import logging
 import os
 import resource
-import signal
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from headstart.serving.server.errors import StartError
 from headstart.serving.server.interface import InferenceService
 from headstart.serving.server.scheduling.threads import THREAD_PREFIX
 from headstart.serving.server.settings import HttpSettings
+from headstart.serving.server.signals import end_signals
 from headstart.serving.server.transport.http import serve_http
 from headstart.serving.server.watching.watch import Watch
 
@@ -52,7 +52,7 @@ def run(
     link: "Link | None" = None,
     watch: Watch | None = None,
 ) -> int:
-    """Serve until SIGTERM or SIGINT, and return the exit code.
+    """Serve until a signal of `signals.end_signals`, and return the exit code.
 
     The port opens before the models load, so that a taken one is told at once and liveness can be probed while
     readiness says no; only a worker that takes another's place opens it last. At the signal the server stops
@@ -114,7 +114,7 @@ async def _serve(
 ) -> int:
     loop = asyncio.get_running_loop()
     first, second = asyncio.Event(), asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in end_signals():
         # A service manager may signal the supervisor and the workers: for a worker that is one end, not two.
         loop.add_signal_handler(number, lambda: (second if first.is_set() and link is None else first).set())
     servers: list[HttpServer | GrpcServer] = []
