@@ -85,6 +85,17 @@ def run(
     return code
 
 
+def hold_standard_files() -> None:
+    """Open those of stdin, stdout and stderr that are closed: what libuv opens would lie there, and it aborts a process
+    that has it close one of these, as at the end.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
+
+
 def _allow_files(settings: HttpSettings) -> None:
     """Raise the limit of open files, as a process may: the usual 1,024 are what its connections alone take.
 

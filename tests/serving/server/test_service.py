@@ -308,6 +308,21 @@ def server(root: Path) -> Iterator[Server]:
     started.process.wait()
 
 
+def test_neither_a_closed_stdin_nor_a_stdout_on_a_full_disk_ends_the_server(root: Path):
+    code = (
+        "import os, sys; from pathlib import Path; from headstart.serving.server.command import serve\n"
+        "sys.exit(serve(Path(sys.argv[1]), port=0, threads=1, say=lambda line: os.write(1, line.encode())))"
+    )
+    command = ["sh", "-c", 'exec "$@" <&- >/dev/full', "sh", sys.executable, "-c", code, str(root)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if "ready: " in line)
+        assert line.endswith("stdout does not take this line (No space left on device)\n")
+        process.terminate()
+        process.stderr.read()
+        assert process.wait(20) == 0
+
+
 def test_tritons_client_works_with_the_served_repository(server: Server, root: Path):
     assert f"serves 2 of 3 versions in {root}" in server.line
     client = triton.InferenceServerClient(server.address)
