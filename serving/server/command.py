@@ -153,14 +153,12 @@ def _unhindered(say: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def _tell_why(rows: list[dict[str, Any]], where: Path | str) -> None:
-    """Say why nothing is served."""
-    if not rows:
+    """Say what to do where there are no versions; why one does not serve is told when it is looked at."""
+    if not any(row["version"] for row in rows):
         if Path(where, MANIFEST).is_file():
             _LOG.warning("%s is a package itself; copy it to FOLDER/NAME/1, and serve FOLDER", where)
         else:
             _LOG.warning("there are no packages in %s; copy one to NAME/1 there", where)
-    for row in rows:
-        _LOG.warning("%s is not served: %s", f"{row['name']} {row['version']}".strip(), row["reason"])
 
 
 def open_repository(

@@ -56,6 +56,8 @@ class Entry:
     failed: dict[int, Attempt] = field(default_factory=dict)
     refused: list[int] = field(default_factory=list)
     """Of those that failed, what waits for other files, as it was last told."""
+    told: dict[str, str] = field(default_factory=dict)
+    """Of the folder's names that are no version, the reasons as they were last told."""
     absent: str = ""
     """What the policy names that is not there, in words, as it was last told."""
     unloaded: bool = False
