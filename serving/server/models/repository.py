@@ -274,9 +274,10 @@ class Repository:
                 _LOG.warning("%s: %s", f"{entry.name} {what}".strip(), reason)
         entry.told = entry.folder.refused
         versions = [*entry.folder.versions]
-        absent = entry.policy.absent(versions) if versions else ""
+        known = sorted({*versions, *entry.folder.elsewhere})
+        absent = entry.policy.absent(known) if known else ""
         if absent and absent != entry.absent:
-            _LOG.warning("%s: %s; there are %s", entry.name, absent, ", ".join(map(str, sorted(versions))))
+            _LOG.warning("%s: %s; there are %s", entry.name, absent, ", ".join(map(str, known)))
         entry.absent = absent
         if entry.unloaded:
             self._set(entry, None, None)
