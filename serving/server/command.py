@@ -48,7 +48,7 @@ def serve(
     say: Callable[[str], None] = print,
     link: "Link | None" = None,
 ) -> int:
-    """Serve a repository until SIGTERM or SIGINT; returns the exit code.
+    """Serve a repository until SIGTERM, SIGINT or SIGHUP; returns the exit code.
 
         serve(Path("models"), port=8000, policy=["latest", "demo=canary:3:10%"])
 
@@ -81,11 +81,12 @@ def serve(
         PackageError: an option cannot be, or the server cannot start; its exit code is 2.
     """
     options = {name: value for name, value in locals().items() if name not in ("workers", "say", "link")}
-    from headstart.serving.server.main import Ports, run
+    from headstart.serving.server.main import Ports, hold_standard_files, run
     from headstart.serving.server.service import Service
     from headstart.serving.server.settings import HttpSettings, read_token, tls_context
     from headstart.serving.server.watching.logs import FORMATS, configure
 
+    hold_standard_files()
     token = read_token(token_file) if token_file is not None else None
     try:
         settings = HttpSettings(
@@ -115,7 +116,7 @@ def serve(
     mirror = kept.mirror
     configure(log_format, None if link is None else link.number)
     if workers > 1:
-        return _supervise(options, workers, say, mirror)
+        return _supervise(options, workers, _unhindered(say), mirror)
     if link is None:
         service = Service(kept)
     else:
@@ -134,20 +135,30 @@ def serve(
         if not serving and (link is None or link.number == 0):
             _tell_why(rows, where)
         line = f"ready: {url}{beside} serves {serving} of {len(rows)} versions in {where}"
-        (say if link is None else link.ready)(line)
+        (_unhindered(say) if link is None else link.ready)(line)
 
     return run(settings, service, on_ready=ready, link=link, watch=_watch(access_log, otel))
 
 
+def _unhindered(say: Callable[[str], None]) -> Callable[[str], None]:
+    """As `say`; what cannot be written, on a full disk or for nobody, is logged and ends no server."""
+
+    def tell(line: str) -> None:
+        try:
+            say(line)
+        except OSError as error:
+            _LOG.warning("%s; stdout does not take this line (%s)", line, error.strerror)
+
+    return tell
+
+
 def _tell_why(rows: list[dict[str, Any]], where: Path | str) -> None:
-    """Say why nothing is served."""
-    if not rows:
+    """Say what to do where there are no versions; why one does not serve is told when it is looked at."""
+    if not any(row["version"] for row in rows):
         if Path(where, MANIFEST).is_file():
             _LOG.warning("%s is a package itself; copy it to FOLDER/NAME/1, and serve FOLDER", where)
         else:
             _LOG.warning("there are no packages in %s; copy one to NAME/1 there", where)
-    for row in rows:
-        _LOG.warning("%s is not served: %s", f"{row['name']} {row['version']}".strip(), row["reason"])
 
 
 def open_repository(

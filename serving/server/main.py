@@ -6,7 +6,6 @@ import gc
 import logging
 import os
 import resource
-import signal
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from headstart.serving.server.errors import StartError
 from headstart.serving.server.interface import InferenceService
 from headstart.serving.server.scheduling.threads import THREAD_PREFIX
 from headstart.serving.server.settings import HttpSettings
+from headstart.serving.server.signals import end_signals
 from headstart.serving.server.transport.http import serve_http
 from headstart.serving.server.watching.watch import Watch
 
@@ -52,7 +52,7 @@ def run(
     link: "Link | None" = None,
     watch: Watch | None = None,
 ) -> int:
-    """Serve until SIGTERM or SIGINT, and return the exit code.
+    """Serve until a signal of `signals.end_signals`, and return the exit code.
 
     The port opens before the models load, so that a taken one is told at once and liveness can be probed while
     readiness says no; only a worker that takes another's place opens it last. At the signal the server stops
@@ -85,6 +85,17 @@ def run(
     return code
 
 
+def hold_standard_files() -> None:
+    """Open those of stdin, stdout and stderr that are closed: what libuv opens would lie there, and it aborts a process
+    that has it close one of these, as at the end.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
+
+
 def _allow_files(settings: HttpSettings) -> None:
     """Raise the limit of open files, as a process may: the usual 1,024 are what its connections alone take.
 
@@ -114,7 +125,7 @@ async def _serve(
 ) -> int:
     loop = asyncio.get_running_loop()
     first, second = asyncio.Event(), asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in end_signals():
         # A service manager may signal the supervisor and the workers: for a worker that is one end, not two.
         loop.add_signal_handler(number, lambda: (second if first.is_set() and link is None else first).set())
     servers: list[HttpServer | GrpcServer] = []

@@ -56,6 +56,8 @@ class Entry:
     failed: dict[int, Attempt] = field(default_factory=dict)
     refused: list[int] = field(default_factory=list)
     """Of those that failed, what waits for other files, as it was last told."""
+    told: dict[str, str] = field(default_factory=dict)
+    """Of the folder's names that are no version, the reasons as they were last told."""
     absent: str = ""
     """What the policy names that is not there, in words, as it was last told."""
     unloaded: bool = False
@@ -115,7 +117,7 @@ class Entry:
     def index(self) -> list[dict[str, Any]]:
         """Its rows of the repository index; a version that serves names a failure of what should follow it."""
         rows = []
-        for version in sorted({*self.folder.versions, *self.served, *self.loading}):
+        for version in sorted({*self.folder.versions, *self.folder.elsewhere, *self.served, *self.loading}):
             state: State = "UNAVAILABLE"
             reason = self._problem(version)
             if version in self.served:
@@ -138,7 +140,9 @@ class Entry:
         ]
 
     def _problem(self, version: int) -> str:
-        """Why a version is not loaded from the files that are there; empty where nothing is wrong with them."""
+        """Why a version is not loaded; empty where nothing is wrong with its files."""
         if version in self.failed:
             return self.failed[version].reason
-        return _CHANGING if version in self.changing else ""
+        if version in self.changing:
+            return _CHANGING
+        return "" if version in self.folder.versions else self.folder.elsewhere.get(version, "")

@@ -16,7 +16,9 @@ from headstart.serving.server.models.policy import VERSION, Policy
 
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 POLICY_FILE = "policy"
-_POLICY_BYTES = 200
+ELSEWHERE = ".elsewhere"
+"""Beside a model's versions, where a mirror writes of others that it has not copied: `VERSION REASON` a line."""
+_POLICY_BYTES, _ELSEWHERE_BYTES = 200, 1 << 20
 _LEADS_OUT = "its folder is a link that leads out of the repository; copy it there"
 
 Refused = Callable[[str, list[int]], None]
@@ -53,6 +55,8 @@ class Folder:
     """Where it lies, once links to the root were followed."""
     versions: dict[int, Snapshot] = field(default_factory=dict)
     """By number."""
+    elsewhere: dict[int, str] = field(default_factory=dict)
+    """Versions that are known and not here, with the reason, or none where none is asked for."""
     refused: dict[str, str] = field(default_factory=dict)
     """Reasons by the name of what is no version."""
     policy: Policy | None = None
@@ -122,6 +126,10 @@ def _scan_model(folder: Path, root: Path) -> Folder:
         found.refused[""] = _LEADS_OUT
         return found
     for path in sorted(folder.iterdir()):
+        if path.name == ELSEWHERE:
+            with contextlib.suppress(OSError, ValueError):  # removed while we look, or somebody else's
+                lines = read_plain(path, _ELSEWHERE_BYTES).decode().splitlines()
+                found.elsewhere = {int(one): reason for one, _, reason in (line.partition(" ") for line in lines)}
         if path.name.startswith("."):
             continue
         if path.name == POLICY_FILE:

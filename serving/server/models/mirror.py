@@ -21,7 +21,7 @@ from typing import Any
 
 from headstart.serving.errors import PackageError, first_line
 from headstart.serving.server.errors import StartError
-from headstart.serving.server.models.folder import POLICY_FILE
+from headstart.serving.server.models.folder import ELSEWHERE, POLICY_FILE
 from headstart.serving.server.models.policy import Policy
 from headstart.serving.server.models.remote import Files, Remote, digest, without_secrets
 from headstart.serving.server.scratch import Scratch, check_room
@@ -31,6 +31,7 @@ LOOK_S = 10.0
 _CANDIDATES = 2  # versions that are copied of those that may take the requests: the best, and one to fall back on
 _STORE = ".versions"
 _CHUNK = 8 << 20
+_NOT_COPIED = "it cannot be copied, for which the server's log has the reason; it is tried again"
 _KEPT_S = 5.0  # what was replaced is deleted later than that: somebody may be reading it
 _PAUSE_S = 300.0  # at most, between two attempts at what cannot be copied: each may read all of it, which costs
 _JOIN_S = 5.0  # a listing that hangs is not waited for
@@ -147,6 +148,8 @@ class Mirror:
             if self._stopping.is_set():
                 break
             self._keep_up(key, found.get(key, {}))
+        with contextlib.suppress(OSError):  # no space: the index lacks what was not copied
+            self._list(found)
         return ""
 
     def _keep_up(self, key: tuple[str, str], files: Files) -> None:
@@ -182,6 +185,24 @@ class Mirror:
                 key = (name, str(number))
                 if number in wanted or key in self._copied:
                     yield key
+
+    def _list(self, found: Iterable[tuple[str, str]]) -> None:
+        """Write beside each model's copies which other versions lie at the URL, for the index."""
+        elsewhere: dict[str, list[str]] = {}
+        for key in found:
+            name, version = key
+            if version != POLICY_FILE and key not in self._copied:
+                elsewhere.setdefault(name, []).append(f"{version} {_NOT_COPIED if key in self._failed else ''}\n")
+        for before in self.folder.glob(f"*/{ELSEWHERE}"):
+            if before.parent.name not in elsewhere:
+                before.unlink()
+                with contextlib.suppress(OSError):  # there are copies
+                    before.parent.rmdir()
+        for name, lines in elsewhere.items():
+            (self.folder / name).mkdir(exist_ok=True)
+            new = self.folder / _STORE / "elsewhere"
+            new.write_text("".join(lines))
+            new.replace(self.folder / name / ELSEWHERE)
 
     def _policy(self, name: str) -> Policy:
         with contextlib.suppress(OSError, UnicodeDecodeError, PackageError):  # none, or one that the repository refuses

@@ -266,11 +266,18 @@ class Repository:
     async def _follow(self, entry: Entry) -> None:
         """Load what the policy chooses, hand over to it, and retire the rest."""
         if POLICY_FILE not in entry.folder.refused:  # a damaged one leaves the rule as it was
-            entry.policy = entry.folder.policy or self._policies.get(entry.name, self._policy)
+            before, entry.policy = entry.policy, entry.folder.policy or self._policies.get(entry.name, self._policy)
+            if entry.policy != before and entry.folder.versions:
+                _LOG.info("%s: its policy is %s", entry.name, entry.policy)
+        for what, reason in entry.folder.refused.items():
+            if entry.told.get(what) != reason:
+                _LOG.warning("%s: %s", f"{entry.name} {what}".strip(), reason)
+        entry.told = entry.folder.refused
         versions = [*entry.folder.versions]
-        absent = entry.policy.absent(versions) if versions else ""
+        known = sorted({*versions, *entry.folder.elsewhere})
+        absent = entry.policy.absent(known) if known else ""
         if absent and absent != entry.absent:
-            _LOG.warning("%s: %s; there are %s", entry.name, absent, ", ".join(map(str, sorted(versions))))
+            _LOG.warning("%s: %s; there are %s", entry.name, absent, ", ".join(map(str, known)))
         entry.absent = absent
         if entry.unloaded:
             self._set(entry, None, None)
@@ -300,6 +307,8 @@ class Repository:
         entry.served = {int(one.model.version): one for one in (base, canary) if one}
         entry.base, entry.canary = base, canary
         for version, one in before.items():
+            if version not in entry.served and not self.stopping:
+                _LOG.info("%s version %d answers no new requests", entry.name, version)
             if entry.served.get(version) is not one:
                 one.scheduler.stop_accepting()
                 task = asyncio.create_task(self._retire(one))

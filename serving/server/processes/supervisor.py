@@ -28,6 +28,7 @@ from headstart.serving.server.processes.ports import ReservedPort
 from headstart.serving.server.processes.suspects import Suspects
 from headstart.serving.server.scratch import Scratch
 from headstart.serving.server.settings import HttpSettings
+from headstart.serving.server.signals import end_signals
 from headstart.serving.server.watching.metrics import added
 
 PROGRAM = "headstart.serving.server.processes.worker"
@@ -87,13 +88,13 @@ class Supervisor:
         self._first, self._second = asyncio.Event(), asyncio.Event()
 
     async def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; at a second one what is left is cut off. Returns 0.
+        """Serve until a signal of `signals.end_signals`; at a second one what is left is cut off. Returns 0.
 
         Raises:
             StartError: a worker cannot start, for a reason that the operator can mend.
         """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in end_signals():
             loop.add_signal_handler(number, lambda: (self._second if self._first.is_set() else self._first).set())
         ending = asyncio.ensure_future(self._end())
         try:
@@ -264,7 +265,7 @@ async def _each(workers: Sequence[_Worker], seconds: float, what: str, *argument
 def supervise(
     options: Mapping[str, Any], workers: int, say: Callable[[str], None], on_refused: Refused | None = None
 ) -> int:
-    """Serve with several processes until SIGTERM or SIGINT; returns the exit code.
+    """Serve with several processes until a signal of `signals.end_signals`; returns the exit code.
 
     Args:
         options: of `command.serve`; `port` and `grpc_port` 0 are replaced by free ones, which all workers share, and

@@ -348,7 +348,7 @@ def test_too_few_files_for_the_connections_are_told():
         assert "may open 900 files, which 1024 connections" in process.stderr.read()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_at_a_signal_the_process_drains_and_ends_with_0(number: signal.Signals):
     with start(0, 1.5, 0, 30) as process:
         port = port_of(process)
@@ -365,6 +365,16 @@ def test_at_a_signal_the_process_drains_and_ends_with_0(number: signal.Signals):
     assert results == [(200, "close")] * 3
     assert process.returncode == 0
     assert "stopped" in out
+
+
+def test_a_closed_terminal_does_not_end_what_nohup_has_started():
+    with start(0, 0, 0, 30, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as process:
+        port = port_of(process)
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        assert RawClient(port).ask("GET", "/v2/health/ready").status == 200
+        process.terminate()
+        assert process.wait(10) == 0
 
 
 def test_what_does_not_end_is_cut_off_after_the_drain_timeout_or_a_second_signal():

@@ -308,6 +308,21 @@ def server(root: Path) -> Iterator[Server]:
     started.process.wait()
 
 
+def test_neither_a_closed_stdin_nor_a_stdout_on_a_full_disk_ends_the_server(root: Path):
+    code = (
+        "import os, sys; from pathlib import Path; from headstart.serving.server.command import serve\n"
+        "sys.exit(serve(Path(sys.argv[1]), port=0, threads=1, say=lambda line: os.write(1, line.encode())))"
+    )
+    command = ["sh", "-c", 'exec "$@" <&- >/dev/full', "sh", sys.executable, "-c", code, str(root)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if "ready: " in line)
+        assert line.endswith("stdout does not take this line (No space left on device)\n")
+        process.terminate()
+        process.stderr.read()
+        assert process.wait(20) == 0
+
+
 def test_tritons_client_works_with_the_served_repository(server: Server, root: Path):
     assert f"serves 2 of 3 versions in {root}" in server.line
     client = triton.InferenceServerClient(server.address)
@@ -444,8 +459,8 @@ def test_a_repository_that_is_not_there_is_refused(tmp_path: Path):
     [
         ("", [], "there are no packages in {root}; copy one to NAME/1 there"),
         (".", [], "{root} is a package itself; copy it to FOLDER/NAME/1, and serve FOLDER"),
-        ("1", [], "1 is not served: the package lies in 1/; copy it to 1/1/, or serve the folder above"),
-        ("demo/1", ["--policy", "pinned:7"], "demo 1 is not served: not chosen by the policy pinned:7"),
+        ("1", [], "1: the package lies in 1/; copy it to 1/1/, or serve the folder above"),
+        ("demo/1", ["--policy", "pinned:7"], "demo: version 7 of its policy is not there; there are 1"),
     ],
 )
 def test_a_server_that_serves_nothing_says_why(tmp_path: Path, copy_to: str, options: list[str], words: str):
@@ -461,7 +476,7 @@ def test_a_server_that_serves_nothing_says_why(tmp_path: Path, copy_to: str, opt
         process.terminate()
         _, log = process.communicate(timeout=30)
     assert process.returncode == 0
-    assert f"WARNING headstart.serving.server.command: {words.format(root=root)}\n" in log
+    assert re.search(rf"WARNING headstart\.serving\.server\.[a-z.]+: {re.escape(words.format(root=root))}\n", log)
 
 
 @pytest.mark.parametrize("provider", [CUDA, "TensorrtExecutionProvider"])

@@ -170,7 +170,36 @@ async def test_the_versions_that_the_policy_chooses_are_copied(
             assert copied(mirror) == chosen
             assert await served_by(service) == answers
         else:
-            assert await status_of(service) in (404, 503)
+            assert await status_of(service) == 503
+        others = {row for row in rows(service).items() if row[0][1] not in chosen}
+        unchosen = ("UNAVAILABLE", f"not chosen by the policy {policy}")
+        assert others == {(("demo", version), unchosen) for version in "12345" if version not in chosen}
+
+
+@on_a_loop
+async def test_the_index_lists_what_lies_at_the_url_now(remote: Path, caplog: pytest.LogCaptureFixture):
+    for version in range(2, 5):
+        write_package(remote / "demo" / str(version), version)
+    write_package(remote / "other" / "1", 1)
+    (remote / "other" / "policy").write_text("pinned:7")
+    async with mirrored(f"file://{remote}") as (service, mirror):
+        assert "other: version 7 of its policy is not there; there are 1" in caplog.messages
+        assert {row: state for row, (state, _) in rows(service).items()} == {
+            ("demo", "1"): "UNAVAILABLE",
+            ("demo", "2"): "UNAVAILABLE",
+            ("demo", "3"): "UNAVAILABLE",
+            ("demo", "4"): "READY",
+            ("other", "1"): "UNAVAILABLE",
+        }
+        for gone in ("demo/1", "other"):
+            shutil.rmtree(remote / gone)
+        await follow(service, mirror)
+        assert {*rows(service)} == {("demo", "2"), ("demo", "3"), ("demo", "4")}
+        shutil.rmtree(remote / "demo" / "2")
+        await follow(service, mirror)
+        assert {*rows(service)} == {("demo", "3"), ("demo", "4")}
+        assert sorted(path.name for path in mirror.folder.iterdir()) == [".versions", "demo"]
+        assert sorted(path.name for path in (mirror.folder / "demo").iterdir()) == ["3", "4"]
 
 
 @on_a_loop
@@ -331,7 +360,10 @@ async def test_what_is_loaded_serves_on_while_the_remote_fails(
             for _ in range(1 if fault == "vanished" else 3):
                 await follow(service, mirror)
                 assert await served_by(service) == "1"
-                assert set(rows(service)) == {("demo", "1")}
+                found = rows(service)
+                assert found.pop(("demo", "1")) == ("READY", "")
+                listed = {} if fault == "listing" else {("demo", "2"): ("UNAVAILABLE", mirror_module._NOT_COPIED)}
+                assert found == listed
         told = [one for one in caplog.messages if "cannot be" in one]
         assert len(told) == (3 if fault == "longer" else 1), told  # its size differs each time
         assert "secret@" not in caplog.text

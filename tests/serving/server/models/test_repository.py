@@ -444,6 +444,34 @@ async def test_where_there_is_no_thread_to_read_the_folder_in_what_is_loaded_ser
 
 
 @on_a_loop
+async def test_what_happens_to_a_model_is_in_the_log_once(root: Path, caplog: pytest.LogCaptureFixture):
+    async def said() -> list[str]:
+        caplog.clear()
+        for _ in range(3):
+            await service.repository.look()
+        return [one.getMessage() for one in caplog.records]
+
+    caplog.set_level("INFO")
+    write_package(root / "demo" / "1", 1)
+    async with serving(root, poll_s=NEVER) as service:
+        assert await said() == []
+        write_package(root / "demo" / "v2", 2)
+        assert await said() == ["demo v2: its name is no version; accepted: 1, 2, 3 and so on"]
+        (root / "demo" / "v2").rename(root / "demo" / "2")
+        loaded = "demo version 2 is loaded on CPUExecutionProvider"
+        assert await said() == [loaded, "demo version 1 answers no new requests"]
+        (root / "demo" / "policy").write_text("pinned:1")
+        again = "demo version 1 is loaded on CPUExecutionProvider"
+        assert await said() == ["demo: its policy is pinned:1", again, "demo version 2 answers no new requests"]
+        (root / "demo" / "policy").write_text("newest")
+        assert [one.partition(";")[0] for one in await said()] == [
+            "demo policy: the file is not used: the policy 'newest' is not known"
+        ]
+        shutil.rmtree(root / "demo")
+        assert await said() == ["demo version 1 answers no new requests"]
+
+
+@on_a_loop
 async def test_nothing_of_a_package_is_read_on_the_event_loop(root: Path, monkeypatch: pytest.MonkeyPatch):
     def read(path: Path, most: int) -> bytes:
         threads.append(threading.current_thread().name)

@@ -344,7 +344,7 @@ def test_a_second_signal_cuts_off_and_the_folder_it_is_started_in_holds_no_modul
     with closing(RawClient(server.port).socket) as half:
         half.sendall(b"POST /v2/models/demo/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
         time.sleep(0.2)
-        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(signal.SIGHUP)
         time.sleep(0.7)
         assert server.process.poll() is None
         started = time.monotonic()

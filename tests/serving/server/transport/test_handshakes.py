@@ -31,6 +31,21 @@ def wait(client: socket.socket) -> None:
     assert client.recv(1) == b""  # timed out
 
 
+def test_plain_http_to_the_tls_port_is_in_the_log_once(
+    certificate: Path,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+):
+    files = {"tls_cert": certificate / "cert.pem", "tls_key": certificate / "key.pem"}
+    with Running(HttpSettings(port=0, **files)) as running:
+        for sent in (b"\0" * 99, b"GET / HTTP/1.1\r\n\r\n", b"POST /v2 HTTP/1.1\r\n\r\n"):
+            with running.connect() as client:
+                client.socket.sendall(sent)
+                assert client.closed(within=3)
+    assert [one.getMessage() for one in caplog.records] == [
+        "a client spoke plain HTTP to the TLS port and was cut off; ask for https://"
+    ]
+
+
 @pytest.mark.parametrize("end", [go, send_what_is_no_tls, wait])
 def test_no_more_handshakes_than_connections_are_under_way(
     certificate: Path,  # noqa: F811
