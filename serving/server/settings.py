@@ -62,6 +62,8 @@ class HttpSettings:
     """Limits on what a body holds, the same for every transport."""
 
     def __post_init__(self) -> None:
+        if not self.host:  # as of a variable that is not set: it would be every address
+            raise ValueError("host is empty; accepted: an address or a name, 0.0.0.0 and :: for all addresses")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; accepted: 0 to 65535")
         if self.grpc_port is not None and not 0 <= self.grpc_port <= 65535:

@@ -36,6 +36,10 @@ _SETTLE_S = 0.1
 it stops, as many as there are clients where a model was running: by then their clients wait, and none is left."""
 
 
+_MOST_KEEPALIVE_S = 75.0
+"""Seconds after which a silent client is asked whether it is still there, however long one may be idle."""
+
+
 class GrpcServer:
     """A running server; `serve_grpc` makes it.
 
@@ -71,7 +75,7 @@ class GrpcServer:
                 ("grpc.max_metadata_size", settings.max_header_bytes),
                 ("grpc.max_allowed_incoming_connections", settings.max_connections),
                 ("grpc.server_handshake_timeout_ms", round(settings.header_timeout * 1000)),
-                ("grpc.keepalive_time_ms", round(settings.idle_timeout * 1000)),
+                ("grpc.keepalive_time_ms", round(min(settings.idle_timeout, _MOST_KEEPALIVE_S) * 1000)),
             ],
         )
         self._server.add_generic_rpc_handlers((self._calls,))

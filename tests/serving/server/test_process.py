@@ -185,6 +185,7 @@ def test_a_port_in_use_and_a_strange_address_are_named():
     "wrong",
     [
         {"port": 70000},
+        {"host": ""},
         {"token": ""},
         {"token": "a\nb"},
         {"tls_key": Path("k")},
