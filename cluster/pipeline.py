@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from rich.markup import escape
 
 from headstart.cluster.connect import Connection
@@ -120,7 +121,21 @@ def _read(recipe: Recipe, cache: Path, reporter: Reporter, *, settled: bool) -> 
         survey(recipe.sources, cache, exclude_data=images.fingerprint, judged_on=target.judged_on)
     if images.skipped:
         reporter.say(escape(f"left out, being no images: {some(images.skipped)}"))
+    if single := _single(target):
+        reporter.say(
+            escape(
+                f"classes of one training image, which k-NN and ridge leave out and so never have right, as the "
+                f"audition may: {some(single)}. Add images of them where there are any"
+            )
+        )
     return target
+
+
+def _single(target: Target) -> list[str]:
+    """Name the classes that have one image to learn from."""
+    return [
+        target.images.classes[i] for i in np.flatnonzero(np.bincount(target.images.labels[target.parts["train"]]) == 1)
+    ]
 
 
 def _data(target: Target, directory: RunDirectory) -> Stage:

@@ -1,5 +1,6 @@
 """The whole way on a folder of real images: what it writes, what it skips, what it says after being killed."""
 
+import io
 import json
 import os
 import re
@@ -84,6 +85,19 @@ def house(tmp_path_factory: pytest.TempPathFactory, shared_weights: Path, write_
 @pytest.fixture(scope="module")
 def summary(house: House) -> Any:
     return house("run", "recipe.yaml")
+
+
+def test_classes_that_leaving_one_out_cannot_have_right_are_told(context: Context, monkeypatch: pytest.MonkeyPatch):
+    def said(split: Split) -> str:
+        reporter = Reporter(Console(file=(file := io.StringIO()), width=200))
+        recipe = replace(context.recipe, data=Data(path="sklearn:digits", split=split))
+        run(recipe, context.cache / "few", connection=context.connection, cache=context.cache, reporter=reporter)
+        return file.getvalue()
+
+    outcome = Outcome(path=context.cache / "few", summary={}, ranking={})
+    monkeypatch.setattr(pipeline, "_stages", lambda context, until: outcome)
+    assert "audition may: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9. Add images" in said(Split(train=10))
+    assert "classes of one training image" not in said(Split(train=20))
 
 
 @pytest.mark.timeout(KILL_TIMEOUT + 60)

@@ -32,6 +32,9 @@ PART_NAMES = {
     "val": "validation", "valid": "validation", "validation": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
+# Of what Python calls not printable, what words and emoji are written with: the joiners of Persian, Indian scripts and
+# families, and the space of Chinese and Japanese.
+_WRITTEN = dict.fromkeys(map(ord, "\u200c\u200d\u3000"))
 
 
 class Storage(Protocol):
@@ -217,8 +220,8 @@ def label_images(
 ) -> LabelledImages:
     """Number the classes of N named samples and gather them.
 
-    Raises DataError for no image at all, for one class only, for class names that are not UTF-8, not printable or
-    the same but for their Unicode form, and for parts without training images of every class.
+    Raises DataError for no image at all, for one class only, for class names that are not UTF-8, not to be seen
+    or the same but for their Unicode form, and for parts without training images of every class.
     """
     classes = natural_order(names)
     if not names:
@@ -234,11 +237,11 @@ def label_images(
             f"{origin} has classes whose names are not UTF-8: {some(illegible)}; rename their folders, which no card, "
             "manifest or picture could name"
         )
-    broken = [repr(name) for name in classes if not name.isprintable()]
-    if broken:
+    unseen = [repr(name) for name in classes if not name.translate(_WRITTEN).isprintable()]
+    if unseen:
         raise DataError(
-            f"{origin} has classes with line breaks or other control characters in their names: {some(broken)}; rename "
-            "them"
+            f"{origin} has classes with characters in their names that nobody can see, such as line breaks: "
+            f"{some(unseen)}; rename them"
         )
     alike: dict[str, list[str]] = {}
     for name in classes:

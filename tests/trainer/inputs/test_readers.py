@@ -150,8 +150,13 @@ class TestFolder:
     def test_a_name_that_is_not_utf8_is_refused(self, refused, make_folder):
         refused(make_folder({os.fsdecode(b"caf\xe9"): 1, "tea": 1}), r"not UTF-8: 'caf\udce9'", "rename")
 
-    def test_a_name_with_a_line_break_is_refused(self, refused, make_folder):
-        refused(make_folder({"two\nlines": 1, "tea": 1}), r"control characters in their names: 'two\nlines'", "rename")
+    @pytest.mark.parametrize("name", ["two\nlines", "tea\u200b", "no\xa0break"], ids=ascii)
+    def test_a_name_with_what_nobody_can_see_is_refused(self, refused, make_folder, name):
+        refused(make_folder({name: 1, "tea": 1}), f"that nobody can see, such as line breaks: {name!r}; rename")
+
+    def test_joiners_and_the_wide_space_are_part_of_a_name(self, make_folder, load):
+        names = ("\U0001f468\u200d\U0001f469", "\u0645\u06cc\u200c\u0634\u0648\u062f", "\u72ac\u3000\u732b")
+        assert set(load(make_folder(dict.fromkeys(names, 1))).classes) == set(names)
 
     @pytest.mark.parametrize("parts", [("", ""), ("train/", "test/")], ids=["classes", "in parts"])
     def test_names_of_two_unicode_forms_are_refused(self, refused, make_folder, parts):
