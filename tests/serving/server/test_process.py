@@ -351,7 +351,8 @@ def test_too_few_files_for_the_connections_are_told():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_at_a_signal_the_process_drains_and_ends_with_0(number: signal.Signals):
-    with start(0, 1.5, 0, 30) as process:
+    # Whether or not the tests themselves are under nohup.
+    with start(0, 1.5, 0, 30, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)) as process:
         port = port_of(process)
         results: list[tuple[int, str]] = []
         asked = [slow_request(port) for _ in range(3)]

@@ -339,7 +339,10 @@ def test_at_sigterm_all_workers_drain_and_the_server_ends_with_0(tmp_path: Path)
 def test_a_second_signal_cuts_off_and_the_folder_it_is_started_in_holds_no_modules(tmp_path: Path):
     write_package(tmp_path / "models" / "demo" / "1", 1)
     (tmp_path / "onnxruntime.py").write_text("import os, signal; os.kill(os.getppid(), signal.SIGKILL)")  # not read
-    server = Workers(tmp_path / "models", before=f"import os; sys.path.remove(''); os.chdir({str(tmp_path)!r})")
+    before = f"import os, signal; sys.path.remove(''); os.chdir({str(tmp_path)!r})"
+    # Whether or not the tests themselves are under nohup.
+    before += "; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+    server = Workers(tmp_path / "models", before=before)
     pids = server.pids()
     with closing(RawClient(server.port).socket) as half:
         half.sendall(b"POST /v2/models/demo/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
